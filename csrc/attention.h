@@ -1,0 +1,110 @@
+// The plain interface of the native attention kernels: pointers, sizes and strides; no Python, no PyTorch.
+//
+// One call computes, for query row i of head h with key/value head g = h / (Hq / Hkv),
+//     s_ij = softcap(scale * q_i . k_j) + bias_ij,  o_i = sum_j softmax(s_i)_j v_j,  lse_i = log sum_j exp s_ij,
+// over the keys j that the mask program shows to i. Sizes are counts, strides are in elements, positions are in tokens.
+#pragma once
+#include <cstdint>
+
+namespace qkv {
+
+enum class Type : int32_t { f32 = 0, bf16 = 1, f16 = 2, f64 = 3, i8 = 4 };
+
+enum class Status : int32_t {
+    ok = 0,
+    bad_struct = 1,    // the struct's size is not one this build knows
+    unsupported = 2,   // a field asks for what no kernel here does (yet)
+    no_memory = 3,
+    bad_program = 4,   // the mask program is malformed or too deep
+};
+
+// Words of a mask program in postfix order; arguments follow their opcode. Operands are named by index.
+enum MaskOp : int64_t {
+    kMaskAll = 0,        //
+    kMaskWindow = 1,     // left right           (-1: unbounded)
+    kMaskPrefix = 2,     // n operand            (operand -1: n; else int64 (B,))
+    kMaskPadding = 3,    // operand side         (int64 (B,); side 0: right, 1: left)
+    kMaskDocuments = 4,  // by_index contiguous lo hi q_rows q_len qid kid k_rows
+    kMaskChunked = 5,    // n
+    kMaskStrided = 6,    // n offset
+    kMaskDilated = 7,    // window step
+    kMaskGlobal = 8,     // operand              (sorted unique int64)
+    kMaskRandom = 9,     // per_row block seed
+    kMaskBlocks = 10,    // operand rows_b rows_h nq nk block
+    kMaskPerHead = 11,   // Hq, then Hq times: length words...
+    kMaskDense = 12,     // operand stride_b stride_h stride_i stride_j
+    kMaskAnd = 13,
+    kMaskOr = 14,
+    kMaskNot = 15,
+};
+
+struct Operand {
+    const void* data;
+    int64_t count;  // elements
+};
+
+// One sequence of queries against one sequence of keys. Rows of q, out, lse and bias are counted from q_first.
+struct Sequence {
+    int64_t q_first, q_count;
+    int64_t k_count;
+    int64_t batch;              // row of q, out, masks and bias that this sequence belongs to
+    int64_t position;           // of its first query, when positions is null
+    const int64_t* positions;   // one a query, or null
+    const void* k;              // first key (of head 0)
+    const void* v;
+    const int32_t* pages;       // page table, or null for contiguous keys (pages are not implemented yet)
+    int64_t first_page_token;
+};
+
+enum class BiasKind : int32_t { tensor = 0, alibi = 1, relative = 2 };
+
+struct Bias {
+    BiasKind kind;
+    Type type;
+    const void* data;     // tensor: values; alibi: slopes (Hq,); relative: table (Hq, 2 R + 1)
+    int64_t stride[4];    // tensor: b h i j (0 where broadcast); alibi: stride[1]; relative: stride[1], stride[3]
+    int64_t reach;        // relative: R
+};
+
+struct Attention {
+    uint64_t size;  // sizeof(Attention) of the caller
+    Type q_type, kv_type;
+    int64_t Hq, Hkv, D, Dv;
+    const void* q;
+    int64_t q_stride[4];   // b h i d
+    int64_t k_stride[3];   // h j d
+    int64_t v_stride[3];
+    void* out;
+    int64_t out_stride[4];
+    void* lse;             // (B, Hq, Lq) float, double for f64; null: not wanted
+    int64_t lse_stride[3];
+    const Sequence* sequences;
+    int64_t sequence_count;
+    double scale;
+    double softcap;        // 0: none
+    const void* sinks;     // (Hq,) of sink_type, or null
+    Type sink_type;
+    int64_t sink_stride;
+    const int64_t* program;
+    int64_t program_length;  // 0: everything is visible
+    const Operand* operands;
+    int64_t operand_count;
+    const Bias* bias;
+    int64_t bias_count;
+    const void* k_scale;   // scales of quantised keys and values: not implemented yet
+    const void* v_scale;
+    uint64_t dropout_key;  // not implemented: must be 0
+    void* row_max;         // row statistics: not implemented yet
+    int32_t threads;
+};
+
+// The instruction sets of this build that this machine can run, best first, as a comma-separated list.
+const char* instruction_sets();
+
+// Whether the kernels can run this mask program: well formed, not nested too deeply.
+bool program_fits(const int64_t* words, int64_t length, int64_t operands);
+
+// Runs on the named instruction set (null or "": the best).
+Status attention(const Attention& call, const char* instruction_set);
+
+}  // namespace qkv

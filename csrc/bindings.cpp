@@ -1,0 +1,171 @@
+// The Python module: the only file that knows nanobind. Sizes and strides are checked once, when a call is prepared; running
+// it takes addresses only.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include <array>
+#include <cmath>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "attention.h"
+#include "mutants.h"
+
+namespace nb = nanobind;
+
+namespace qkv {
+namespace {
+
+using Integers = std::vector<int64_t>;
+
+void require(bool ok, const char* what) {
+    if (!ok) throw std::invalid_argument(what);
+}
+
+void* pointer(uintptr_t address) { return reinterpret_cast<void*>(address); }
+
+// Every size, stride and mask of a call; only addresses are missing.
+class Prepared {
+  public:
+    Prepared(std::string isa, int type, const Integers& sizes, const Integers& q_stride, const Integers& k_stride, const Integers& v_stride,
+             const Integers& out_stride, double scale, double softcap, Integers program, const std::vector<std::tuple<uintptr_t, int64_t>>& operands,
+             const std::vector<Integers>& bias, const Integers& sinks, Integers positions)
+        : isa_(std::move(isa)), program_(std::move(program)), positions_(std::move(positions)) {
+        require(sizes.size() == 7, "sizes must be B, Hq, Hkv, Lq, Lk, D, Dv");
+        for (const int64_t n : sizes) require(n >= 0, "sizes must not be negative");
+        require(q_stride.size() == 4 && k_stride.size() == 4 && v_stride.size() == 4 && out_stride.size() == 4, "strides must be four each");
+        require(type >= 0 && type <= 3, "type must be 0..3");
+        require(sinks.empty() || sinks.size() == 2, "sinks must be (type, stride)");
+        require(std::isfinite(scale) && std::isfinite(softcap) && softcap >= 0, "scale and softcap must be finite");
+        B_ = sizes[0], Lq_ = sizes[3], Lk_ = sizes[4];
+        require(positions_.size() <= 1 || positions_.size() == static_cast<size_t>(B_), "positions must be one a batch row");
+        a_.size = sizeof(Attention);
+        a_.q_type = a_.kv_type = static_cast<Type>(type);
+        a_.Hq = sizes[1], a_.Hkv = sizes[2], a_.D = sizes[5], a_.Dv = sizes[6];
+        for (size_t i = 0; i < 4; ++i) a_.q_stride[i] = q_stride[i], a_.out_stride[i] = out_stride[i];
+        for (size_t i = 0; i < 3; ++i) a_.k_stride[i] = k_stride[i + 1], a_.v_stride[i] = v_stride[i + 1];
+        k_batch_ = k_stride[0], v_batch_ = v_stride[0];
+        a_.lse_stride[0] = a_.Hq * Lq_, a_.lse_stride[1] = Lq_, a_.lse_stride[2] = 1;
+        a_.scale = scale, a_.softcap = softcap;
+        for (const auto& [address, count] : operands) operands_.push_back({pointer(address), count});
+        a_.program = program_.data(), a_.program_length = static_cast<int64_t>(program_.size());
+        a_.operands = operands_.data(), a_.operand_count = static_cast<int64_t>(operands_.size());
+        for (const Integers& b : bias) {
+            require(b.size() == 7 && b[0] >= 0 && b[0] <= 2 && b[1] >= 0 && b[1] <= 3, "a bias must be (kind, type, 4 strides, reach)");
+            bias_.push_back({static_cast<BiasKind>(b[0]), static_cast<Type>(b[1]), nullptr, {b[2], b[3], b[4], b[5]}, b[6]});
+        }
+        a_.bias_count = static_cast<int64_t>(bias_.size());
+        if (!sinks.empty()) a_.sink_type = static_cast<Type>(sinks[0]), a_.sink_stride = sinks[1];
+        has_sinks_ = !sinks.empty();
+        static constexpr int64_t kBytes[] = {4, 2, 2, 8};
+        bytes_ = kBytes[type];
+        // Catches malformed mask programs now, so that running cannot fail but for memory.
+        Attention probe = a_;
+        Sequence none{};
+        probe.sequences = &none;
+        probe.sequence_count = a_.Hq > 0 && a_.Hkv > 0 ? 1 : 0;
+        std::vector<Bias> no_bias = bias_;
+        probe.bias = no_bias.data();
+        probe.sinks = nullptr;
+        probe.threads = 1;
+        check(attention(probe, isa_.c_str()));
+    }
+
+    void run(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t out, uintptr_t lse, int threads) const {
+        go(q, k, v, out, lse, threads, 0, 0, 0, bias_);
+    }
+
+    void run_full(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t out, uintptr_t lse, int threads, uintptr_t sinks, uintptr_t positions,
+                  int64_t position_rows, const std::vector<uintptr_t>& bias) const {
+        require((sinks != 0) == has_sinks_, "sinks were prepared otherwise");
+        require(bias.size() == bias_.size(), "bias was prepared otherwise");
+        require(positions == 0 || position_rows == 1 || position_rows == B_, "positions must have 1 or B rows");
+        std::vector<Bias> terms = bias_;
+        for (size_t i = 0; i < terms.size(); ++i) terms[i].data = pointer(bias[i]);
+        go(q, k, v, out, lse, threads, sinks, positions, position_rows, terms);
+    }
+
+  private:
+    static void check(Status status) {
+        switch (status) {
+            case Status::ok: return;
+            case Status::no_memory: throw std::bad_alloc();
+            case Status::bad_program: throw std::invalid_argument("the mask is nested too deeply, or has too many random blocks a row, for the native kernel");
+            default: throw std::invalid_argument("the native kernel does not support this call");
+        }
+    }
+
+    void go(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t out, uintptr_t lse, int threads, uintptr_t sinks, uintptr_t positions, int64_t position_rows,
+            const std::vector<Bias>& bias) const {
+        std::array<Sequence, 16> few;
+        std::vector<Sequence> many;
+        Sequence* sequences = few.data();
+        if (B_ > static_cast<int64_t>(few.size())) {
+            many.resize(static_cast<size_t>(B_));
+            sequences = many.data();
+        }
+        for (int64_t b = 0; b < B_; ++b) {
+            Sequence& s = sequences[b];
+            s = Sequence{};
+            s.q_count = Lq_;
+            s.k_count = Lk_;
+            s.batch = b;
+            s.position = positions_.empty() ? 0 : positions_[positions_.size() > 1 ? static_cast<size_t>(b) : 0];
+            if (positions != 0) s.positions = static_cast<const int64_t*>(pointer(positions)) + (position_rows > 1 ? b * Lq_ : 0);
+            s.k = reinterpret_cast<const char*>(k) + b * k_batch_ * bytes_;
+            s.v = reinterpret_cast<const char*>(v) + b * v_batch_ * bytes_;
+        }
+        Attention call = a_;
+        call.q = pointer(q);
+        call.out = pointer(out);
+        call.lse = pointer(lse);
+        call.sequences = sequences;
+        call.sequence_count = Lq_ > 0 ? B_ : 0;
+        call.sinks = pointer(sinks);
+        call.bias = bias.data();
+        call.threads = threads;
+        check(attention(call, isa_.c_str()));
+    }
+
+    std::string isa_;
+    Attention a_{};
+    Integers program_, positions_;
+    std::vector<Operand> operands_;
+    std::vector<Bias> bias_;
+    int64_t B_ = 0, Lq_ = 0, Lk_ = 0, k_batch_ = 0, v_batch_ = 0, bytes_ = 4;
+    bool has_sinks_ = false;
+};
+
+}  // namespace
+}  // namespace qkv
+
+#define QKV_STRING2(x) #x
+#define QKV_STRING(x) QKV_STRING2(x)
+
+NB_MODULE(QKV_MODULE, m) {
+    using qkv::Prepared;
+    m.doc() = "Native attention kernels (see csrc/attention.h).";
+    m.def("instruction_sets", [] { return std::string(qkv::instruction_sets()); }, "Comma-separated, best first.");
+    m.def("program_fits", [](const qkv::Integers& words, int64_t operands) {
+        return qkv::program_fits(words.data(), static_cast<int64_t>(words.size()), operands);
+    });
+#ifdef QKV_MUTATE
+    m.def("set_mutant", [](int number) { qkv::mutant = number; });
+    m.def("mutant_names", [] {
+        return std::vector<std::string>{
+#define QKV_ENTRY(name, text) #name ": " text,
+            QKV_MUTANTS(QKV_ENTRY)
+#undef QKV_ENTRY
+        };
+    });
+#endif
+    nb::class_<Prepared>(m, "Prepared")
+        .def(nb::init<std::string, int, const qkv::Integers&, const qkv::Integers&, const qkv::Integers&, const qkv::Integers&, const qkv::Integers&, double, double,
+                      qkv::Integers, const std::vector<std::tuple<uintptr_t, int64_t>>&, const std::vector<qkv::Integers>&, const qkv::Integers&, qkv::Integers>())
+        .def("run", &Prepared::run, nb::call_guard<nb::gil_scoped_release>())
+        .def("run_full", &Prepared::run_full, nb::call_guard<nb::gil_scoped_release>());
+}

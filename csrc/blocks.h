@@ -1,0 +1,251 @@
+// What both kernels share: the call as they see it, and the walk over the keys that a tile of rows may see.
+#pragma once
+#include "mask_program.h"
+#include "mutants.h"
+
+namespace qkv {
+namespace QKV_ISA {
+
+inline constexpr int kGranule = 16;                        // keys that are visited or skipped together
+inline constexpr int kGranules = kWindowKeys / kGranule;   // of a block
+inline constexpr double kLog2e = 1.4426950408889634074;
+inline constexpr double kLn2 = 0.69314718055994530942;
+
+template <class T>
+struct Storage;  // the accumulation type of an element type
+template <>
+struct Storage<float> {
+    using E = float;
+};
+template <>
+struct Storage<bf16> {
+    using E = float;
+};
+template <>
+struct Storage<f16> {
+    using E = float;
+};
+template <>
+struct Storage<double> {
+    using E = double;
+};
+
+// The keys of one step of the online softmax: up to 12 granules, which need not be neighbours.
+struct Block {
+    int granules;
+    bool masked;                   // some bit of words is 0
+    int64_t key[kGranules];        // first key of each granule
+    uint64_t words[kWindowKeys];   // by key of the block: the rows that see it
+    int keys() const { return granules * kGranule; }
+};
+
+// Calls visit(block) for the visible granules in [k0, k1), in order; k0 is a multiple of kGranule.
+template <class Visit>
+inline void walk(const Program& program, const Rows& rows, int64_t k0, int64_t k1, Scratch& scratch, Block& block, Visit visit) {
+    const uint64_t every = rows.count == 64 ? ~UINT64_C(0) : (UINT64_C(1) << rows.count) - 1;
+    Bounds bounds;
+    if (program.empty()) {
+        bounds.seen.set(0, rows.key_count);
+        bounds.full = bounds.seen;
+    } else {
+        program.bounds(rows, scratch, bounds);
+    }
+    block.granules = 0;
+    block.masked = false;
+    const auto push = [&](int64_t key, const uint64_t* words) {
+        uint64_t* to = block.words + block.keys();
+        for (int j = 0; j < kGranule; ++j) to[j] = words == nullptr ? every : words[j];
+        block.masked |= words != nullptr && !QKV_MUTANT(mask_ignored);
+        block.key[block.granules++] = key;
+        if (block.granules == kGranules) {
+            visit(block);
+            block.granules = 0;
+            block.masked = false;
+        }
+    };
+    uint64_t words[kWindowKeys];
+    int64_t done = k0;  // granules before this have been looked at
+    int f = 0;
+    for (int i = 0; i < bounds.seen.count; ++i) {
+        int64_t at = upper(done, bounds.seen.first[i] / kGranule * kGranule);
+        const int64_t stop = lower(bounds.seen.last[i], k1);
+        while (at < stop) {
+            while (f < bounds.full.count && bounds.full.last[f] < at + kGranule) ++f;
+            const bool in = f < bounds.full.count;
+            if (in && bounds.full.first[f] <= at && !(QKV_MUTANT(first_key) && at == 0) && !QKV_MUTANT(last_key)) {
+                for (const int64_t end = lower(bounds.full.last[f], k1); at + kGranule <= end; at += kGranule) push(at, nullptr);
+                if (at >= stop) break;
+                if (bounds.full.last[f] >= at + kGranule) break;  // k1 cuts the granule: the last chunk's tail is below
+                continue;
+            }
+            // Up to the next full range, bits decide.
+            int64_t end = lower(stop, at + kWindowKeys);
+            if (in) end = lower(end, (bounds.full.first[f] + kGranule - 1) / kGranule * kGranule);
+            const int n = static_cast<int>((end - at + kGranule - 1) / kGranule * kGranule);
+            if (program.empty()) {
+                for (int j = 0; j < n; ++j) words[j] = at + j < rows.key_count ? every : 0;
+            } else {
+                program.bits(rows, at, n, scratch, words);
+            }
+            if (QKV_MUTANT(first_key) && at == 0) words[0] = 0;
+            if (QKV_MUTANT(last_key) && at + n >= rows.key_count) words[rows.key_count - 1 - at] = 0;
+            for (int g = 0; g < n; g += kGranule) {
+                uint64_t any = 0, all = every;
+                for (int j = 0; j < kGranule; ++j) {
+                    any |= words[g + j];
+                    all &= words[g + j];
+                }
+                if (any != 0) push(at + g, all == every ? nullptr : words + g);
+            }
+            at += n;
+        }
+        done = upper(done, at);
+    }
+    if (block.granules > 0) visit(block);
+    block.granules = 0;
+}
+
+// What a call asks for, in the form the kernels use.
+struct Job {
+    const Attention* call;
+    Program program;
+    bool transform;   // scores need more than a positive factor: softcap, bias, or a scale out of the ordinary
+    double factor;    // from the stored score to the exponent of 2
+    bool negate;      // q's sign is flipped: the scale is negative
+    int64_t group;
+    int64_t Dv_read;  // values are the first Dv columns of the keys when v == k (read once)
+};
+
+// Which rows a tile holds: heads and query indices of one sequence and one key/value head.
+struct Tile {
+    const Sequence* sequence;
+    int64_t kv_head;
+    Rows rows;
+};
+
+// Adds the score terms of row r for n keys from j0 to add[j * stride].
+template <class E>
+inline void gather_bias(const Attention& call, const Tile& tile, int r, int64_t j0, int n, E* add, int64_t stride) {
+    const Rows& rows = tile.rows;
+    const int64_t keys = rows.key_count, h = rows.head[r], p = rows.position[r];
+    const int stop = static_cast<int>(lower(n, keys - j0));
+    for (int64_t t = 0; t < call.bias_count; ++t) {
+        const Bias& bias = call.bias[t];
+        const auto value = [&](int64_t offset) -> E {
+            switch (bias.type) {
+                case Type::f32: return static_cast<E>(static_cast<const float*>(bias.data)[offset]);
+                case Type::f64: return static_cast<E>(static_cast<const double*>(bias.data)[offset]);
+                case Type::bf16: return static_cast<E>(widen(static_cast<const bf16*>(bias.data)[offset]));
+                default: return static_cast<E>(widen(static_cast<const f16*>(bias.data)[offset]));
+            }
+        };
+        if (bias.kind == BiasKind::alibi) {
+            const E slope = value(h * bias.stride[1]);
+            for (int j = 0; j < stop; ++j) {
+                const int64_t away = p - (j0 + j);
+                add[j * stride] -= slope * static_cast<E>(away < 0 && !QKV_MUTANT(alibi_signed) ? -away : away);
+            }
+        } else if (bias.kind == BiasKind::relative) {
+            const int64_t table = h * bias.stride[1];
+            for (int j = 0; j < stop; ++j)
+                add[j * stride] += value(table + (clamp(j0 + j - p + QKV_MUTANT(relative_shift), -bias.reach, bias.reach) + bias.reach) * bias.stride[3]);
+        } else {
+            const int64_t row = rows.batch * bias.stride[0] + h * bias.stride[1] + rows.index[r] * bias.stride[2] + j0 * bias.stride[3];
+            if (bias.type == Type::f32 && bias.stride[3] == 1) {
+                const float* from = static_cast<const float*>(bias.data) + row;
+                for (int j = 0; j < stop; ++j) add[j * stride] += static_cast<E>(from[j]);
+            } else {
+                for (int j = 0; j < stop; ++j) add[j * stride] += value(row + j * bias.stride[3]);
+            }
+        }
+    }
+}
+
+// tanh to about an ulp: a polynomial near 0, where 1 - 2 / (e^2x + 1) would lose all digits.
+QKV_INLINE VF tanh_vector(VF x) {
+    const VF y = absolute(x), z = x * x;
+    VF p = VF::set1(-5.70498872745e-3f);
+    p = fma(p, z, VF::set1(2.06390887954e-2f));
+    p = fma(p, z, VF::set1(-5.37397155531e-2f));
+    p = fma(p, z, VF::set1(1.33314422036e-1f));
+    p = fma(p, z, VF::set1(-3.33332819422e-1f));
+    const VF near = fma(p * z, x, x);
+    const VF limited = minimum(VF::set1(20.f), y);  // NaN second: it survives
+    const VF e = exp2_poly<6>(limited * VF::set1(static_cast<float>(2 * kLog2e)));
+    const VF one = VF::set1(1.f);
+    const VF far = copy_sign(one - VF::set1(2.f) / (e + one), x);
+    return less_then(y, VF::set1(0.625f), near, far);
+}
+QKV_INLINE VD tanh_vector(VD x) {
+    double lanes[VD::W];
+    x.store(lanes);
+    for (double& lane : lanes) lane = std::tanh(lane);
+    return VD::load(lanes);
+}
+
+// A row's state after some keys: out = o / l, with maximum m, in powers of 2. Sinks join at the very end.
+template <class E>
+struct Closing {
+    E factor;  // of o
+    E lse;
+};
+template <class E>
+inline Closing<E> close_row(E m, E l, bool has_sink, E sink) {
+    const E infinity = static_cast<E>(INFINITY);
+    if (m == -infinity && !(l != l)) return {E(0), has_sink ? sink : -infinity};
+    if (!has_sink || sink == -infinity) return {E(1) / l, static_cast<E>((static_cast<double>(m) + std::log2(static_cast<double>(l))) * (QKV_MUTANT(lse_base_2) ? 1 : kLn2))};
+    const double ms = static_cast<double>(sink) * kLog2e;
+    const double top = ms > static_cast<double>(m) ? ms : static_cast<double>(m);
+    const double w = std::exp2(static_cast<double>(m) - top);
+    const double total = static_cast<double>(l) * w + std::exp2(ms - top) * (QKV_MUTANT(sink_twice) ? 2 : 1);
+    return {static_cast<E>(w / total), static_cast<E>((top + std::log2(total)) * kLn2)};
+}
+
+template <class E>
+inline bool sink_of(const Attention& call, int64_t head, E& sink) {
+    if (call.sinks == nullptr) return false;
+    const int64_t at = head * call.sink_stride;
+    switch (call.sink_type) {
+        case Type::f32: sink = static_cast<E>(static_cast<const float*>(call.sinks)[at]); break;
+        case Type::f64: sink = static_cast<E>(static_cast<const double*>(call.sinks)[at]); break;
+        case Type::bf16: sink = static_cast<E>(widen(static_cast<const bf16*>(call.sinks)[at])); break;
+        default: sink = static_cast<E>(widen(static_cast<const f16*>(call.sinks)[at])); break;
+    }
+    return true;
+}
+
+// Writes row r of the tile: o (contiguous, unnormalised) times factor, and its lse.
+template <class T, class E, class V>
+inline void write_row(const Attention& call, const Tile& tile, int r, const E* o, E m, E l) {
+    const Rows& rows = tile.rows;
+    E sink = 0;
+    const bool has_sink = sink_of(call, rows.head[r], sink);
+    const Closing<E> end = close_row<E>(m, l, has_sink, sink);
+    const int64_t row = tile.sequence->q_first + rows.index[r];
+    T* out = static_cast<T*>(call.out) + rows.batch * call.out_stride[0] + rows.head[r] * call.out_stride[1] + row * call.out_stride[2];
+    const bool dead = m == -static_cast<E>(INFINITY) && !(l != l);
+    int64_t d = 0;
+    if (call.out_stride[3] == 1 && !dead) {
+        // Adding zero turns -0 into +0: the sign of a zero must not tell what hidden values were.
+        for (; d + V::W <= call.Dv; d += V::W) fma(V::load(o + d), V::set1(end.factor), V::zero()).store(out + d);
+    }
+    for (; d < call.Dv; ++d) narrow(dead ? E(0) : o[d] * end.factor + E(0), out[d * call.out_stride[3]]);
+    if (call.lse != nullptr)
+        static_cast<E*>(call.lse)[rows.batch * call.lse_stride[0] + rows.head[r] * call.lse_stride[1] + row * call.lse_stride[2]] = end.lse;
+}
+
+// A bias of -inf hides its key from its row, whatever the key and value hold.
+template <class E>
+inline void hide_by_bias(Block& block, int r, int j0, int n, const E* add, int64_t stride) {
+    for (int j = 0; j < n; ++j)
+        if (add[j * stride] == -static_cast<E>(INFINITY)) {
+            block.words[j0 + j] &= ~(UINT64_C(1) << r);
+            block.masked = true;
+        }
+}
+
+QKV_INLINE bool finite(float x) { return (cast_bits<uint32_t>(x) & 0x7f800000u) != 0x7f800000u; }
+QKV_INLINE bool finite(double x) { return (cast_bits<uint64_t>(x) >> 52 & 0x7ff) != 0x7ff; }
+
+}  // namespace QKV_ISA
+}  // namespace qkv

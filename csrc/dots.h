@@ -1,0 +1,306 @@
+// The kernel for few rows (decode): dot products along the head dimension.
+//
+// Every key and value is loaded once for all rows of its group. The sums of one vector's worth of keys are reduced together.
+#pragma once
+#include <type_traits>
+
+#include "blocks.h"
+
+namespace qkv {
+namespace QKV_ISA {
+
+// Element-wise products in float or double; narrow elements are widened as they are loaded.
+template <class Element>
+struct PlainDots {
+    using T = Element;
+    using E = typename Storage<T>::E;
+    using V = std::conditional_t<sizeof(E) == 8, VD, VF>;
+    using Q = E;
+    static constexpr int kStep = V::W;  // elements of a key taken at a time
+    static constexpr int kPair = 1;
+    static constexpr int kDegree = 6;
+};
+
+#if defined(QKV_ISA_AVX512BF16)
+struct PairDots {
+    using T = bf16;
+    using E = float;
+    using V = VF;
+    using Q = bf16;
+    static constexpr int kStep = 32;
+    static constexpr int kPair = 2;
+    static constexpr int kDegree = 5;
+};
+#endif
+
+template <class M>
+class Dots {
+  public:
+    using T = typename M::T;
+    using E = typename M::E;
+    using V = typename M::V;
+    using Q = typename M::Q;
+    static constexpr int W = V::W;
+    static constexpr int kTileRows = 16;
+
+    struct Work {
+        Scratch scratch;
+        Block block;
+        Tile tile;
+        Q* queries;  // [rows][padded D]
+        E* out;      // [rows][padded Dv]
+        E* scores;   // [rows][kWindowKeys]
+        E* bias;     // [kWindowKeys]
+        uint32_t* pairs;  // [rows][kWindowKeys / 2]
+        T* keys;     // rows that cannot be loaded where they lie: [kWindowKeys][padded D]
+        T* values;   // likewise [kWindowKeys][padded Dv]
+        E m[kTileRows], l[kTileRows];
+        bool masked, any;
+    };
+
+    static int64_t padded(int64_t D) { return (D + M::kStep - 1) / M::kStep * M::kStep; }
+
+    static void reset(const Attention& a, Work& w) {
+        w.masked = w.any = false;
+        for (int r = 0; r < kTileRows; ++r) {
+            w.m[r] = -static_cast<E>(INFINITY);
+            w.l[r] = 0;
+        }
+        std::memset(w.out, 0, sizeof(E) * static_cast<size_t>(w.tile.rows.count * padded(a.Dv)));
+    }
+
+    static void load(const Job& job, Work& w) {
+        const Attention& a = *job.call;
+        const Rows& rows = w.tile.rows;
+        const int64_t width = padded(a.D);
+        for (int r = 0; r < rows.count; ++r) {
+            const T* from = static_cast<const T*>(a.q) + rows.batch * a.q_stride[0] + rows.head[r] * a.q_stride[1] +
+                            (w.tile.sequence->q_first + rows.index[r]) * a.q_stride[2];
+            Q* to = w.queries + r * width;
+            for (int64_t d = 0; d < width; ++d) {
+                if constexpr (M::kPair == 2) {
+                    to[d].bits = d < a.D ? static_cast<uint16_t>(from[d * a.q_stride[3]].bits ^ (job.negate ? 0x8000u : 0u)) : uint16_t(0);
+                } else {
+                    to[d] = d < a.D ? widen(from[d * a.q_stride[3]]) * (job.negate ? E(-1) : E(1)) : E(0);
+                }
+            }
+        }
+        reset(a, w);
+    }
+
+    static void run(const Job& job, Work& w, int64_t k0, int64_t k1, bool careful) {
+        walk(job.program, w.tile.rows, k0, k1, w.scratch, w.block, [&](Block& block) { step(job, w, block, careful); });
+    }
+
+    static bool spoiled(const Attention& a, const Work& w) {
+        if (!w.masked || QKV_MUTANT(poison_passes)) return false;
+        const int64_t width = padded(a.Dv);
+        for (int r = 0; r < w.tile.rows.count; ++r)
+            for (int64_t d = 0; d < a.Dv; ++d)
+                if (!finite(w.out[r * width + d])) return true;
+        return false;
+    }
+
+    // Puts the columns of w.out in order (pair products leave them shuffled).
+    static void settle(const Attention& a, Work& w) {
+#if defined(QKV_ISA_AVX512BF16)
+        if constexpr (M::kPair == 2) {
+            const __m512i first = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), second = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
+            const int64_t width = padded(a.Dv);
+            for (int r = 0; r < w.tile.rows.count; ++r)
+                for (int64_t d = 0; d < width; d += 32) {
+                    E* at = w.out + r * width + d;
+                    const __m512i lo = _mm512_loadu_si512(at), hi = _mm512_loadu_si512(at + 16);
+                    _mm512_storeu_si512(at, _mm512_permutex2var_epi64(lo, first, hi));
+                    _mm512_storeu_si512(at + 16, _mm512_permutex2var_epi64(lo, second, hi));
+                }
+        }
+#endif
+        (void)a, (void)w;
+    }
+
+    static void finish(const Job& job, Work& w) {
+        const Attention& a = *job.call;
+        for (int r = 0; r < w.tile.rows.count; ++r) write_row<T, E, V>(a, w.tile, r, w.out + r * padded(a.Dv), w.m[r], w.l[r]);
+    }
+
+  private:
+    static constexpr int kKeys = W;  // keys whose sums are reduced together
+
+    static QKV_INLINE V multiply(const Q* q, const T* k, V acc) {
+#if defined(QKV_ISA_AVX512BF16)
+        if constexpr (M::kPair == 2) {
+            return {_mm512_dpbf16_ps(acc.r, reinterpret_cast<__m512bh>(_mm512_loadu_si512(k)), reinterpret_cast<__m512bh>(_mm512_loadu_si512(q)))};
+        } else
+#endif
+            return fma(V::load(k), V::load(q), acc);
+    }
+
+    static void scores(const Q* q, const T* keys, int64_t stride, int64_t width, E* to) {
+        for (int g = 0; g < kGranule; g += kKeys) {
+            V acc[kKeys];
+            QKV_UNROLL for (int k = 0; k < kKeys; ++k) acc[k] = V::zero();
+            for (int64_t d = 0; d < width; d += M::kStep)
+                QKV_UNROLL for (int k = 0; k < kKeys; ++k) acc[k] = multiply(q + d, keys + (g + k) * stride + d, acc[k]);
+            sums(acc).store(to + g);
+        }
+    }
+
+    static const T* resident(const T* base, int64_t stride, int64_t stride_d, int64_t D, int64_t j, int64_t keys, T* copy, int64_t& step_to) {
+        const int64_t width = padded(D);
+        if ((stride_d == 1 || QKV_MUTANT(stride_ignored)) && D == width && j + kGranule <= keys) {
+            step_to = stride;
+            return base + j * stride;
+        }
+        step_to = width;
+        for (int i = 0; i < kGranule; ++i)
+            for (int64_t d = 0; d < width; ++d) copy[i * width + d] = j + i < keys && d < D ? base[(j + i) * stride + d * stride_d] : T{};
+        return copy;
+    }
+
+    template <int Rows_, int Vectors, bool Careful>
+    static QKV_INLINE void values(const Block& block, const T* const* from, const int64_t* strides, const E* p, const uint32_t* pairs, E* out,
+                                  int64_t width, int64_t d, const E* keep, int row) {
+        V acc[Rows_][Vectors];
+        QKV_UNROLL for (int r = 0; r < Rows_; ++r) QKV_UNROLL for (int c = 0; c < Vectors; ++c) acc[r][c] = V::zero();
+        for (int g = 0; g < block.granules; ++g) {
+            const T* v = from[g] + d;
+            for (int k = 0; k < kGranule; k += M::kPair, v += M::kPair * strides[g]) {
+                const int j = g * kGranule + k;
+#if defined(QKV_ISA_AVX512BF16)
+                if constexpr (M::kPair == 2) {
+                    QKV_UNROLL for (int c = 0; c < Vectors; c += 2) {
+                        __m512i x = _mm512_loadu_si512(v + c * 16), y = _mm512_loadu_si512(v + strides[g] + c * 16);
+                        if constexpr (Careful) {
+                            if (!(block.words[j] >> row & 1)) x = _mm512_setzero_si512();
+                            if (!(block.words[j + 1] >> row & 1)) y = _mm512_setzero_si512();
+                        }
+                        const __m512i lo = _mm512_unpacklo_epi16(x, y), hi = _mm512_unpackhi_epi16(x, y);
+                        QKV_UNROLL for (int r = 0; r < Rows_; ++r) {
+                            const __m512bh w = reinterpret_cast<__m512bh>(_mm512_set1_epi32(static_cast<int>(pairs[(QKV_MUTANT(dots_rows) ? r & ~1 : r) * kWindowKeys / 2 + j / 2])));
+                            acc[r][c].r = _mm512_dpbf16_ps(acc[r][c].r, reinterpret_cast<__m512bh>(lo), w);
+                            acc[r][c + 1].r = _mm512_dpbf16_ps(acc[r][c + 1].r, reinterpret_cast<__m512bh>(hi), w);
+                        }
+                    }
+                    continue;
+                }
+#endif
+                V x[Vectors];
+                QKV_UNROLL for (int c = 0; c < Vectors; ++c) x[c] = V::load(v + c * W);
+                if constexpr (Careful) {
+                    if (!(block.words[j] >> row & 1))
+                        QKV_UNROLL for (int c = 0; c < Vectors; ++c) x[c] = V::zero();
+                }
+                QKV_UNROLL for (int r = 0; r < Rows_; ++r) {
+                    const V w = V::set1(p[(QKV_MUTANT(dots_rows) ? r & ~1 : r) * kWindowKeys + j]);
+                    QKV_UNROLL for (int c = 0; c < Vectors; ++c) acc[r][c] = fma(x[c], w, acc[r][c]);
+                }
+            }
+        }
+        (void)p, (void)pairs, (void)row;
+        QKV_UNROLL for (int r = 0; r < Rows_; ++r) {
+            const V old = V::set1(keep[r]);
+            QKV_UNROLL for (int c = 0; c < Vectors; ++c) {
+                E* at = out + r * width + d + c * W;
+                fma(V::load(at), old, acc[r][c]).store(at);
+            }
+        }
+    }
+
+    template <int Rows_, int Vectors, bool Careful>
+    static void all_values(const Block& block, const T* const* from, const int64_t* strides, Work& w, const E* keep, int row, int64_t width) {
+        const E* p = w.scores + row * kWindowKeys;
+        const uint32_t* pairs = w.pairs + row * kWindowKeys / 2;
+        E* out = w.out + row * width;
+        int64_t d = 0;
+        for (; d + Vectors * W <= width; d += Vectors * W) values<Rows_, Vectors, Careful>(block, from, strides, p, pairs, out, width, d, keep + row, row);
+        constexpr int kFew = M::kPair;  // vectors that one step of a key fills
+        for (; d < width; d += kFew * W) values<Rows_, kFew, Careful>(block, from, strides, p, pairs, out, width, d, keep + row, row);
+    }
+
+    static void step(const Job& job, Work& w, Block& block, bool careful) {
+        const Attention& a = *job.call;
+        const Sequence& sequence = *w.tile.sequence;
+        const int64_t width = padded(a.D), width_v = padded(a.Dv);
+        const int rows = w.tile.rows.count, n = block.keys();
+        const T* k = static_cast<const T*>(sequence.k) + w.tile.kv_head * a.k_stride[0];
+        const T* v = static_cast<const T*>(sequence.v) + w.tile.kv_head * a.v_stride[0];
+        const T* from[kGranules];
+        int64_t strides[kGranules];
+        for (int g = 0; g < block.granules; ++g) {
+            int64_t stride;
+            const T* keys = resident(k, a.k_stride[1], a.k_stride[2], a.D, block.key[g], sequence.k_count, w.keys + g * kGranule * width, stride);
+            from[g] = resident(v, a.v_stride[1], a.v_stride[2], a.Dv, block.key[g], sequence.k_count, w.values + g * kGranule * width_v, strides[g]);
+            for (int r = 0; r < rows; ++r) scores(w.queries + r * width, keys, stride, width, w.scores + r * kWindowKeys + g * kGranule);
+        }
+        E keep[kTileRows];
+        for (int r = 0; r < rows; ++r) {
+            E* s = w.scores + r * kWindowKeys;
+            if (job.transform) transform(job, w, block, r, s);
+            if (block.masked)
+                for (int j = 0; j < n; ++j) s[j] = block.words[j] >> r & 1 ? s[j] : -static_cast<E>(INFINITY);
+            V top = V::set1(-static_cast<E>(INFINITY));
+            for (int j = 0; j < n; j += W) top = maximum(top, V::load(s + j));
+            E high = largest(top) * static_cast<E>(job.factor);
+            const E now = w.m[r] > high ? w.m[r] : high;
+            const E m = now == -static_cast<E>(INFINITY) ? E(0) : now;
+            keep[r] = first_lane(exp2_poly<6>(V::set1(w.m[r] - m)));
+            w.m[r] = now;
+            const V factor = V::set1(static_cast<E>(job.factor)), minus = V::set1(-m);
+            const bool large = std::fabs(m) > E(1 << 20);
+            V l = V::zero();
+            for (int j = 0; j < n; j += W) {
+                const V x = V::load(s + j);
+                const V e = large ? exp2_poly<M::kDegree>(x * factor + minus) : exp2_poly<M::kDegree>(fma(x, factor, minus));
+                l = l + e;
+                e.store(s + j);
+            }
+            w.l[r] = w.l[r] * (QKV_MUTANT(dots_rescale) ? E(1) : keep[r]) + sum(l);
+#if defined(QKV_ISA_AVX512BF16)
+            if constexpr (M::kPair == 2)
+                for (int j = 0; j < n; j += 16)
+                    _mm256_storeu_si256(reinterpret_cast<__m256i*>(w.pairs + r * kWindowKeys / 2 + j / 2),
+                                        reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(_mm512_loadu_ps(s + j))));
+#endif
+        }
+        w.masked |= block.masked;
+        if (careful) {
+            for (int r = 0; r < rows; ++r) all_values<1, 2, true>(block, from, strides, w, keep, r, width_v);
+            return;
+        }
+        constexpr bool kWide = W * sizeof(E) == 64;
+        int r = 0;
+        for (; r + 4 <= rows; r += 4) all_values<4, kWide ? 4 : 2, false>(block, from, strides, w, keep, r, width_v);
+        for (; r + 2 <= rows; r += 2) all_values<2, kWide ? 8 : 4, false>(block, from, strides, w, keep, r, width_v);
+        for (; r < rows; ++r) all_values<1, kWide ? 8 : 4, false>(block, from, strides, w, keep, r, width_v);
+    }
+
+    static QKV_INLINE E first_lane(V x) {
+        E lanes[W];
+        x.store(lanes);
+        return lanes[0];
+    }
+
+    // The scores of one row as the definition has them, but for the mask.
+    static void transform(const Job& job, Work& w, Block& block, int r, E* s) {
+        const Attention& a = *job.call;
+        const V scale = V::set1(static_cast<E>(a.scale)), cap = V::set1(static_cast<E>(a.softcap));
+        const V shrink = V::set1(static_cast<E>(a.softcap > 0 ? 1 / a.softcap : 0));
+        const int n = block.keys();
+        if (a.bias_count > 0) {
+            std::memset(w.bias, 0, sizeof(E) * static_cast<size_t>(n));
+            for (int g = 0; g < block.granules; ++g) gather_bias<E>(a, w.tile, r, block.key[g], kGranule, w.bias + g * kGranule, 1);
+            hide_by_bias<E>(block, r, 0, n, w.bias, 1);
+        }
+        for (int j = 0; j < n; j += W) {
+            V x = V::load(s + j) * scale;
+            if (QKV_MUTANT(bias_before_cap) && a.bias_count > 0) x = x + V::load(w.bias + j);
+            if (a.softcap > 0 && !QKV_MUTANT(softcap_ignored)) x = cap * tanh_vector(x * shrink);
+            if (a.bias_count > 0 && !QKV_MUTANT(bias_before_cap)) x = x + V::load(w.bias + j);
+            x.store(s + j);
+        }
+    }
+};
+
+}  // namespace QKV_ISA
+}  // namespace qkv

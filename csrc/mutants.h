@@ -1,0 +1,49 @@
+// Deliberate mistakes, one at a time, in a build for tests only: the gate must notice each. The shipped build has none.
+#pragma once
+
+#define QKV_MUTANTS(X)                                                                  \
+    X(rescale_forgotten, "lanes: earlier blocks are not rescaled to the new maximum")   \
+    X(last_granule, "lanes: the last 16 keys of a block have no values")                \
+    X(head_map, "query heads are dealt to key/value heads in turn")                     \
+    X(window_right, "a window ends one key early")                                      \
+    X(window_left, "a window begins one key early")                                     \
+    X(chunk_twice, "the first chunk of keys is merged twice")                           \
+    X(chunk_weights, "chunks are merged as if their maxima were equal")                 \
+    X(scale_by_d, "the scale is divided by the square root of D once more")             \
+    X(mask_ignored, "partly visible granules count as visible")                         \
+    X(cap_after_mask, "the softcap is applied to hidden scores too")                    \
+    X(bias_before_cap, "the bias is added before the softcap")                          \
+    X(sink_twice, "a sink counts twice")                                                \
+    X(lse_base_2, "lse in powers of two")                                               \
+    X(last_key, "the last key is dropped")                                              \
+    X(first_key, "the first key is dropped")                                            \
+    X(poison_passes, "rows spoiled by hidden values are kept")                          \
+    X(positions_ignored, "the positions tensor is ignored")                             \
+    X(odd_tail, "the value of an odd last key is lost")                                 \
+    X(no_maximum, "no maximum is subtracted")                                           \
+    X(batch_row, "masks and biases of batch row 0 serve all rows")                      \
+    X(padding_side, "padding on the left counts as on the right")                       \
+    X(document_by_index, "a query's document is looked up by the wrong number")         \
+    X(relative_shift, "the relative table is read one entry late")                      \
+    X(alibi_signed, "alibi rewards keys of the future")                                 \
+    X(dilated_reach, "a dilated window is one step short")                              \
+    X(softcap_ignored, "softcap is accepted and ignored")                               \
+    X(dots_rescale, "dots: the sum of weights is not rescaled")                         \
+    X(dots_rows, "dots: every second row takes its neighbour's weights")                \
+    X(negative_scale, "the sign of the scale is lost")                                  \
+    X(stride_ignored, "a last dimension with a stride is read as if it had none")
+
+namespace qkv {
+enum Mutant : int {
+    kNone = 0,
+#define QKV_ENTRY(name, text) kMutant_##name,
+    QKV_MUTANTS(QKV_ENTRY)
+#undef QKV_ENTRY
+};
+#ifdef QKV_MUTATE
+extern int mutant;  // the mistake that is on
+#define QKV_MUTANT(name) (::qkv::mutant == ::qkv::kMutant_##name)
+#else
+#define QKV_MUTANT(name) false
+#endif
+}  // namespace qkv

@@ -1,0 +1,119 @@
+// Vectors of float and double for one instruction set, in that set's own namespace: nothing here may be shared between
+// translation units, or the linker could keep an AVX-512 copy of a function for a machine without it.
+//
+// maximum(a, b) returns b when either is NaN (the x86 rule): put the value whose NaN must survive second.
+// `bits` arguments choose lanes: bit l set takes `yes`.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(QKV_ISA_AVX2) || defined(QKV_ISA_AVX512) || defined(QKV_ISA_AVX512BF16)
+#include <immintrin.h>
+#endif
+#if defined(QKV_ISA_AVX512) || defined(QKV_ISA_AVX512BF16)
+#define QKV_512 1
+#endif
+
+#if defined(_MSC_VER)
+#define QKV_INLINE __forceinline
+#define QKV_UNROLL
+#else
+#define QKV_INLINE inline __attribute__((always_inline))
+#define QKV_UNROLL _Pragma("GCC unroll 32")
+#endif
+
+namespace qkv {
+namespace QKV_ISA {
+
+struct bf16 {
+    uint16_t bits;
+};
+struct f16 {
+    uint16_t bits;
+};
+
+template <class To, class From>
+QKV_INLINE To cast_bits(From from) {
+    static_assert(sizeof(To) == sizeof(From));
+    To to;
+    std::memcpy(&to, &from, sizeof to);
+    return to;
+}
+
+QKV_INLINE float widen(float x) { return x; }
+QKV_INLINE double widen(double x) { return x; }
+QKV_INLINE float widen(bf16 x) { return cast_bits<float>(static_cast<uint32_t>(x.bits) << 16); }
+QKV_INLINE float widen(f16 x) {
+#if defined(QKV_512) || defined(QKV_ISA_AVX2)
+    return _cvtsh_ss(x.bits);
+#else
+    const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
+    const uint32_t rest = x.bits & 0x7fffu;
+    if (rest >= 0x7c00u) return cast_bits<float>(sign | 0x7f800000u | (rest & 0x3ffu) << 13);
+    // Scaling by 2^112 moves the exponent into place for normal and subnormal numbers alike.
+    const float magnitude = cast_bits<float>(rest << 13) * cast_bits<float>(0x77800000u);
+    return cast_bits<float>(sign | cast_bits<uint32_t>(magnitude));
+#endif
+}
+
+QKV_INLINE void narrow(float x, float& to) { to = x; }
+QKV_INLINE void narrow(double x, double& to) { to = x; }
+QKV_INLINE void narrow(float x, bf16& to) {
+    const uint32_t u = cast_bits<uint32_t>(x);
+    if ((u & 0x7fffffffu) > 0x7f800000u) {
+        to.bits = static_cast<uint16_t>(u >> 16 | 0x40u);  // NaN stays NaN
+        return;
+    }
+    to.bits = static_cast<uint16_t>((u + 0x7fffu + (u >> 16 & 1u)) >> 16);
+}
+QKV_INLINE void narrow(float x, f16& to) {
+#if defined(QKV_512) || defined(QKV_ISA_AVX2)
+    to.bits = static_cast<uint16_t>(_cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#else
+    const uint32_t u = cast_bits<uint32_t>(x);
+    const uint32_t sign = u >> 16 & 0x8000u;
+    const uint32_t rest = u & 0x7fffffffu;
+    uint32_t half;
+    if (rest > 0x7f800000u) {
+        half = 0x7e00u;
+    } else if (rest >= 0x477ff000u) {  // rounds to infinity from 65520 on
+        half = 0x7c00u;
+    } else if (rest < 0x38800000u) {  // subnormal: let the addition of 0.5 round
+        half = cast_bits<uint32_t>(cast_bits<float>(rest) + 0.5f) - 0x3f000000u;
+    } else {
+        half = (rest - 0x38000000u + 0xfffu + (rest >> 13 & 1u)) >> 13;
+    }
+    to.bits = static_cast<uint16_t>(sign | half);
+#endif
+}
+
+// 2^f on [-1/2, 1/2]: minimax polynomials in the relative error (7.5e-8, 1.9e-9 and 3.1e-18), computed with Remez' algorithm.
+inline constexpr float kExp2Degree5[] = {1.0000000716551239f, 0.69314696706227247f,   0.24022119722860972f,
+                                         0.055507132756957f,  0.0096755413713432092f, 0.0013276471543198622f};
+inline constexpr float kExp2Degree6[] = {1.0000000005541557f,    0.69314720573733291f,   0.24022646890650353f,
+                                         0.05550328776811010f,   0.0096184889556784500f, 0.0013399931274298112f,
+                                         0.00015345812412369481f};
+inline constexpr double kExp2Degree11[] = {1.0,
+                                           0.69314718055994533,
+                                           0.240226506959101562,
+                                           0.0555041086648199215,
+                                           0.00961812910758833509,
+                                           0.00133335581467899551,
+                                           0.000154035304625146422,
+                                           0.000015252733489957609,
+                                           1.32154330895704608e-6,
+                                           1.01781980342497771e-7,
+                                           7.07410563116744845e-9,
+                                           4.43528089925904905e-10};
+
+#if defined(QKV_512)
+#include "simd_avx512.inc"
+#elif defined(QKV_ISA_AVX2)
+#include "simd_avx2.inc"
+#else
+#include "simd_portable.inc"
+#endif
+
+}  // namespace QKV_ISA
+}  // namespace qkv

@@ -1,0 +1,92 @@
+"""qkv: exact attention for PyTorch, with one function and one mask algebra.
+
+>>> import torch, qkv
+>>> q = k = v = torch.randn(1, 8, 32, 64)
+>>> qkv.attention(q, k, v, mask=qkv.causal()).shape
+torch.Size([1, 8, 32, 64])
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+from qkv.errors import ArgumentError, ArgumentTypeError, QKVError, ShapeError, UnsupportedError
+from qkv.functional import attention, weights
+from qkv.masks import (
+    Mask,
+    bigbird,
+    blocks,
+    causal,
+    chunked,
+    dense,
+    dilated,
+    documents,
+    global_tokens,
+    longformer,
+    mask_mod,
+    padding,
+    per_head,
+    prefix,
+    random_blocks,
+    sliding_window,
+    strided,
+    window,
+)
+from qkv.merging import merge
+from qkv.planning import plan
+from qkv.scores import alibi, relative, score_mod
+
+__version__ = "0.1.0"
+
+# Sub-packages and functions that are not needed to compute attention load on first use.
+_LAZY = {"why": ("qkv.insight.why", "why"), "insight": ("qkv.insight", None), "cli": ("qkv.cli", None)}
+
+__all__ = [
+    "ArgumentError",
+    "ArgumentTypeError",
+    "Mask",
+    "QKVError",
+    "ShapeError",
+    "UnsupportedError",
+    "alibi",
+    "attention",
+    "bigbird",
+    "blocks",
+    "causal",
+    "chunked",
+    "dense",
+    "dilated",
+    "documents",
+    "global_tokens",
+    "longformer",
+    "mask_mod",
+    "merge",
+    "padding",
+    "per_head",
+    "plan",
+    "prefix",
+    "random_blocks",
+    "relative",
+    "score_mod",
+    "sliding_window",
+    "strided",
+    "weights",
+    "why",
+    "window",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        module, attribute = _LAZY[name]
+        value = import_module(module)
+        if attribute is not None:
+            value = getattr(value, attribute)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'qkv' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_LAZY])

@@ -1,0 +1,1 @@
+"""Backends: interchangeable ways to compute one call. See `base` for the protocol."""

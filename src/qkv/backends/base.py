@@ -1,0 +1,71 @@
+"""What a backend is, and where each one lives. Nothing is imported before its first use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from importlib import import_module
+from typing import Protocol, TypeAlias
+
+from torch import Tensor
+
+from qkv.spec import Inputs, Output, Problem
+
+# execute(q, k, v, positions, bias_tensors, sinks, return_lse) -> (out, lse or None)
+Execute: TypeAlias = Callable[
+    [Tensor, Tensor, Tensor, "Tensor | None", "tuple[Tensor, ...]", "Tensor | None", bool],
+    "tuple[Tensor, Tensor | None]",
+]
+
+
+class Backend(Protocol):
+    """One way to compute attention.
+
+    A backend may offer more, each looked up by name:
+
+    * ``prepare(problem, inputs) -> Execute``: do per call only what depends on data pointers. The plan cache keeps the
+      callable for calls with the same shapes, strides, dtypes, device, mask and options, and the same answer to "does v
+      start where k starts". It must not keep a tensor of `inputs` alive, and is called from any thread.
+    * ``missing``: a reason, if the whole backend is not installed here (str or None).
+    * ``untuned(problem)``: a reason, if it can run but PyTorch's own kernel is better on this machine (str or None).
+    """
+
+    name: str
+    differentiable: bool
+    """True: autograd can go through `run` itself. False: gradients come from `tiled`'s backward and the saved lse."""
+
+    def supports(self, problem: Problem) -> str | None:
+        """None if it can run the problem, else the reason why not."""
+        ...
+
+    def run(self, problem: Problem, inputs: Inputs) -> Output:
+        """Compute; lse may be None unless `problem.needs_lse`."""
+        ...
+
+    def tile(self, problem: Problem) -> tuple[int, int]:
+        """Queries and keys of one tile."""
+        ...
+
+    def note(self, problem: Problem) -> str:
+        """What a reader of the plan should know, such as promises that do not hold here; may be empty."""
+        ...
+
+
+_PLACES = {
+    "reference": ("qkv.backends.reference", "ReferenceBackend"),
+    "tiled": ("qkv.backends.tiled", "TiledBackend"),
+    "sdpa": ("qkv.backends.sdpa", "SdpaBackend"),
+    "cpu": ("qkv.backends.cpu", "CpuBackend"),
+}
+ISAS = ("avx512bf16", "avx512", "avx2", "portable")
+NAMES = (*_PLACES, *(f"cpu:{isa}" for isa in ISAS))
+
+
+@cache
+def load(name: str) -> Backend:
+    """The backend called `name`, one of NAMES."""
+    base, _, isa = name.partition(":")
+    module, attribute = _PLACES[base]
+    factory = getattr(import_module(module), attribute)
+    backend: Backend = factory(isa=isa) if isa else factory()
+    return backend

@@ -1,0 +1,176 @@
+"""The native kernels of csrc/: prefill and decode on the CPU, forward.
+
+Everything that depends on sizes, strides, dtypes and the mask is prepared once; a call then passes addresses.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qkv.backends.base import ISAS, Execute
+from qkv.spec import Inputs, Output, Problem, dense_strides
+
+_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+_BIAS_KINDS = {"tensor": 0, "alibi": 1, "relative": 2}
+# Rows of a tile by instruction set: three vectors of queries.
+_TILE_ROWS = {"avx512bf16": 48, "avx512": 48, "avx2": 24, "portable": 12}
+_GRANULE = 16  # keys that are visited or skipped together (csrc/blocks.h)
+
+
+@lru_cache(maxsize=1)
+def _module() -> ModuleType | str:
+    """The extension, or why there is none."""
+    try:
+        return import_module("qkv._native")
+    except ImportError as error:
+        return f"the native extension was not built ({error})"
+
+
+def instruction_sets() -> tuple[str, ...]:
+    """The instruction sets that this build has and this machine can run, best first; empty without the extension."""
+    module = _module()
+    return () if isinstance(module, str) else tuple(module.instruction_sets().split(","))
+
+
+class CpuBackend:
+    """Native kernels; `isa` forces an instruction set, by default the best is taken."""
+
+    differentiable = False
+
+    def __init__(self, isa: str = "", module: ModuleType | None = None) -> None:
+        self.name = f"cpu:{isa}" if isa else "cpu"
+        self.isa = isa
+        self.module: ModuleType | str = module if module is not None else _module()
+        self.missing = self.module if isinstance(self.module, str) else None
+
+    def supports(self, problem: Problem) -> str | None:
+        module = self.module
+        if isinstance(module, str):
+            return module
+        if self.isa and self.isa not in module.instruction_sets().split(","):
+            return f"this machine or build has no {self.isa}; it has {module.instruction_sets()}"
+        p = problem
+        if p.device != "cpu":
+            return f"tensors are on {p.device}"
+        if p.dtype not in _TYPES:
+            return f"it has no kernel for {p.dtype}"
+        if p.dropout_p > 0:
+            return "it has no dropout"
+        if any(term.kind == "score_mod" for term in p.bias):
+            return "score_mod is a Python function"
+        if p.mask is not None:
+            program = p.mask.program(B=p.B, Hq=p.Hq, Lq=p.Lq, Lk=p.Lk)
+            if program is None:
+                return "mask_mod is a Python function"
+            if not module.program_fits(program.words, len(program.operands)):
+                return "the mask is nested too deeply or has more than 96 random blocks a row"
+        return None
+
+    def untuned(self, problem: Problem) -> str | None:
+        if not self.isa and instruction_sets() == ("portable",):
+            return "no kernel tuned for this processor"
+        return None
+
+    def tile(self, problem: Problem) -> tuple[int, int]:
+        rows = _TILE_ROWS.get(self.isa or (instruction_sets() or ("portable",))[0], 12)
+        return (rows // 2 if problem.dtype == torch.float64 else rows), _GRANULE
+
+    def note(self, problem: Problem) -> str:
+        return f"instruction set {self.isa or (instruction_sets() or ('none',))[0]}"
+
+    def run(self, problem: Problem, inputs: Inputs) -> Output:
+        inputs = Inputs(
+            inputs.q.resolve_neg(),
+            inputs.k.resolve_neg(),
+            inputs.v.resolve_neg(),
+            inputs.positions,
+            inputs.bias,
+            inputs.sinks,
+        )
+        execute = self.prepare(problem, inputs)
+        assert execute is not None
+        terms = inputs.bias.tensors() if inputs.bias is not None else ()
+        return Output(*execute(inputs.q, inputs.k, inputs.v, inputs.positions, terms, inputs.sinks, problem.needs_lse))
+
+    def prepare(self, problem: Problem, inputs: Inputs) -> Execute | None:
+        module = self.module
+        assert not isinstance(module, str)
+        p, q, k, v = problem, inputs.q, inputs.k, inputs.v
+        if q.is_neg() or k.is_neg() or v.is_neg():
+            return None
+        size = (p.B, p.Hq, p.Lq, p.Dv)
+        strides = dense_strides(size, q.stride())
+        words: list[int] = []
+        operands: tuple[Tensor, ...] = ()
+        if p.mask is not None:
+            program = p.mask.program(B=p.B, Hq=p.Hq, Lq=p.Lq, Lk=p.Lk)
+            assert program is not None
+            words, operands = program.words, program.operands
+        terms = inputs.bias.tensors() if inputs.bias is not None else ()
+        bias = [_bias(spec.kind, t) for spec, t in zip(p.bias, terms, strict=True)]
+        sinks = inputs.sinks
+        offsets = (
+            [] if p.positions == "tensor" else list(p.positions) if isinstance(p.positions, tuple) else [p.offset(0)]
+        )
+        call = module.Prepared(
+            self.isa, _TYPES[p.dtype], [p.B, p.Hq, p.Hkv, p.Lq, p.Lk, p.D, p.Dv],
+            list(q.stride()), list(k.stride()), list(v.stride()), list(strides),
+            p.scale, p.softcap or 0.0, list(words), [(t.data_ptr(), t.numel()) for t in operands],
+            bias, [] if sinks is None else [_TYPES[sinks.dtype], sinks.stride(0)], offsets,
+        )  # fmt: skip
+        return _executor(call, operands, size, strides, p)
+
+
+def _executor(
+    call: Any, operands: tuple[Tensor, ...], size: tuple[int, ...], strides: tuple[int, ...], p: Problem
+) -> Execute:
+    # Looked up once: the call itself is to cost a few microseconds. The mask's operands live as long as the closure.
+    run, run_full, threads = call.run, call.run_full, torch.get_num_threads
+    empty, dtype, accumulate, rows = torch.empty_strided, p.dtype, p.accumulate, size[:3]
+    cpu = torch.device("cpu")
+
+    def execute(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        positions: Tensor | None,
+        bias: tuple[Tensor, ...],
+        sinks: Tensor | None,
+        return_lse: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        out = empty(size, strides, dtype=dtype, device=cpu)
+        lse = torch.empty(rows, dtype=accumulate, device=cpu) if return_lse else None
+        to_lse = 0 if lse is None else lse.data_ptr()
+        if positions is None and sinks is None and not bias:
+            run(q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), to_lse, threads())
+            return out, lse
+        where = None if positions is None else positions.contiguous()
+        run_full(
+            q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), to_lse, threads(),
+            0 if sinks is None else sinks.data_ptr() or 1,
+            0 if where is None else where.data_ptr(), 0 if where is None else where.shape[0],
+            [t.data_ptr() for t in bias],
+        )  # fmt: skip
+        return out, lse
+
+    execute.operands = operands  # type: ignore[attr-defined]
+    return execute
+
+
+def _bias(kind: str, term: Tensor) -> list[int]:
+    """(kind, type, strides of b h i j, reach) of a term's tensor."""
+    if kind == "tensor":
+        strides = [0] * (4 - term.dim()) + [s if n != 1 else 0 for n, s in zip(term.shape, term.stride(), strict=True)]
+        return [_BIAS_KINDS[kind], _TYPES[term.dtype], *strides, 0]
+    if kind == "alibi":
+        return [_BIAS_KINDS[kind], _TYPES[term.dtype], 0, term.stride(0), 0, 0, 0]
+    return [_BIAS_KINDS[kind], _TYPES[term.dtype], 0, term.stride(0), 0, term.stride(1), (term.shape[1] - 1) // 2]
+
+
+__all__ = ["ISAS", "CpuBackend", "instruction_sets"]

@@ -1,0 +1,108 @@
+"""The definition of attention, in float64 and quadratic memory. Every other backend is tested against it.
+
+s_ij = softcap(scale * q_i . k_j) + bias_ij,  dropped where the mask hides j from i
+p_ij = exp(s_ij) / (sum_j exp(s_ij) + exp(sink_h))
+o_i  = sum_j p_ij v_j                                    lse_i = log of that denominator
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qkv.numerics import dropout_keep, no_autocast, softcap
+from qkv.scores import ScoreMod, TensorBias, Tile
+from qkv.spec import Inputs, Output, Problem, empty_output, query_positions
+
+
+def definition(problem: Problem, inputs: Inputs, rows: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Probabilities p, visibility, out and lse of the query rows `rows`, in float64."""
+    at = whole_tile(problem, inputs, rows)
+    q, k, v = (x.to(torch.float64) for x in (inputs.q.index_select(2, rows), inputs.k, inputs.v))
+    k, v = (x.repeat_interleave(problem.group, dim=1)[:, : problem.Hq] for x in (k, v))  # head h reads h // group
+
+    s = _product(q, k.transpose(-1, -2)) * problem.scale
+    if problem.softcap is not None:
+        s = softcap(s, problem.softcap)
+    visible = torch.ones_like(s, dtype=torch.bool)
+    if problem.mask is not None:
+        visible &= problem.mask.visible(
+            at.b, at.h, at.i, at.p, at.j, B=problem.B, Hq=problem.Hq, Lq=problem.Lq, Lk=problem.Lk
+        )
+    for term in inputs.bias.terms if inputs.bias is not None else ():
+        if isinstance(term, ScoreMod):
+            s = term.apply(s, at)
+        else:
+            value = term.tile(at, s.dtype)
+            s = s + value
+            if isinstance(term, TensorBias):
+                visible = visible & (value != -torch.inf)
+    visible = visible & (s != -torch.inf)
+    s = torch.where(visible, s, -torch.inf)
+
+    sink = s.new_full((), -torch.inf) if inputs.sinks is None else inputs.sinks.to(s.dtype)[:, None, None]
+    none = torch.full((*s.shape[:3], 1), -torch.inf, dtype=s.dtype, device=s.device)
+    top = torch.maximum(torch.cat((s, none), -1).amax(-1, keepdim=True), sink).detach()
+    top = torch.where(top == -torch.inf, 0.0, top)
+    e = torch.exp(s - top)
+    total = e.sum(-1, keepdim=True) + torch.exp(sink - top)
+    dead = total == 0
+    p = e / torch.where(dead, 1.0, total)
+    lse = torch.where(dead, -torch.inf, top + torch.log(torch.where(dead, 1.0, total)))
+
+    kept = p
+    if problem.dropout_p > 0:
+        keep = dropout_keep(inputs.seed, problem.dropout_p, at.b, at.h, at.i, at.j)
+        kept = torch.where(keep, p / (1 - problem.dropout_p), 0.0)
+    out = torch.where(dead, 0.0, _product(kept, v, visible))  # a constant: no gradient enters a dead row
+    return p, visible, out, lse.squeeze(-1)
+
+
+def _product(a: Tensor, b: Tensor, visible: Tensor | None = None) -> Tensor:
+    """a @ b, where a non-finite element reaches (value and gradient) only the results that it is visible to."""
+    if bool(torch.isfinite(a).all()) and bool(torch.isfinite(b).all()):
+        return a @ b
+    clean = a.masked_fill(~torch.isfinite(a), 0) @ b.masked_fill(~torch.isfinite(b), 0)
+    with torch.no_grad():
+        if visible is None:  # scores: the mask selects later, element by element
+            raw = a @ b
+            poison = torch.where(torch.isfinite(raw), 0.0, raw)
+        else:
+            seen = visible.to(a.dtype)
+            kinds = ((b.isnan(), torch.nan), (b == torch.inf, torch.inf), (b == -torch.inf, -torch.inf))
+            poison = torch.zeros_like(clean) + sum(
+                torch.where(seen @ kind.to(a.dtype) > 0, number, 0.0) for kind, number in kinds
+            )
+            poison = poison + torch.where((visible & ~torch.isfinite(a)).any(-1, keepdim=True), torch.nan, 0.0)
+    return clean + poison
+
+
+def whole_tile(problem: Problem, inputs: Inputs, rows: Tensor) -> Tile:
+    """The tile of the given query rows and all keys."""
+    device = inputs.q.device
+    p = query_positions(problem, inputs.positions, device).index_select(1, rows)
+    every = (slice(0, problem.B), slice(0, problem.Hq), rows, slice(0, problem.Lk))
+    b, h, j = (torch.arange(n, device=device) for n in (problem.B, problem.Hq, problem.Lk))
+    return Tile(*every, b[:, None, None, None], h[:, None, None], rows[:, None], p[:, None, :, None], j)
+
+
+class ReferenceBackend:
+    """The definition as it stands: any dtype, any device, any feature, differentiated by autograd."""
+
+    name = "reference"
+    differentiable = True
+
+    def supports(self, problem: Problem) -> str | None:
+        return "a meta tensor holds no data to compute with" if problem.device == "meta" else None
+
+    def run(self, problem: Problem, inputs: Inputs) -> Output:
+        with no_autocast(problem.device):
+            rows = torch.arange(problem.Lq, device=inputs.q.device)
+            _, _, out, lse = definition(problem, inputs, rows)
+            return Output(empty_output(inputs.q, problem.Dv).copy_(out), lse.to(problem.accumulate))
+
+    def tile(self, problem: Problem) -> tuple[int, int]:
+        return max(problem.Lq, 1), max(problem.Lk, 1)
+
+    def note(self, problem: Problem) -> str:
+        return "the definition, for checking: float64 and memory quadratic in the length"

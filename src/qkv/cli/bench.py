@@ -1,0 +1,232 @@
+"""`qkv bench`: ours against the fastest other libraries on this machine: checked, interleaved, told with the limit."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qkv.errors import ArgumentError, describe
+
+if TYPE_CHECKING:
+    from qkv.cli.benching.peers import Roster
+    from qkv.cli.benching.rows import Row
+    from qkv.cli.benching.runner import Result
+    from qkv.cli.progress import Progress
+
+_AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
+_ISAS = ("avx512bf16", "avx512", "avx2", "portable")
+_QUICK_SECONDS, _FULL_SECONDS = 70.0, 300.0
+_MOST_SECONDS = 12.0  # a row, however much time is left
+# Compiled for the first time, FlexAttention takes longer than a quick run has.
+_QUICK_PEERS = ("sdpa", "matmuls", "openvino", "onnxruntime", "ggml")
+_PLANNED = "paged decode 8x4096 (PyTorch: gather + SDPA): not built yet, needs qkv.cache"
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add `qkv bench` to the command line."""
+    parser = subparsers.add_parser(
+        "bench",
+        help="time qkv against the other libraries on this machine",
+        description="Time attention in qkv, PyTorch, and OpenVINO, ONNX Runtime, JAX and llama.cpp's ggml where "
+        "installed (pip install 'qkv[bench]' llama-cpp-python). Results are checked against float64 first, calls are "
+        "interleaved, ratios are medians over rounds. About six minutes; --quick about one.",
+    )
+    parser.add_argument("--quick", action="store_true", help="the main rows and fewer peers, under 90 seconds")
+    parser.add_argument("--only", metavar="REGEX", help="rows whose name matches")
+    parser.add_argument("--peers", metavar="NAMES", help="these peers only, such as sdpa,openvino")
+    parser.add_argument("--list", action="store_true", help="name the rows and their peers, and measure nothing")
+    parser.add_argument("--sweep", action="store_true", help="also 200 shapes against PyTorch; any slower is listed")
+    parser.add_argument("--mla", action="store_true", help="also latent decode with 16 to 64 heads and longer caches")
+    parser.add_argument("--no-memory", action="store_true", help="leave out the memory of a call")
+    parser.add_argument("--isa", choices=_ISAS, help="hold qkv to an instruction set; avx2 holds the peers too")
+    parser.add_argument("--backend", help="a backend of qkv by name (default: the one that qkv.plan() chooses)")
+    parser.add_argument("--threads", type=int, metavar="N", help="threads of every contender (default: PyTorch's)")
+    parser.add_argument("--seconds", type=float, metavar="S", help="time for the rows together (default 300, quick 70)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every number")
+    parser.add_argument("--chart", type=Path, metavar="FILE.svg", help="draw the README's chart")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run `qkv bench`; the exit code is 1 if a result of ours was wrong, else 0, fast or not."""
+    if args.isa == "avx2" and any(os.environ.get(key) != value for key, value in _AVX2.items()):
+        return _again_as_avx2(args)
+    _check(args)
+    import torch
+
+    from qkv.cli.benching import machine, report
+    from qkv.cli.benching.peers import Roster, Setup
+    from qkv.cli.progress import Progress
+
+    cache_bytes = machine.last_level_cache()
+    rows = _choose(args, cache_bytes)
+    if args.list:
+        for row in rows:
+            print(f"{row.name:<42} {', '.join(row.peers)}")
+        return 0
+    before = torch.get_num_threads()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    started = time.perf_counter()
+    threads, isa = torch.get_num_threads(), args.isa
+    backend = args.backend or (f"cpu:{isa}" if isa else None)
+    about = machine.describe(threads, cache_bytes)
+    print(f"{about['cpu']}, {threads} threads, last-level cache {cache_bytes >> 20} MB, torch {torch.__version__}")
+    roster = Roster(Setup(threads, "avx2" if isa == "avx2" else None), backend, _peers(args))
+    try:
+        with Progress("qkv bench") as progress:
+            results = _measure(rows, roster, cache_bytes, args, progress)
+            extras = _extras(args, roster, threads, backend, progress)
+    finally:
+        torch.set_num_threads(before)
+    took = time.perf_counter() - started
+    settings = {"isa": isa, "backend": backend, "quick": args.quick, "only": args.only, "avx2_held": isa == "avx2"}
+    whole = report.document(
+        results, machine=about, versions=roster.versions, settings=settings, seconds=took, extras=extras["data"]
+    )
+    print(report.table_text(results), report.summary(results), *extras["text"], sep="\n\n")
+    if not (args.quick or args.only or isa):
+        print(f"\n{_PLANNED}")
+    print(f"\n{took:.0f} s")
+    _write(args, whole)
+    wrong = [r for r in results if not r.timings["qkv"].agrees or r.timings["qkv"].unavailable]
+    return 1 if wrong or extras["wrong"] else 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    if args.threads is not None and args.threads < 1:
+        raise ArgumentError(
+            describe("qkv bench", "threads must be at least 1", f"--threads {args.threads}", "Use --threads 2")
+        )
+    if args.isa and args.backend:
+        raise ArgumentError(
+            describe(
+                "qkv bench", "an instruction set is part of the backend's name", "both", f"Use --backend cpu:{args.isa}"
+            )
+        )
+    try:
+        re.compile(args.only or "")
+    except re.error as error:
+        raise ArgumentError(
+            describe("qkv bench", "--only is a regular expression", repr(args.only), f"{error}")
+        ) from None
+    for path in (args.json, args.chart):
+        if path and not path.resolve().parent.is_dir():
+            raise ArgumentError(describe("qkv bench", "the folder must exist", str(path), "Make it first"))
+
+
+def _peers(args: argparse.Namespace) -> set[str] | None:
+    from qkv.cli.benching.peers import Roster
+
+    if args.peers is None:
+        return set(_QUICK_PEERS) if args.quick else None
+    names = {name.strip() for name in args.peers.split(",") if name.strip()}
+    unknown = names - Roster.KNOWN.keys()
+    if unknown:
+        fix = f"Choose from {', '.join(Roster.KNOWN)}"
+        raise ArgumentError(describe("qkv bench", "peers go by their names", ", ".join(sorted(unknown)), fix))
+    return names
+
+
+def _choose(args: argparse.Namespace, cache_bytes: int) -> list[Row]:
+    from qkv.cli.benching.rows import all_rows
+
+    rows = all_rows(cache_bytes, more_mla=args.mla)
+    if args.isa == "avx2":
+        rows = [replace(row, targets=row.avx2) for row in rows if row.avx2 is not None]
+    if args.quick:
+        rows = [row for row in rows if row.quick]
+    if args.only:
+        rows = [row for row in rows if re.search(args.only, row.name)]
+    if not rows and not args.sweep:
+        raise ArgumentError(
+            describe("qkv bench", "no row has such a name", f"--only {args.only}", "See qkv bench --list")
+        )
+    return rows
+
+
+def _measure(
+    rows: list[Row], roster: Roster, cache_bytes: int, args: argparse.Namespace, progress: Progress
+) -> list[Result]:
+    """Every row gets an equal share of what time is left, so a slow one shortens all later ones a little."""
+    from qkv.cli.benching.runner import Runner
+
+    runner = Runner(roster, cache_bytes)
+    total = args.seconds or (_QUICK_SECONDS if args.quick else _FULL_SECONDS)
+    results: list[Result] = []
+    started = time.perf_counter()
+    overhead = 0.5
+    for number, row in enumerate(rows):
+        progress.say(f"{number + 1} of {len(rows)}, {row.name}")
+        left = total - (time.perf_counter() - started)
+        share = left / (len(rows) - number)
+        begun = time.perf_counter()
+        seconds = min(_MOST_SECONDS, max(0.0, share - overhead))
+        results.append(runner.run(row, seconds))
+        # What a row costs beyond its measured rounds (inputs, compilation, checks), as seen so far.
+        overhead += 0.3 * (max(0.0, time.perf_counter() - begun - seconds) - overhead)
+    return results
+
+
+def _extras(
+    args: argparse.Namespace, roster: Roster, threads: int, backend: str | None, progress: Progress
+) -> dict[str, Any]:
+    from qkv.cli.benching import memory, sweep
+
+    found: dict[str, Any] = {"text": [], "data": {}, "wrong": False}
+    if not (args.no_memory or args.quick or args.only):
+        measured = []
+        for name in memory.CASES:
+            progress.say(f"memory, {name}")
+            measured.append(memory.measure(name, threads, backend))
+        found["text"].append(memory.summary(measured))
+        found["data"]["memory"] = memory.as_data(measured)
+    if args.sweep:
+        swept = sweep.sweep(roster, count=40 if args.quick else 200, say=progress.say)
+        found["text"].append(sweep.summary(swept))
+        found["data"]["sweep"] = sweep.as_data(swept)
+        found["wrong"] = any(not shape.agrees for shape in swept)
+    return found
+
+
+def _write(args: argparse.Namespace, whole: dict[str, Any]) -> None:
+    from qkv.cli.benching import chart
+
+    if args.json:
+        args.json.write_text(json.dumps(whole, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        print(f"wrote {args.json}")
+    if args.chart:
+        args.chart.write_text(chart.svg(whole), encoding="utf-8")
+        print(f"drew {args.chart}")
+
+
+def _again_as_avx2(args: argparse.Namespace) -> int:
+    """The libraries read these variables when they load, so the run begins anew with them set."""
+    options: list[str] = []
+    for key, value in vars(args).items():
+        if key in ("run", "command") or value in (None, False):
+            continue
+        options += [f"--{key.replace('_', '-')}", *([] if value is True else [str(value)])]
+    command = [sys.executable, "-m", "qkv.cli.bench", *options]
+    return subprocess.run(command, env={**os.environ, **_AVX2}, check=False).returncode
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`python -m qkv.cli.bench`: the same without the other commands."""
+    parser = argparse.ArgumentParser()
+    add_parser(parser.add_subparsers(dest="command", required=True))
+    args = parser.parse_args(["bench", *(sys.argv[1:] if argv is None else argv)])
+    return int(args.run(args))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

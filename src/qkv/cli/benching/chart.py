@@ -1,0 +1,112 @@
+"""The README's chart: time per peer as bars, an SVG of its own that reads well on light and dark pages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+from xml.sax.saxutils import escape
+
+# Rows of the chart: name of the benchmark row, title for a reader.
+PANELS = (
+    ("full 2048 d128 bf16", "Full attention, 2,048 tokens, bfloat16"),
+    ("causal 2048 d128 f32", "Causal, 2,048 tokens, float32"),
+    ("causal 2048 d128 bf16", "Causal, 2,048 tokens, bfloat16"),
+    ("window 256 of 2048 d128 bf16", "Sliding window of 256, 2,048 tokens, bfloat16"),
+    ("documents 256 of 4096 d64 bf16", "Documents of 256 packed into 4,096 tokens, bfloat16"),
+    ("decode 32/8 bf16 cold", "One new token, 4,096 keys from memory, 32/8 heads, bfloat16"),
+    ("decode 32/32 f32 cold", "One new token, 4,096 keys from memory, 32/32 heads, float32"),
+    ("mla 128 heads 4096 bf16", "Latent attention (MLA) decode, 128 heads, 4,096 keys, bfloat16"),
+)
+NAMES = {
+    "qkv": "qkv",
+    "sdpa": "PyTorch SDPA",
+    "flex": "FlexAttention, compiled",
+    "openvino": "OpenVINO",
+    "onnxruntime": "ONNX Runtime",
+    "jax": "JAX",
+    "ggml": "llama.cpp ggml",
+    "matmuls": "two matmuls, softmax",
+}
+_SHOWN = 5  # bars a panel: ours and the fastest others
+_LONGEST = 8.0  # times as long as ours; longer bars are cut and marked
+_WIDTH, _LABEL, _BAR, _LINE, _PANEL = 760, 190, 430, 20, 34
+
+_STYLE = """
+.t{font:600 15px system-ui,sans-serif;fill:#1f2328}.p{font:600 13px system-ui,sans-serif;fill:#1f2328}
+.n{font:12px system-ui,sans-serif;fill:#59636e}.m{font:600 12px system-ui,sans-serif;fill:#1f2328}
+.o{fill:#b7bec7}.q{fill:#0969da}.c{stroke:#fff;stroke-width:2}
+@media (prefers-color-scheme:dark){
+.t,.p,.m{fill:#f0f6fc}.n{fill:#9198a1}.o{fill:#3d444d}.q{fill:#4493f8}.c{stroke:#0d1117}}
+""".strip()
+
+
+def svg(document: Mapping[str, Any], panels: Sequence[tuple[str, str]] = PANELS) -> str:
+    """Draw a benchmark document (see `report.document`); rows that were not measured are left out."""
+    rows = {row["name"]: row for row in document["rows"]}
+    parts: list[str] = []
+    y = 46
+    for name, title in panels:
+        bars = _bars(rows[name]) if name in rows else []
+        if len(bars) < 2:
+            continue
+        y += _PANEL
+        parts.append(f'<text class="p" x="16" y="{y - 9}">{escape(title)}</text>')
+        for contender, seconds in bars:
+            parts += _bar(contender, seconds, bars, y)
+            y += _LINE
+    machine, versions = document["machine"], document["versions"]
+    title = f"Attention on the CPU, milliseconds a call: {machine['threads']} threads of {machine['cpu']}"
+    known = [f"{NAMES[key]} {versions[key]}" for key in ("openvino", "onnxruntime", "jax", "ggml") if versions.get(key)]
+    foot = ", ".join([f"torch {versions['torch']}", *known, document["date"][:10]])
+    head = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {y + 34}" width="{_WIDTH}" height="{y + 34}" '
+        f'role="img" aria-label="{escape(title)}"><style>{_STYLE}</style>'
+    )
+    return "\n".join(
+        [
+            head,
+            f'<text class="t" x="16" y="26">{escape(title)}</text>',
+            '<text class="n" x="16" y="44">medians, shorter is better; '
+            f"a cut bar is more than {_LONGEST:g} times as long as ours</text>",
+            *parts,
+            f'<text class="n" x="16" y="{y + 24}">{escape(foot)}</text>',
+            "</svg>\n",
+        ]
+    )
+
+
+def _bars(row: Mapping[str, Any]) -> list[tuple[str, float]]:
+    """Ours first, then the fastest others of the row's own type."""
+    times = {
+        name: contender["seconds"]["median"]
+        for name, contender in row["contenders"].items()
+        if name in NAMES and contender.get("agrees") and contender.get("seconds")
+    }
+    if "qkv" not in times:
+        return []
+    others = sorted((seconds, name) for name, seconds in times.items() if name != "qkv")[: _SHOWN - 1]
+    return [("qkv", times["qkv"]), *((name, seconds) for seconds, name in others)]
+
+
+def _bar(contender: str, seconds: float, bars: Sequence[tuple[str, float]], y: int) -> list[str]:
+    ours = bars[0][1]
+    longest = min(_LONGEST * ours, max(seconds for _, seconds in bars))
+    length = max(2.0, _BAR * min(seconds, longest) / longest)
+    colour = "q" if contender == "qkv" else "o"
+    times = "" if contender == "qkv" else f'<tspan class="n">  {seconds / ours:.1f}×</tspan>'
+    parts = [
+        f'<text class="{"m" if contender == "qkv" else "n"}" x="{_LABEL}" y="{y + 11}" text-anchor="end">'
+        f"{escape(NAMES[contender])}</text>",
+        f'<rect class="{colour}" x="{_LABEL + 8}" y="{y}" width="{length:.1f}" height="14" rx="2"/>',
+        f'<text class="m" x="{_LABEL + 14 + length:.1f}" y="{y + 11}" xml:space="preserve">'
+        f"{_ms(seconds)}{times}</text>",
+    ]
+    if seconds > longest:
+        x = _LABEL + length - 6
+        parts.append(f'<path class="c" fill="none" d="M{x:.1f} {y + 16}l5 -18m3 0l-5 18"/>')
+    return parts
+
+
+def _ms(seconds: float) -> str:
+    ms = seconds * 1e3
+    return f"{ms:.2f}" if ms < 10 else f"{ms:.1f}" if ms < 100 else f"{ms:,.0f}"

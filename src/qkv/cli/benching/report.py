@@ -1,0 +1,203 @@
+"""Results as a table for people and as JSON for the record."""
+
+from __future__ import annotations
+
+import datetime
+import platform
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from qkv.cli.benching.runner import OURS, Check, Result, Spread, Timing, spread
+from qkv.insight.terminal import paint, table
+
+SCHEMA = 1
+_HEAD = ["case", "qkv ms", "opponent", "ms", "ratio", "needed", "", "of limit"]
+_VERDICT = re.compile(r"(?<=[×% ] )(?:pass|near|miss|wrong result)(?=\s|$)", re.MULTILINE)
+_STYLE = {"pass": "green", "near": "yellow", "miss": "red", "wrong result": "red"}
+
+
+def milliseconds(seconds: float) -> str:
+    """Three figures: 0.0123, 1.23, 123.
+
+    >>> milliseconds(1.234e-5), milliseconds(0.0123456), milliseconds(1.5)
+    ('0.0123', '12.3', '1,500')
+    """
+    ms = seconds * 1e3
+    for limit, digits in ((0.1, 4), (1.0, 3), (10.0, 2), (100.0, 1)):
+        if ms < limit:
+            return f"{ms:.{digits}f}"
+    return f"{ms:,.0f}"
+
+
+def table_text(results: Sequence[Result]) -> str:
+    """One line a row against its best peer, and one more for every target that names another opponent."""
+    plain = table([_HEAD, *(line for result in results for line in _lines(result))], "<><>>><<")
+    return _VERDICT.sub(lambda found: paint(found[0], _STYLE[found[0]]), plain)
+
+
+def _lines(result: Result) -> list[list[str]]:
+    row, timings = result.row, result.timings
+    ours = timings[OURS]
+    left = list(result.checks)
+    best = next((check for check in left if check.opponent == result.best_peer), None)
+    limit = next((check for check in left if check.opponent == "limit"), None)
+    left = [check for check in left if check is not best and check is not limit]
+    lines = [
+        [
+            row.name,
+            _time(ours),
+            result.best_peer or "none",
+            _time(timings.get(result.best_peer or "")),
+            _ratio(result.ratio),
+            *_needed(best),
+            _of_limit(result, limit),
+        ]
+    ]
+    for check in left:
+        against = timings.get(check.opponent)
+        lines.append(
+            [
+                "",
+                "",
+                check.opponent or check.target.against,
+                _time(against),
+                _ratio(check.measured),
+                *_needed(check),
+                "",
+            ]
+        )
+    return lines
+
+
+def _time(timing: Timing | None) -> str:
+    if timing is None or not timing.rounds:
+        return "–"
+    return milliseconds(spread(list(timing.rounds.values())).median)
+
+
+def _ratio(measured: Spread | None) -> str:
+    return f"{measured.median:.2f}×" if measured else "–"
+
+
+def _needed(check: Check | None) -> list[str]:
+    if check is None:
+        return ["", ""]
+    return [f"≥ {check.target.needed:.3g}×", check.verdict]
+
+
+def _of_limit(result: Result, check: Check | None) -> str:
+    if result.of_limit is None:
+        return ""
+    what = {"gemm": "GEMM", "read": "read"}[result.row.limit]
+    text = f"{result.of_limit.median:.0%} {what}"
+    return text if check is None else f"{text}, ≥ {check.target.needed:.0%} {check.verdict}"
+
+
+def summary(results: Sequence[Result]) -> str:
+    """How many targets were reached, which were not, and which peers could not take part."""
+    checks = [(result.row.name, check) for result in results for check in result.checks]
+    lines = []
+    if checks:
+        reached = sum(check.verdict == "pass" for _, check in checks)
+        lines.append(f"{reached} of {len(checks)} targets reached.")
+        lines += [f"  {check.verdict}: {_sentence(name, check)}" for name, check in checks if check.verdict != "pass"]
+    lines += [f"  disagrees with float64: {text}" for text in disagreements(results)]
+    gaps = unavailable(results)
+    if gaps:
+        lines.append("Not available:")
+        lines += [f"  {peer}: {reason} ({_count(rows)})" for (peer, reason), rows in gaps.items()]
+    return "\n".join(lines)
+
+
+def _sentence(name: str, check: Check) -> str:
+    measured = f"{check.measured.median:.2f}" if check.measured else "not measured"
+    against = "of the limit" if check.opponent == "limit" else f"× {check.opponent or check.target.against}"
+    return f"{name}: {measured} {against}, needed {check.target.needed:.3g}"
+
+
+def _count(rows: list[str]) -> str:
+    return rows[0] if len(rows) == 1 else f"{len(rows)} rows"
+
+
+def disagreements(results: Sequence[Result]) -> list[str]:
+    """Contenders whose result is not attention; they are not timed."""
+    return [
+        f"{timing.name} on {result.row.name} (relative error {timing.error:.1e})"
+        for result in results
+        for timing in result.timings.values()
+        if not timing.agrees and timing.error is not None
+    ]
+
+
+def unavailable(results: Sequence[Result]) -> dict[tuple[str, str], list[str]]:
+    """(peer, reason) -> rows that it could not run."""
+    gaps: dict[tuple[str, str], list[str]] = {}
+    for result in results:
+        for timing in result.timings.values():
+            if timing.unavailable:
+                gaps.setdefault((timing.name, timing.unavailable), []).append(result.row.name)
+    return gaps
+
+
+def document(
+    results: Sequence[Result],
+    *,
+    machine: Mapping[str, Any],
+    versions: Mapping[str, str],
+    settings: Mapping[str, Any],
+    seconds: float,
+    extras: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The whole run as plain data. Times in seconds; of the machine the processor is named and nothing else."""
+    from qkv import __version__
+
+    return {
+        "schema": SCHEMA,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "machine": dict(machine),
+        "versions": {"qkv": __version__, "python": platform.python_version(), "torch": torch.__version__, **versions},
+        "settings": dict(settings),
+        "seconds": round(seconds, 1),
+        "rows": [_row(result) for result in results],
+        **(extras or {}),
+    }
+
+
+def _row(result: Result) -> dict[str, Any]:
+    case = result.row.case
+    fields = ("dtype", "B", "Hq", "Hkv", "Lq", "Lk", "D", "Dv", "mask", "size", "cold", "backward")
+    return {
+        "name": result.row.name,
+        "case": {name: getattr(case, name) for name in fields},
+        "flops": case.flops,
+        "kv_bytes": case.kv_bytes,
+        "contenders": {name: _timing(timing) for name, timing in result.timings.items()},
+        "best_peer": result.best_peer,
+        "ratio": _spread(result.ratio),
+        "limit": {"kind": result.row.limit, "seconds": result.limit_seconds, "reached": _spread(result.of_limit)},
+        "targets": [
+            {
+                "against": check.target.against,
+                "opponent": check.opponent,
+                "needed": check.target.needed,
+                "measured": _spread(check.measured),
+                "verdict": check.verdict,
+            }
+            for check in result.checks
+        ],
+    }
+
+
+def _timing(timing: Timing) -> dict[str, Any]:
+    if timing.unavailable:
+        return {"unavailable": timing.unavailable}
+    values = spread(list(timing.rounds.values())) if timing.rounds else None
+    known = {"seconds": _spread(values), "rounds": len(timing.rounds), "error": timing.error, "agrees": timing.agrees}
+    return known | ({"path": timing.note} if timing.note else {})
+
+
+def _spread(values: Spread | None) -> dict[str, float] | None:
+    return values._asdict() if values else None

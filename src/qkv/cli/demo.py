@@ -1,0 +1,47 @@
+"""`qkv demo`: a question answered from a text by attention, on one screen."""
+
+from __future__ import annotations
+
+import argparse
+
+from qkv.errors import ArgumentError, describe
+
+REFERENCE_QUESTION = "What does break do to the else clause of a loop?"
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add `qkv demo` to the command line."""
+    parser = subparsers.add_parser(
+        "demo",
+        help="answer a question from a text by attention, and show every step",
+        description="Look a question up in a text by attention and show every step. Nothing is trained: q, k and v "
+        "count words. Takes well under a minute.",
+    )
+    parser.add_argument("file", nargs="?", metavar="FILE", help="a text file (default: Python's language reference)")
+    parser.add_argument("--ask", metavar="QUESTION", help="what to look up (default: a question about the text)")
+    parser.add_argument("--full", action="store_true", help="also print the passages whole, the plan and all timings")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run `qkv demo` and return the exit code."""
+    if args.ask is not None and not any(letter.isalnum() for letter in args.ask):
+        raise ArgumentError(describe("qkv demo", "the question has no words", repr(args.ask), 'Use --ask "some words"'))
+    from qkv.cli import measure, screen
+    from qkv.cli.lookup import Lookup
+    from qkv.cli.passages import read_file, read_reference
+    from qkv.cli.progress import Progress
+
+    with Progress("qkv demo") as progress:
+        progress.say("reading the text")
+        text = read_reference() if args.file is None else read_file(args.file)
+        progress.say(f"counting the words of {len(text.passages):,} passages")
+        lookup = Lookup(text)
+        question = args.ask or (REFERENCE_QUESTION if args.file is None else lookup.telling_question())
+        found = lookup.ask(question)
+        agreed = measure.agreement(found.q, lookup.features.k, lookup.features.v, progress.say)
+        timings = [measure.decode(dtype, progress.say) for dtype in ("bfloat16", "float32")]
+    print(screen.first(text, found, agreed, timings))
+    if args.full:
+        print(screen.details(text, found, agreed, timings))
+    return 0

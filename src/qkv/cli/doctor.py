@@ -1,0 +1,151 @@
+"""`qkv doctor`: what was detected on this machine, and which path calls take."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+
+from qkv.backends import base
+from qkv.errors import QKVError
+from qkv.insight.terminal import fit, paint, table
+from qkv.masks import causal, sliding_window
+from qkv.planning import plan
+
+# (what it is, query heads, key/value heads, Lq, Lk, D, mask)
+CALLS = (
+    ("prefill", 8, 8, 2048, 2048, 128, causal()),
+    ("grouped", 32, 8, 2048, 2048, 128, causal()),
+    ("window", 8, 8, 2048, 2048, 128, sliding_window(256)),
+    ("decode", 32, 8, 1, 4096, 128, None),
+    ("latent decode", 128, 1, 1, 4096, 576, None),
+)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+# The flags, as Linux names them, that the native kernels are built for.
+ISAS = {
+    "avx512bf16": {"avx512_bf16", "avx512f", "avx512bw", "avx512vl", "avx512dq"},
+    "avx512": {"avx512f", "avx512bw", "avx512vl", "avx512dq"},
+    "avx2": {"avx2", "fma"},
+}
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add `qkv doctor` to the command line."""
+    parser = subparsers.add_parser(
+        "doctor",
+        help="say what was detected here, and which path calls take",
+        description="Say what was detected on this machine, and which backend runs usual calls (from qkv.plan).",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the report; return the exit code."""
+    del args
+    print(report())
+    return 0
+
+
+def report() -> str:
+    """Return the report as text."""
+    from qkv import __version__
+
+    with warnings.catch_warnings():  # what plan() would warn of, this report says
+        warnings.simplefilter("ignore")
+        rows = [
+            ["qkv", __version__],
+            ["python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"],
+            [
+                "torch",
+                f"{torch.__version__}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
+            ],
+            ["cpu", f"{cpu_name()}, {_usable()} cores usable"],
+            ["instructions", ", ".join(instruction_sets()) or "none of " + ", ".join(ISAS)],
+            ["gpu", _gpu()],
+            ["native", _native()],
+        ]
+        paths = [["call", "q", "k", *(str(d).removeprefix("torch.") for d in DTYPES)]]
+        reasons: dict[str, str] = {}
+        for name, hq, hkv, lq, lk, size, mask in CALLS:
+            row = [name, f"{hq}×{lq}×{size}", f"{hkv}×{lk}×{size}"]
+            for dtype in DTYPES:
+                q, k = torch.empty(1, hq, lq, size, dtype=dtype), torch.empty(1, hkv, lk, size, dtype=dtype)
+                v = k[..., :512] if name == "latent decode" else k
+                found = plan(q, k, v, mask=mask)
+                row.append(found.backend)
+                why = dict(found.refused).get("cpu")
+                if why is not None and found.backend != "cpu":
+                    reasons.setdefault(f"{name}, {str(dtype).removeprefix('torch.')}", why)
+            paths.append(row)
+    lines = [table(rows), "", paint("which backend runs (qkv.plan)", "bold"), table(paths)]
+    if reasons:
+        lines += ["", "why not the native kernel:"]
+        if len(set(reasons.values())) == 1:
+            lines.append(f"  every call above: {next(iter(reasons.values()))}")
+        else:
+            lines += [f"  {call}: {why}" for call, why in reasons.items()]
+    return "\n".join(lines)
+
+
+def cpu_name() -> str:
+    """Return the processor's name as its system gives it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith(("model name", "Model", "Hardware")):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    if sys.platform == "darwin":
+        import subprocess
+
+        asked = subprocess.run(
+            ["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True, check=False
+        )
+        if asked.stdout.strip():
+            return asked.stdout.strip()
+    return platform.processor() or "unknown"
+
+
+def instruction_sets() -> list[str]:
+    """Return those of the native kernel's instruction sets that the processor has, best first (Linux; else empty)."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return []
+    line = next((line for line in text.splitlines() if line.startswith("flags")), "")
+    flags = set(line.partition(":")[2].split())
+    return [name for name, needed in ISAS.items() if needed <= flags]
+
+
+def _usable() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _gpu() -> str:
+    return torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none that this torch can use"
+
+
+def _native() -> str:
+    """Return which native kernels can run here, or why none."""
+    try:
+        backend = base.load("cpu")
+    except ImportError as error:
+        return fit(f"not installed ({error}); attention runs in plain PyTorch", 100)
+    missing = getattr(backend, "missing", None)
+    if isinstance(missing, str):
+        return fit(f"not usable: {missing}; attention runs in plain PyTorch", 100)
+    able = []
+    q = torch.empty(1, 1, 1, 64)
+    for isa in base.ISAS:
+        try:
+            plan(q, q, q, backend=f"cpu:{isa}")
+        except QKVError:
+            continue
+        able.append(isa)
+    return f"installed; runs here: {', '.join(able)}" if able else "installed"

@@ -1,0 +1,200 @@
+"""How the demo's findings are drawn: 24 lines of 80 columns, and the details behind them."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+
+import torch
+
+from qkv.cli.features import DAMPING, HEADING, LENGTH, PIECE, SHARPNESS, stem
+from qkv.cli.lookup import Found
+from qkv.cli.measure import HEADS, KEYS, KV_HEADS, SIZE, Agreement, Timing
+from qkv.cli.passages import Text
+from qkv.insight.terminal import bar, cells, fit, number, pad, paint, table
+from qkv.planning import plan
+
+WIDTH, LINES = 80, 24  # the first screen fits the smallest terminal in use
+HIT_LINES = (3, 2, 1, 1, 1)  # lines quoted of each passage
+
+_WORD = re.compile(r"[^\W_]+")
+_EMPHASIS = re.compile(r"\*{1,2}(?=\S)([^*]+)(?<=\S)\*{1,2}")
+
+
+def first(text: Text, found: Found, agreed: Agreement, timings: list[Timing]) -> str:
+    """Return the first screen."""
+    lines = [
+        paint(fit(f"qkv demo · {text.name}, {len(text.passages):,} passages", WIDTH), "dim"),
+        paint(fit(f"? {found.question}", WIDTH), "bold"),
+        *_hits(found),
+        paint(fit(_remark(text, found), WIDTH), "dim"),
+        "",
+        *_ways(found),
+        *_shapes(found),
+        *_agreed(agreed),
+        *_timed(timings),
+        "",
+        paint("next: ", "dim") + 'qkv why scale · qkv demo FILE --ask "…" --full · qkv doctor',
+    ]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _hits(found: Found) -> list[str]:
+    where = min(14, max(cells(hit.passage.where) for hit in found.hits))
+    left = 6 + 9 + where + 2
+    lines: list[str] = []
+    for hit, most in zip(found.hits, HIT_LINES, strict=False):
+        start = f"{hit.weight:5.3f} {bar(hit.weight, 8)} {pad(fit(hit.passage.where, where), where)}  "
+        for row, line in enumerate(_quoted(hit.quote, found.words, WIDTH - left, most)):
+            lines.append((" " * left if row else start) + _marked(line, found.words))
+    return lines
+
+
+def _quoted(quote: str, stems: frozenset[str], width: int, lines: int) -> list[str]:
+    """Break a quote into at most so many lines, from a little before the first word that was asked for."""
+    quote = _EMPHASIS.sub(r"\1", quote)
+    words = quote.split()
+    asked = [n for n, word in enumerate(words) if any(stem(w.lower()) in stems for w in _WORD.findall(word))]
+    if asked and len(" ".join(words[: asked[0] + 2])) > width * lines - 2:
+        quote = "…" + " ".join(words[asked[0] - 2 :])
+    if cells(quote) != len(quote):  # wide letters, which textwrap counts as one cell
+        return [fit(quote, width)]
+    return textwrap.wrap(quote, width, max_lines=lines, placeholder="…") or [""]
+
+
+def _marked(line: str, stems: frozenset[str]) -> str:
+    """Set the words that the question asked for in bold."""
+    return _WORD.sub(lambda m: paint(m[0], "bold") if stem(m[0].lower()) in stems else m[0], line)
+
+
+def _remark(text: Text, found: Found) -> str:
+    if not found.known:
+        return "no word of the question occurs in the text: every weight is the same"
+    rest = max(0.0, 1.0 - sum(hit.weight for hit in found.hits))
+    others = found.weights.shape[3] - len(found.hits)
+    remark = f"{rest:5.3f} on the other {others:,} passages together" if others else "that is the whole text"
+    return f"{remark} ({text.note})" if text.note else remark
+
+
+def _ways(found: Found) -> list[str]:
+    rows = [["same lookup, 3 ways", "top weight", "passages", "words nearest to what comes back"]]
+    rows += [[f"{way.name}: {way.how}", f"{way.largest:.3f}", f"{way.passages:,.1f}", ""] for way in found.ways]
+    lines = table(rows, "<>>").split("\n")
+    left = cells(lines[0].partition("words nearest")[0])
+    for index, way in enumerate(found.ways, 1):
+        words = list(way.words)
+        while words and left + cells(", ".join(words)) > WIDTH:
+            words.pop()
+        lines[index] = pad(lines[index], left) + ", ".join(words)
+    return [fit(line, WIDTH) for line in lines]
+
+
+def _shapes(found: Found) -> list[str]:
+    f = found.features
+    n, d, dv = f.k.shape[2], f.k.shape[3], f.v.shape[3]
+    lines = [
+        f"x (1, {f.size}) question, ({n}, {f.size}) passages: word counts; W random, not trained",
+        f"q = x W_Q (1, {d}) · k = x W_K ({n}, {d}) · v = x W_V ({n}, {dv})",
+        f"q kᵀ/√{d} = scores (1, {n}) → softmax (1, {n}) · v = out (1, {dv})",
+    ]
+    return [fit(line, WIDTH) for line in lines]
+
+
+def _agreed(agreed: Agreement) -> list[str]:
+    count = len(agreed.errors)
+    verb = "backends agree" if count > 1 else "backend agrees"
+    return [fit(f"{count} {verb} with float64 to {agreed.worst:.1e} ({', '.join(agreed.errors)})", WIDTH)]
+
+
+def _timed(timings: list[Timing]) -> list[str]:
+    lines = []
+    for timing in timings:
+        theirs, ours = timing.medians
+        lines.append(
+            fit(
+                f"decode over {KEYS:,} keys, {HEADS}/{KV_HEADS} heads, {timing.dtype + ':':<9} "
+                f"PyTorch {_ms(theirs)}, qkv {_ms(ours)} ms, {theirs / ours:.1f}×",
+                WIDTH,
+            )
+        )
+    return lines
+
+
+def _ms(value: float) -> str:
+    return f"{value:.2f}" if value < 10 else f"{value:.1f}"
+
+
+def details(text: Text, found: Found, agreed: Agreement, timings: list[Timing]) -> str:
+    """Return what `--full` adds."""
+    f = found.features
+    parts = ["", paint("The passages found", "bold")]
+    for hit in found.hits:
+        heading = f" · {hit.passage.heading}" if hit.passage.heading else ""
+        parts += [f"{hit.weight:.4f}  {hit.passage.where}{heading}", textwrap.indent(hit.passage.text, "    "), ""]
+    shared = " (rarer ones share a row, by hash)" if f.shared else ""
+    parts += [
+        paint("How q, k and v are made", "bold"),
+        f"  x     counts of {f.size:,} features{shared}: stems of words (1 each) and their pieces of four letters",
+        f"        ({PIECE} each); a heading's words count {HEADING}. On the passages' side BM25's damping, k1 = "
+        f"{DAMPING}, "
+        f"b = {LENGTH}.",
+        f"  W_K   {tuple(f.w_k.shape)}: rarity of each feature × a seeded random direction; random directions are "
+        f"nearly",
+        "        orthogonal, so q·k adds up the rarities of the shared features and little else",
+        f"  W_Q   the same, × sharpness {SHARPNESS} × √D (the scale is the usual 1/√D); x of the question has length 1",
+        f"  W_V   {tuple(f.w_v.shape)}: rarity × other random directions, so that out can be read back into words",
+        "  Nothing is trained. A trained model differs in where the three matrices come from, not in what follows.",
+        "",
+        paint("Shapes and bytes", "bold"),
+        table(
+            [
+                [
+                    name,
+                    str(tuple(t.shape)),
+                    str(t.dtype).removeprefix("torch."),
+                    f"{t.numel() * t.element_size():,} bytes",
+                ]
+                for name, t in _tensors(found)
+            ],
+            "<<<>",
+        ),
+        "",
+        paint("The plan of the lookup", "bold"),
+        textwrap.indent(str(plan(found.q, f.k, f.v)), "  "),
+        "",
+        paint("Error against float64, of the largest value", "bold"),
+        table(
+            [["", *next(iter(agreed.errors.values()))]]
+            + [[name, *(f"{error:.1e}" for error in cases.values())] for name, cases in agreed.errors.items()],
+            "<>>>",
+        ),
+        *(f"  {name} did not run: {reason}" for name, reason in agreed.refused.items()),
+        "",
+        paint(f"One decode step, {KEYS:,} keys, {HEADS} query and {KV_HEADS} key/value heads of {SIZE}", "bold"),
+        table(
+            [["ms, in turn", "least", "median", "most", "runs", "results differ by"]]
+            + [
+                [f"{name} {t.dtype}", *map(_ms, (min(runs), middle, max(runs))), str(len(runs)), number(t.difference)]
+                for t in timings
+                for name, runs, middle in zip(("PyTorch", "qkv"), (t.torch, t.qkv), t.medians, strict=True)
+            ],
+            "<>>>>>",
+        ),
+        f"  torch {torch.__version__}, {torch.get_num_threads()} threads; PyTorch's is scaled_dot_product_attention("
+        "q, k, v, enable_gqa=True)",
+    ]
+    return "\n".join(parts)
+
+
+def _tensors(found: Found) -> list[tuple[str, torch.Tensor]]:
+    f = found.features
+    return [
+        ("W_Q", f.w_q),
+        ("W_K", f.w_k),
+        ("W_V", f.w_v),
+        ("q", found.q),
+        ("k", f.k),
+        ("v", f.v),
+        ("weights", found.weights),
+        ("out", found.out),
+    ]

@@ -1,0 +1,36 @@
+"""The errors qkv raises, and the one way their messages are built.
+
+Every error says the rule that was broken, the named values that were given, and the fix.
+All of them are also a `ValueError` or a `TypeError`, so code written for PyTorch keeps working.
+"""
+
+from __future__ import annotations
+
+
+class QKVError(Exception):
+    """Base of every error that qkv raises on purpose."""
+
+
+class ShapeError(QKVError, ValueError):
+    """Sizes that do not fit together."""
+
+
+class ArgumentError(QKVError, ValueError):
+    """A value outside its allowed range, or a combination that has no meaning."""
+
+
+class ArgumentTypeError(QKVError, TypeError):
+    """An argument of a type that the function does not take."""
+
+
+class UnsupportedError(QKVError, ValueError):
+    """A backend was asked for something it cannot do."""
+
+
+def describe(call: str, rule: str, given: str, fix: str) -> str:
+    """Build a message: the call, the rule, what was given, and the fix.
+
+    >>> describe("qkv.attention()", "scale must be finite", "scale=nan", "Leave it out for 1/sqrt(D)")
+    'qkv.attention(): scale must be finite. Got scale=nan. Leave it out for 1/sqrt(D).'
+    """
+    return f"{call}: {rule}. Got {given}. {fix}."

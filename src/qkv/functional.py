@@ -1,0 +1,308 @@
+"""What users call: attention, and the probabilities behind it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from qkv.backends import base
+from qkv.errors import ArgumentError, ArgumentTypeError, describe
+from qkv.masks import Mask
+from qkv.masks.arguments import integers, shown, whole
+from qkv.numerics import no_autocast
+from qkv.planning import check_backend, choose, prepared
+from qkv.scores import ScoreTerm
+from qkv.spec import Inputs, Output, Problem
+from qkv.validation import Options, validate
+
+_CALL = "qkv.attention()"
+
+
+class _Entry(NamedTuple):
+    """How to run calls of one kind."""
+
+    problem: Problem
+    run: Callable[[Inputs], Output]
+    execute: base.Execute | None  # the backend's prepared call, where it has one
+    differentiable: bool  # autograd goes through `run` itself
+
+
+# Two caches, keyed by all that the checks and the plan depend on: metadata, options and the mask, never data.
+# _FAST holds the prepared calls that need no gradient; a hit there is the whole door.
+_ENTRIES: dict[Any, _Entry] = {}
+_FAST: dict[Any, base.Execute] = {}
+_MAX_ENTRIES = 256
+_MAX_HELD_BYTES = 4 << 20  # a mask that holds more (segment ids of a million tokens) is planned anew each call
+_lock = threading.Lock()
+_PLAIN_POSITIONS = frozenset((type(None), str, int))
+_grad_enabled = torch.is_grad_enabled
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None = None,
+    mask: Mask | Tensor | None = None,
+    *,
+    positions: str | int | Tensor | None = None,
+    bias: Tensor | ScoreTerm | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Any:
+    """Attend from each query to the keys the mask lets it see, and return the weighted mean of their values.
+
+    ::
+
+        s_ij = softcap(scale * q_i . k_j) + bias_ij       dropped where the mask hides j from i
+        p_ij = exp(s_ij) / (sum_j exp(s_ij) + exp(sink_h))
+        o_i  = sum_j p_ij v_j                             lse_i = log of that denominator
+
+    Parameters
+    ----------
+    q : Tensor, shape (B, Hq, Lq, D)
+        Queries: float64, float32, bfloat16 or float16, any strides.
+    k : Tensor, shape (B, Hkv, Lk, D)
+        Keys. Query head h reads key/value head h // (Hq // Hkv); Hq must be a multiple of Hkv.
+    v : Tensor, shape (B, Hkv, Lk, Dv)
+        Values; may be a view of k's leading columns.
+    mask : Mask or bool Tensor
+        Which keys each query may attend to (True = may): `qkv.causal()`, `qkv.documents(lengths) & qkv.causal()`, or a
+        tensor that broadcasts to (B, Hq, Lq, Lk).
+    positions : "start", "end", int, B ints or int Tensor (B or 1, Lq)
+        Where the queries stand among the keys, for masks and biases that look at positions: p = i, p = i + Lk - Lq,
+        p = n + i, or as given. Needed where Lq != Lk.
+    bias : Tensor or score term
+        Added to the scores: broadcastable to (B, Hq, Lq, Lk), in q's dtype or float32; `qkv.alibi`, `qkv.relative`,
+        `qkv.score_mod`, or a sum. -inf hides.
+    scale : float
+        1/sqrt(D) unless given.
+    softcap : float
+        c > 0 replaces each scaled score x by c * tanh(x / c).
+    sinks : Tensor, shape (Hq,)
+        One score a head that takes part in the softmax and has no value.
+    dropout_p : float
+        Probability in [0, 1) that a weight is dropped; the others grow by 1 / (1 - dropout_p). Seeded from torch's
+        generator.
+    return_lse : bool
+        Return (out, lse).
+    backend : str
+        "cpu", "tiled", "sdpa", "reference"; by itself it takes what `qkv.plan` prints.
+
+    Returns
+    -------
+    out : Tensor, shape (B, Hq, Lq, Dv)
+        In q's dtype and in q's order of dimensions in memory. A row that sees no key is 0.
+    lse : Tensor, shape (B, Hq, Lq)
+        Natural log, float32 (float64 for float64 input). A row that sees no key has -inf, or its sink. Only with
+        return_lse=True.
+
+    Raises
+    ------
+    ShapeError, ArgumentError, ArgumentTypeError
+        Arguments that do not fit; the message says the rule, what was given and the fix.
+    UnsupportedError
+        The backend asked for cannot run the call.
+
+    Notes
+    -----
+    Cost: 2 (D + Dv) FLOPs a visible pair, memory in proportion to q, k, v and out; `qkv.plan` gives a call's numbers.
+    Source: Vaswani et al. (2017); computed by online softmax over tiles, Dao et al. (2022).
+
+    Examples
+    --------
+    >>> import torch, qkv
+    >>> q, k, v = torch.randn(1, 8, 5, 64), torch.randn(1, 2, 9, 64), torch.randn(1, 2, 9, 32)
+    >>> out, lse = qkv.attention(q, k, v, mask=qkv.causal(), positions="end", return_lse=True)
+    >>> out.shape, lse.shape
+    (torch.Size([1, 8, 5, 32]), torch.Size([1, 8, 5]))
+    """
+    fast_key: Any = None
+    execute: base.Execute | None = None
+    if (
+        bias is None
+        and dropout_p.__class__ is float
+        and return_lse.__class__ is bool
+        and positions.__class__ in _PLAIN_POSITIONS
+    ):
+        try:
+            # Classes are part of the key because True == 1 == 1.0, and a subclass of Tensor may have no storage.
+            fast_key = (
+                q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype, v.dtype,  # type: ignore[union-attr]
+                q.is_cpu and k.is_cpu and v.is_cpu, q.__class__, k.__class__, v.__class__,  # type: ignore[union-attr]
+                k.data_ptr() == v.data_ptr(), q.is_neg() or k.is_neg() or v.is_neg(),  # type: ignore[union-attr]
+                mask, positions, positions.__class__, scale, scale.__class__, softcap, softcap.__class__, dropout_p,
+                None if sinks is None else (sinks.shape, sinks.stride(), sinks.dtype, sinks.device, sinks.__class__),
+                return_lse, backend,
+            )  # fmt: skip
+            execute = _FAST.get(fast_key)
+        except (
+            TypeError,
+            AttributeError,
+            RuntimeError,
+        ):  # not what was expected: the checks below will say what is wrong
+            fast_key = None
+        if execute is not None and not (
+            _grad_enabled()
+            and (q.requires_grad or k.requires_grad or v.requires_grad or (sinks is not None and sinks.requires_grad))  # type: ignore[union-attr]
+        ):
+            out, lse = execute(q, k, v, None, (), sinks, return_lse)  # type: ignore[arg-type]
+            return Output(out, lse) if return_lse else out
+    options = Options(positions, bias, scale, softcap, sinks, dropout_p, return_lse)
+    return _attend(q, k, v, mask, options, backend, fast_key)
+
+
+def _attend(q: Any, k: Any, v: Any, mask: Any, options: Options, backend: Any, fast_key: Any) -> Any:
+    """The door without the short cut: check, plan, run."""
+    check_backend(_CALL, backend)
+    # Positions and bias are looked at in every call: what they hold is data, and no key can stand for it.
+    problem, inputs = validate(_CALL, q, k, v, mask, options)
+    key = None if _held_bytes(problem.mask) > _MAX_HELD_BYTES else _key(problem, inputs, backend)
+    entry = _ENTRIES.get(key) if key is not None else None
+    if entry is None:
+        entry = _entry(problem, inputs, backend)
+        if key is not None:
+            _remember(_ENTRIES, key, entry)
+    as_given = inputs.q is q and inputs.k is k and inputs.v is v and inputs.sinks is options.sinks
+    if None not in (key, fast_key, entry.execute) and as_given and q.is_cpu and not problem.needs_grad:
+        _remember(_FAST, fast_key, entry.execute)
+    if problem.dropout_p > 0:
+        inputs.seed = int(torch.empty((), dtype=torch.int64, device="cpu").random_())
+    if entry.differentiable or not torch.is_grad_enabled():
+        output = entry.run(inputs)
+    else:
+        from qkv.gradients import attend, refuse_captured  # loaded by the first call that may need it
+
+        refuse_captured(_CALL, inputs.bias, q.device)
+        output = attend(entry.run, entry.problem, inputs) if problem.needs_grad else entry.run(inputs)
+    return output if options.return_lse else output.out
+
+
+def _key(problem: Problem, inputs: Inputs, backend: str | None) -> Any:
+    q, k, v, sinks = inputs.q, inputs.k, inputs.v, inputs.sinks
+    return (
+        problem, backend, q.device, q.stride(), k.stride(), v.stride(), k.data_ptr() == v.data_ptr(),
+        None if sinks is None else (sinks.stride(), sinks.dtype),
+        None if inputs.positions is None else inputs.positions.shape,
+    )  # fmt: skip
+
+
+def _entry(problem: Problem, inputs: Inputs, name: str | None) -> _Entry:
+    plan = choose(problem, name, inputs.positions)
+    backend = base.load(name or plan.backend)
+    if problem.needs_grad and not backend.differentiable:
+        problem = replace(problem, needs_lse=True)
+    execute = prepared(problem, backend, inputs)
+    if execute is None:
+        return _Entry(problem, lambda given: backend.run(problem, given), None, backend.differentiable)
+
+    def run(given: Inputs) -> Output:
+        tensors = given.bias.tensors() if given.bias is not None else ()
+        return Output(*execute(given.q, given.k, given.v, given.positions, tensors, given.sinks, problem.needs_lse))
+
+    return _Entry(problem, run, execute, backend.differentiable)
+
+
+def _remember(cache: dict[Any, Any], key: Any, value: Any) -> None:
+    with _lock:
+        if len(cache) >= _MAX_ENTRIES:
+            del cache[next(iter(cache))]
+        cache[key] = value
+
+
+def _held_bytes(mask: Any) -> float:
+    """Bytes that remembering a mask would keep alive; infinite where it holds the user's tensors or functions."""
+    if mask is None:
+        return 0
+    total: float = 0
+    for value in vars(mask).values():
+        for part in value if isinstance(value, tuple) else (value,):
+            if isinstance(part, Mask):
+                total += _held_bytes(part)
+            elif isinstance(part, Tensor) or callable(part):
+                return float("inf")
+            elif isinstance(inner := getattr(part, "tensor", None), Tensor):
+                total += inner.nbytes
+    return total
+
+
+def weights(
+    q: Tensor,
+    k: Tensor,
+    *,
+    rows: slice | int | Any = slice(None),
+    mask: Mask | Tensor | None = None,
+    positions: str | int | Tensor | None = None,
+    bias: Tensor | ScoreTerm | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Return the exact attention probabilities of chosen query rows, without values.
+
+    Parameters
+    ----------
+    q : Tensor, shape (B, Hq, Lq, D)
+    k : Tensor, shape (B, Hkv, Lk, D)
+    rows : slice, int, or ints
+        The query indices wanted; all of them by default.
+    mask, positions, bias, scale, softcap, sinks
+        As in `attention`.
+
+    Returns
+    -------
+    p : Tensor, shape (B, Hq, R, Lk)
+        float32 (float64 for float64 input), R the number of rows. Each row sums to 1, or to less with sinks; a row
+        that sees no key is 0. Differentiable.
+
+    Raises
+    ------
+    QKVError
+        As `attention`; ArgumentError for rows outside the queries.
+
+    Notes
+    -----
+    Cost: 2 D FLOPs a pair and 4 bytes a probability returned; computed in float64, a few rows at a time.
+
+    Examples
+    --------
+    >>> import torch, qkv
+    >>> q = k = torch.zeros(1, 2, 6, 8)
+    >>> qkv.weights(q, k, rows=[2], mask=qkv.causal())[0, 0].round(decimals=2)
+    tensor([[0.3300, 0.3300, 0.3300, 0.0000, 0.0000, 0.0000]])
+    """
+    from qkv.backends.reference import definition  # backends load on first use
+
+    call = "qkv.weights()"
+    if not isinstance(k, Tensor) or k.dim() != 4:
+        validate(call, q, k, k, mask, Options())
+    problem, inputs = validate(call, q, k, k[..., :0], mask, Options(positions, bias, scale, softcap, sinks))
+    chosen = _rows(call, rows, problem.Lq).to(q.device)
+    step = max(1, (1 << 22) // max(problem.B * problem.Hq * problem.Lk, 1))
+    with no_autocast(problem.device):
+        parts = [definition(problem, inputs, some)[0].to(problem.accumulate) for some in chosen.split(step)]
+    return torch.cat(parts, dim=2)
+
+
+def _rows(call: str, rows: Any, Lq: int) -> Tensor:
+    if isinstance(rows, slice):
+        try:
+            return torch.tensor(range(*rows.indices(Lq)), dtype=torch.int64, device="cpu")
+        except (TypeError, ValueError):
+            raise ArgumentTypeError(
+                describe(call, "rows must select query rows", f"rows={rows}", "Use slice(0, 16)")
+            ) from None
+    one = whole(rows)
+    found = torch.tensor([one], device="cpu") if one is not None else integers(call, "rows", rows, low=None)
+    if found.numel() and not (-Lq <= int(found.min()) and int(found.max()) < Lq):
+        given = f"rows={shown(rows)} and Lq={Lq}"
+        raise ArgumentError(describe(call, "rows must be query indices", given, f"Use indices in [0, {Lq})"))
+    return torch.where(found < 0, found + Lq, found)

@@ -1,0 +1,136 @@
+"""What W_Q, W_K and W_V are each for, and the price of multiplying them together beforehand."""
+
+from __future__ import annotations
+
+import torch
+
+from qkv.functional import attention, weights
+from qkv.insight.answer import Answer
+from qkv.insight.terminal import bar, number
+
+PART, TOKENS = 32, 24  # a token is [wants | is | carries], three parts of 32 numbers
+WIDTH, HEAD, HEADS = 512, 64, 8  # the layer whose folding is priced
+RANKS = (8, 32, 64, 128)
+
+
+def run(seed: int) -> Answer:
+    """Leave out one projection at a time on a task that needs all three, then fold them."""
+    rng = torch.Generator().manual_seed(seed)
+    x, wanted = _tokens(rng)
+    carried = x[:, 2 * PART :]
+    zero, one = torch.zeros(PART, PART, dtype=torch.float64), torch.eye(PART, dtype=torch.float64)
+    wants, is_, carries = (torch.cat([one if i == part else zero for i in range(3)]) for part in range(3))
+    identity = torch.eye(3 * PART, dtype=torch.float64)
+    widen = torch.cat([one, zero, zero], 1)  # puts a part's numbers back where the identity would look for them
+
+    cases = {
+        "all three": (wants, is_, carries),
+        "no W_Q": (identity, is_ @ torch.cat([zero, one, zero], 1), carries),
+        "no W_K": (wants @ widen, identity, carries),
+        "neither": (identity, identity, carries),
+        "no W_Q, W_K refitted": (identity, is_ @ widen, carries),
+        "no W_V": (wants, is_, identity),
+    }
+    hits, loads, widths = {}, {}, {}
+    for name, (w_q, w_k, w_v) in cases.items():
+        q, k, v = ((x @ w)[None, None] for w in (w_q, w_k, w_v))
+        found = weights(q, k, scale=16.0)[0, 0].argmax(-1)
+        out = attention(q, k, v, scale=16.0)[0, 0]
+        hits[name] = (found == wanted).double().mean().item()
+        loads[name] = (out[:, -PART:].square().sum() / out.square().sum()).item()  # the load stands last in any out
+        widths[name] = out.shape[1]
+        if name == "neither":
+            itself = (found == torch.arange(TOKENS)).double().mean().item()
+        if name == "all three":
+            error = ((out - carried[wanted]).norm() / carried.norm()).item()
+
+    fold = _fold(rng)
+    numbers: dict[str, float | tuple[float, ...]] = {f"tokens found, {name}": value for name, value in hits.items()}
+    numbers["tokens that find themselves, neither"] = itself
+    numbers["error of out, all three"] = error
+    numbers |= {f"share of out that is the load, {name}": loads[name] for name in ("all three", "no W_V")}
+    numbers |= fold
+    verdict = (
+        f"Each token wants something, is something and carries something. W_Q reads what it wants, W_K what it is, "
+        f"W_V what it "
+        f"carries; with all three {hits['all three']:.0%} of the tokens find their partner and out is the partner's "
+        f"load (error "
+        f"{number(error)}). With neither W_Q nor W_K {hits['neither']:.0%} do, and {itself:.0%} find themselves. "
+        f"Dropping one alone leaves {hits['no W_Q']:.0%} and {hits['no W_K']:.0%}, but refit W_K and W_Q is not "
+        f"missed "
+        f"({hits['no W_Q, W_K refitted']:.0%}): only the product W_Q W_Kᵀ matters (for W_V and the output projection "
+        f"it is "
+        f"the same). Without W_V {hits['no W_V']:.0%} are found but out is all of the partner: {widths['no W_V']} "
+        f"numbers "
+        f"instead of {widths['all three']}, {loads['no W_V']:.0%} of it load. So why two matrices and not their "
+        f"product? "
+        f"Folding is exact (weights differ by {number(fold['fold: largest difference of the weights'])}), but the "
+        f"product is "
+        f"{WIDTH} wide and of rank {HEAD}: {number(fold['parameters, folded'])} parameters instead of "
+        f"{number(fold['parameters, two thin matrices'])} for {HEADS} heads, {number(fold['FLOPs a score, folded'])} "
+        f"operations "
+        f"a score instead of {number(fold['FLOPs a score, thin'])}. What it saves is cache: x itself "
+        f"({number(fold['cached numbers a token, folded'])} numbers a token) instead of every head's k and v "
+        f"({number(fold['cached numbers a token, thin'])}); latent attention (MLA) folds into a narrow latent to have "
+        f"both. "
+        f"A rotation between the two (RoPE) stops it: the product then depends on the distance, and changes by "
+        f"{fold['fold under a rotation: the product changes by']:.0%} from one step to the next."
+    )
+    wide = max(map(len, hits))
+    picture = "tokens that found their partner\n" + "\n".join(
+        f"  {name:<{wide}}  {bar(value, 30)} {value:.0%}" for name, value in hits.items()
+    )
+    sources = (
+        "Vaswani et al. 2017, section 3.2.2, arxiv.org/abs/1706.03762",
+        "DeepSeek-AI 2024, DeepSeek-V2 (latent attention absorbs its projections), arxiv.org/abs/2405.04434",
+        "Karbevski, Mijoski 2025 (abstract): W_Q can be left out under stated assumptions, arxiv.org/abs/2510.23912",
+    )
+    return Answer(
+        "projections",
+        "What do W_Q, W_K and W_V each buy, and what does folding them cost?",
+        numbers,
+        picture,
+        verdict,
+        sources,
+    )
+
+
+def _tokens(rng: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return tokens (TOKENS, 3 * PART) and, for each, the index of the token that is what it wants (never itself)."""
+    things = torch.linalg.qr(torch.randn(PART, PART, generator=rng, dtype=torch.float64))[0][:TOKENS]
+    order = torch.randperm(TOKENS, generator=rng)
+    wanted = torch.empty_like(order)
+    wanted[order] = order.roll(1)  # one cycle through all tokens: nobody wants itself
+    load = torch.randn(TOKENS, PART, generator=rng, dtype=torch.float64) / PART**0.5
+    return torch.cat([things[wanted], things, load], 1), wanted
+
+
+def _fold(rng: torch.Generator) -> dict[str, float | tuple[float, ...]]:
+    """Multiply W_Q and W_K together for one head, compare, and count what each form costs."""
+    x = torch.randn(1, 1, 2 * RANKS[-1], WIDTH, generator=rng, dtype=torch.float64)
+    w_q = torch.randn(WIDTH, HEAD, generator=rng, dtype=torch.float64) / WIDTH**0.5
+    w_k = torch.randn(WIDTH, HEAD, generator=rng, dtype=torch.float64) / WIDTH**0.5
+    thin = weights(x @ w_q, x @ w_k)
+    folded = weights(x @ (w_q @ w_k.mT), x, scale=HEAD**-0.5)  # the key is now x itself
+
+    ranks = []
+    for rank in RANKS:
+        a, b = (torch.randn(WIDTH, rank, generator=rng, dtype=torch.float64) for _ in range(2))
+        ranks.append(int(torch.linalg.matrix_rank((x @ a @ (x @ b).mT)[0, 0])))
+
+    angle = torch.arange(1, HEAD // 2 + 1, dtype=torch.float64) ** -1.0
+    turn = torch.block_diag(
+        *(torch.tensor([[c, -s], [s, c]]) for c, s in zip(angle.cos().tolist(), angle.sin().tolist(), strict=True))
+    )
+    still, turned = w_q @ w_k.mT, w_q @ turn.to(w_q.dtype) @ w_k.mT
+    return {
+        "fold: largest difference of the weights": (thin - folded).abs().max().item(),
+        "rank of the scores, W_Q and W_K 8, 32, 64, 128 wide": tuple(ranks),
+        "parameters, two thin matrices": 2 * WIDTH * HEAD * HEADS,
+        "parameters, folded": WIDTH * WIDTH * HEADS,
+        "FLOPs a score, thin": 2 * HEAD,
+        "FLOPs a score, folded": 2 * WIDTH,
+        "cached numbers a token, thin": 2 * HEAD * HEADS,
+        "cached numbers a token, folded": WIDTH,
+        "fold under a rotation: the product changes by": ((turned - still).norm() / still.norm()).item(),
+    }

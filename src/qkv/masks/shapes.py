@@ -1,0 +1,422 @@
+"""Masks that are a rule about two positions: causal, windows, prefix, chunks, strides, global tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qkv.errors import ArgumentError, ShapeError, describe
+from qkv.masks.arguments import LIMIT, Operand, integer, integers, whole
+from qkv.masks.base import Mask
+from qkv.masks.intervals import INFINITE, Cuts, Rows, Spans, column, groups
+from qkv.masks.program import Builder, Op
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Window(Mask):
+    """p - left <= j <= p + right, None = unbounded; made by `causal`, `sliding_window` and `window`."""
+
+    left: int | None
+    right: int | None
+    text: str
+
+    @property
+    def depends_on_position(self) -> bool:
+        return self.left is not None or self.right is not None
+
+    def visible(
+        self, b: Tensor, h: Tensor, i: Tensor, p: Tensor, j: Tensor, *, B: int, Hq: int, Lq: int, Lk: int
+    ) -> Tensor:
+        if self.left is None:
+            return j <= p + self.right if self.right is not None else torch.ones_like(j, dtype=torch.bool)
+        seen = j >= p - self.left
+        return seen if self.right is None else seen & (j <= p + self.right)
+
+    def _spans(self, rows: Rows) -> Spans:
+        lo = column(-INFINITE) if self.left is None else rows.p[:, None] - self.left
+        hi = column(INFINITE) if self.right is None else rows.p[:, None] + (self.right + 1)
+        return Spans(lo, hi, self.left is not None, self.right is not None)
+
+    def _lower(self, builder: Builder) -> None:
+        if not self.depends_on_position:
+            builder.emit(Op.ALL)
+        else:
+            builder.emit(Op.WINDOW, *(-1 if n is None else n for n in (self.left, self.right)))
+
+    def __repr__(self) -> str:
+        return self.text
+
+
+# Masks made of a few integers are made once: a plan looked up with them then compares by identity.
+_window = lru_cache(maxsize=256)(Window)
+
+
+def causal() -> Window:
+    """Each query sees the keys up to its own position: j <= p.
+
+    Cost: half the work of full attention where Lq = Lk; what lies past the diagonal is never visited.
+    Source: Vaswani et al. 2017, "Attention Is All You Need", section 3.2.3.
+
+    >>> import qkv
+    >>> print(qkv.causal().picture(3, 3))
+    p/j 0 1 2
+      0 ■ · ·
+      1 ■ ■ ·
+      2 ■ ■ ■
+    """
+    return _window(None, 0, "causal()")
+
+
+def sliding_window(n: int) -> Window:
+    """Each query sees n keys: its own and the n - 1 before it, p - n < j <= p; never the future.
+
+    Parameters
+    ----------
+    n : int >= 1, in tokens, the query's own position included. Libraries that count distances call the same mask
+        n - 1; `window(left, right)` takes distances.
+
+    Raises ArgumentTypeError or ArgumentError for other values of n. Cost: Lq n pairs instead of Lq Lk.
+    Source: Child et al. 2019, "Generating Long Sequences with Sparse Transformers"; Jiang et al. 2023, "Mistral 7B".
+
+    >>> import qkv
+    >>> print(qkv.sliding_window(2).picture(4, 4))
+    p/j 0 1 2 3
+      0 ■ · · ·
+      1 ■ ■ · ·
+      2 · ■ ■ ·
+      3 · · ■ ■
+    """
+    n = integer("qkv.sliding_window()", "n", n, low=1)
+    return _window(n - 1, 0, f"sliding_window({n})")
+
+
+def window(left: int | None, right: int | None) -> Window:
+    """Each query sees the keys from `left` before it to `right` after it, inclusive: p - left <= j <= p + right.
+
+    Parameters
+    ----------
+    left, right : int >= 0, distances in tokens; None = unbounded. Both 0 is the query's own position alone.
+
+    Raises ArgumentTypeError or ArgumentError for other values. Cost: about Lq (left + right + 1) pairs.
+
+    >>> import qkv
+    >>> print(qkv.window(1, 2).picture(4, 5, positions="start"))
+    p/j 0 1 2 3 4
+      0 ■ ■ ■ · ·
+      1 ■ ■ ■ ■ ·
+      2 · ■ ■ ■ ■
+      3 · · ■ ■ ■
+    """
+    left = None if left is None else integer("qkv.window()", "left", left)
+    right = None if right is None else integer("qkv.window()", "right", right)
+    return _window(left, right, f"window({left}, {right})")
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Prefix(Mask):
+    """j < n; made by `prefix`."""
+
+    n: int | Operand
+
+    @property
+    def varies_by_batch(self) -> bool:
+        return isinstance(self.n, Operand) and self.n.tensor.numel() > 1
+
+    def check(self, call: str, *, B: int, Hq: int, Lq: int, Lk: int, device: torch.device | str) -> None:
+        check_batch(call, "prefix(n)", self.n, B)
+
+    def visible(
+        self, b: Tensor, h: Tensor, i: Tensor, p: Tensor, j: Tensor, *, B: int, Hq: int, Lq: int, Lk: int
+    ) -> Tensor:
+        return j < (self.n.on(b.device)[b] if isinstance(self.n, Operand) else self.n)
+
+    def _spans(self, rows: Rows) -> Spans:
+        n = int(self.n.tensor[rows.b]) if isinstance(self.n, Operand) else self.n
+        return Spans(column(-INFINITE), column(n))
+
+    def _lower(self, builder: Builder) -> None:
+        if isinstance(self.n, Operand):
+            builder.emit(Op.PREFIX, 0, builder.operand(self.n.tensor))
+        else:
+            builder.emit(Op.PREFIX, self.n, -1)
+
+    def __repr__(self) -> str:
+        return f"prefix({self.n!r})"
+
+
+def check_batch(call: str, name: str, operand: Any, B: int) -> None:
+    """Raise unless a (B,) operand has one value a batch row."""
+    if isinstance(operand, Operand) and operand.tensor.numel() != B:
+        rule = f"{name} with a value for each batch row needs B of them"
+        given = f"{operand.tensor.numel()} values and B={B}"
+        raise ShapeError(describe(call, rule, given, f"Pass {B} value{'s' * (B != 1)}"))
+
+
+def prefix(n: Any) -> Prefix:
+    """Every query sees the first n keys: j < n.
+
+    Parameters
+    ----------
+    n : int >= 0, or B ints for a length a batch row. More than Lk is all keys.
+
+    Prefix-LM is ``causal() | prefix(n)``; attention sinks (StreamingLLM) are
+    ``causal() & (prefix(4) | sliding_window(1024))``.
+    Raises ArgumentTypeError or ArgumentError for other values, ShapeError at use for a wrong number of them.
+    Source: Raffel et al. 2020 (T5), section 3.2.1; Xiao et al. 2024, "Efficient Streaming Language Models with
+    Attention Sinks".
+
+    >>> import qkv
+    >>> print((qkv.causal() | qkv.prefix(2)).picture(4, 4))
+    p/j 0 1 2 3
+      0 ■ ■ · ·
+      1 ■ ■ · ·
+      2 ■ ■ ■ ·
+      3 ■ ■ ■ ■
+    """
+    if whole(n) is None and hasattr(n, "__iter__") and not isinstance(n, str) and getattr(n, "ndim", 1) != 0:
+        return Prefix(Operand(integers("qkv.prefix()", "n", n)))
+    return Prefix(integer("qkv.prefix()", "n", n))
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Chunked(Mask):
+    """p // n == j // n; made by `chunked`."""
+
+    n: int
+
+    @property
+    def depends_on_position(self) -> bool:
+        return True
+
+    def visible(
+        self, b: Tensor, h: Tensor, i: Tensor, p: Tensor, j: Tensor, *, B: int, Hq: int, Lq: int, Lk: int
+    ) -> Tensor:
+        return floor(p, self.n) == floor(j, self.n)
+
+    def _cuts(self, b: int) -> Cuts | None:
+        return Cuts(period=self.n) if self.n > 1 else None
+
+    def _spans(self, rows: Rows) -> Spans:
+        if self.n == 1:  # a chunk of one key moves with the position, which needs no cuts
+            return Spans(rows.p[:, None], rows.p[:, None] + 1, True, True)
+        lo = floor(rows.p, self.n)[:, None] * self.n
+        return Spans(lo, lo + self.n)
+
+    def _lower(self, builder: Builder) -> None:
+        builder.emit(Op.CHUNKED, self.n)
+
+    def __repr__(self) -> str:
+        return f"chunked({self.n})"
+
+
+def floor(x: Tensor, n: int) -> Tensor:
+    """x // n rounded down, for negative x too."""
+    return x.div(n, rounding_mode="floor")
+
+
+def chunked(n: int) -> Chunked:
+    """Each query sees the keys of its own chunk of n positions: p // n == j // n.
+
+    Parameters
+    ----------
+    n : int >= 1, tokens. ``chunked(n) & causal()`` is the local attention of Llama 4.
+
+    Raises ArgumentTypeError or ArgumentError for other values. Cost: Lq n pairs instead of Lq Lk.
+    Source: Meta AI 2025, Llama 4 (local layers).
+
+    >>> import qkv
+    >>> print(qkv.chunked(2).picture(4, 4))
+    p/j 0 1 2 3
+      0 ■ ■ · ·
+      1 ■ ■ · ·
+      2 · · ■ ■
+      3 · · ■ ■
+    """
+    return Chunked(integer("qkv.chunked()", "n", n, low=1))
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Strided(Mask):
+    """(p - j - offset) % n == 0; made by `strided`."""
+
+    n: int
+    offset: int
+
+    @property
+    def depends_on_position(self) -> bool:
+        return self.n > 1
+
+    def visible(
+        self, b: Tensor, h: Tensor, i: Tensor, p: Tensor, j: Tensor, *, B: int, Hq: int, Lq: int, Lk: int
+    ) -> Tensor:
+        return (p - j - self.offset) % self.n == 0
+
+    def _spans(self, rows: Rows) -> Spans:
+        return Spans(column(-INFINITE), column(INFINITE), exact=self.n == 1)
+
+    def _lower(self, builder: Builder) -> None:
+        builder.emit(Op.STRIDED, self.n, self.offset)
+
+    def __repr__(self) -> str:
+        return f"strided({self.n})" if self.offset == 0 else f"strided({self.n}, {self.offset})"
+
+
+def strided(n: int, offset: int = 0) -> Strided:
+    """Each query sees every n-th key, counted from its own position: (p - j - offset) % n == 0.
+
+    Parameters
+    ----------
+    n : int >= 1, tokens from one visible key to the next
+    offset : int, any sign: 0 sees the query's own position, 1 the one before it, ...
+
+    Raises ArgumentTypeError or ArgumentError for other values. Cost: tiles are visited whole, no work is saved unless
+    another mask does.
+    Source: Child et al. 2019, "Generating Long Sequences with Sparse Transformers" (strided pattern).
+
+    >>> import qkv
+    >>> print((qkv.strided(2) & qkv.causal()).picture(4, 4))
+    p/j 0 1 2 3
+      0 ■ · · ·
+      1 · ■ · ·
+      2 ■ · ■ ·
+      3 · ■ · ■
+    """
+    n = integer("qkv.strided()", "n", n, low=1)
+    # Only the remainder matters, so equal masks are equal values.
+    return Strided(n, integer("qkv.strided()", "offset", offset, low=-LIMIT) % n)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Dilated(Mask):
+    """|p - j| <= window * step and (p - j) % step == 0; made by `dilated`."""
+
+    window: int
+    step: int
+
+    @property
+    def depends_on_position(self) -> bool:
+        return True
+
+    def visible(
+        self, b: Tensor, h: Tensor, i: Tensor, p: Tensor, j: Tensor, *, B: int, Hq: int, Lq: int, Lk: int
+    ) -> Tensor:
+        distance = p - j
+        return (distance.abs() <= self.window * self.step) & (distance % self.step == 0)
+
+    def _spans(self, rows: Rows) -> Spans:
+        reach, p = self.window * self.step, rows.p[:, None]
+        return Spans(p - reach, p + (reach + 1), True, True, exact=self.step == 1)
+
+    def _lower(self, builder: Builder) -> None:
+        builder.emit(Op.DILATED, self.window, self.step)
+
+    def __repr__(self) -> str:
+        return f"dilated({self.window}, {self.step})"
+
+
+def dilated(window: int, step: int) -> Dilated:
+    """Each query sees `window` keys on each side, `step` apart, and itself.
+
+    The rule: |p - j| <= window * step and (p - j) % step == 0.
+
+    Parameters
+    ----------
+    window : int >= 0, keys seen on each side
+    step : int >= 1, tokens from one to the next
+
+    Raises ArgumentTypeError or ArgumentError for other values, or where window * step > 2**48.
+    Cost: the tiles within window * step are visited whole.
+    Source: Beltagy et al. 2020, "Longformer: The Long-Document Transformer", section 3.1.
+
+    >>> import qkv
+    >>> print(qkv.dilated(1, 2).picture(5, 5))
+    p/j 0 1 2 3 4
+      0 ■ · ■ · ·
+      1 · ■ · ■ ·
+      2 ■ · ■ · ■
+      3 · ■ · ■ ·
+      4 · · ■ · ■
+    """
+    window = integer("qkv.dilated()", "window", window)
+    step = integer("qkv.dilated()", "step", step, low=1)
+    if window * step > LIMIT:
+        rule = "window * step must be at most 2**48"
+        given = f"window={window}, step={step}"
+        raise ArgumentError(describe("qkv.dilated()", rule, given, "Use strided(step) to reach every key"))
+    return Dilated(window, step)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class GlobalTokens(Mask):
+    """p or j is in indices; made by `global_tokens`."""
+
+    indices: Operand
+
+    @property
+    def depends_on_position(self) -> bool:
+        return self.indices.tensor.numel() > 0
+
+    def visible(
+        self, b: Tensor, h: Tensor, i: Tensor, p: Tensor, j: Tensor, *, B: int, Hq: int, Lq: int, Lk: int
+    ) -> Tensor:
+        chosen = self.indices.on(j.device)
+        return torch.isin(p, chosen) | torch.isin(j, chosen)
+
+    def _runs(self) -> Tensor:
+        """(2, R): the consecutive indices as ranges [start, stop)."""
+        found: Tensor | None = self.__dict__.get("_found")
+        if found is None:
+            at = self.indices.tensor
+            inside = at[1:] != at[:-1] + 1
+            edge = torch.ones(min(1, at.numel()), dtype=torch.bool)
+            found = torch.stack([at[torch.cat([edge, inside])], at[torch.cat([inside, edge])] + 1])
+            object.__setattr__(self, "_found", found)
+        return found
+
+    def _cuts(self, b: int) -> Cuts | None:
+        return Cuts(at=self._runs().T.reshape(-1).contiguous())
+
+    def _spans(self, rows: Rows) -> Spans:
+        start, stop = self._runs()
+        pieces = torch.zeros_like(rows.p)
+        seen = groups(start, stop, pieces, pieces + start.numel())
+        if start.numel() == 0:
+            return seen
+        run = torch.searchsorted(start, rows.p, right=True) - 1
+        everything = ((run >= 0) & (rows.p < stop[run.clamp(min=0)]))[:, None]
+        # A query at an index sees all keys: its first range is everything, the others lie past the last key.
+        lo = torch.where(everything, INFINITE, seen.lo)
+        hi = torch.where(everything, INFINITE, seen.hi)
+        lo[:, :1] = torch.where(everything, -INFINITE, lo[:, :1])
+        return Spans(lo, hi, exact=seen.exact if seen.exact is True else everything)
+
+    def _lower(self, builder: Builder) -> None:
+        builder.emit(Op.GLOBAL, builder.operand(self.indices.tensor))
+
+    def __repr__(self) -> str:
+        return f"global_tokens({self.indices!r})"
+
+
+def global_tokens(indices: Any) -> GlobalTokens:
+    """A few tokens see everything and are seen by everyone: p or j is in indices.
+
+    Parameters
+    ----------
+    indices : ints >= 0, in any order, as a list or a 1-D tensor; repeats count once
+
+    Raises ArgumentTypeError, ArgumentError or ShapeError for other values.
+    Cost: about 2 Lk pairs an index.
+    Source: Beltagy et al. 2020, "Longformer"; Zaheer et al. 2020, "Big Bird".
+
+    >>> import qkv
+    >>> print(qkv.global_tokens([1]).picture(3, 3))
+    p/j 0 1 2
+      0 · ■ ·
+      1 ■ ■ ■
+      2 · ■ ·
+    """
+    return GlobalTokens(Operand(integers("qkv.global_tokens()", "indices", indices).unique()))

@@ -1,0 +1,394 @@
+"""Block-sparse masks, a mask for each head, and the published compositions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qkv.errors import ArgumentError, ArgumentTypeError, ShapeError, describe
+from qkv.masks.arguments import Operand, integer, integers, shown
+from qkv.masks.base import Mask, Or
+from qkv.masks.intervals import Cuts, Rows, Spans, column, groups
+from qkv.masks.program import Builder, Op
+from qkv.masks.shapes import dilated, floor, global_tokens
+from qkv.masks.shapes import window as window_mask
+
+
+def _signed(x: int) -> int:
+    """The int64 with the bits of x mod 2**64."""
+    return (x + 2**63) % 2**64 - 2**63
+
+
+def _shifted(x: Tensor, bits: int) -> Tensor:
+    """x >> bits as if unsigned."""
+    shifted: Tensor = (x >> bits) & ((1 << (64 - bits)) - 1)
+    return shifted
+
+
+def mix(seed: int, block: Tensor, draw: int) -> Tensor:
+    """64 random-looking bits for (seed, query block, draw), as int64: splitmix64's finaliser, wrapping at 2**64.
+
+    Every kernel computes the same function, so that a mask hides the same keys wherever it runs.
+    Source: Steele, Lea and Flood 2014, "Fast Splittable Pseudorandom Number Generators".
+    """
+    start = _signed(seed * 0x9E3779B97F4A7C15 + draw * 0x94D049BB133111EB)
+    x = block * _signed(0xBF58476D1CE4E5B9) + start
+    x = (x ^ _shifted(x, 30)) * _signed(0xBF58476D1CE4E5B9)
+    x = (x ^ _shifted(x, 27)) * _signed(0x94D049BB133111EB)
+    return x ^ _shifted(x, 31)
+
+
+def _modulo(x: Tensor, n: int) -> Tensor:
+    """x mod n as if x were unsigned."""
+    return (_shifted(x, 1) % n * 2 + (x & 1)) % n
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class RandomBlocks(Mask):
+    """j // block is one of the blocks drawn for p // block; made by `random_blocks`."""
+
+    per_row: int
+    block: int
+    seed: int
+
+    @property
+    def depends_on_position(self) -> bool:
+        return self.per_row > 0
+
+    def drawn(self, rows: Tensor, Lk: int) -> Tensor:
+        """The key blocks, (..., k), of query blocks `rows`: k distinct ones by Floyd's sampling."""
+        blocks = -(-Lk // self.block)
+        k = min(self.per_row, blocks)
+        chosen = torch.full((*rows.shape, k), -1, dtype=torch.int64, device=rows.device)
+        for n, last in enumerate(range(blocks - k, blocks)):
+            draw = _modulo(mix(self.seed, rows, last), last + 1)
+            taken = (chosen[..., :n] == draw[..., None]).any(-1)
+            chosen[..., n] = torch.where(taken, last, draw)
+        return chosen
+
+    def visible(
+        self, b: Tensor, h: Tensor, i: Tensor, p: Tensor, j: Tensor, *, B: int, Hq: int, Lq: int, Lk: int
+    ) -> Tensor:
+        key = floor(j, self.block)
+        if self.per_row * self.block >= Lk and self.per_row:
+            return torch.ones_like(j, dtype=torch.bool)
+        seen = torch.zeros(torch.broadcast_shapes(p.shape, j.shape), dtype=torch.bool, device=j.device)
+        for chosen in self.drawn(floor(p, self.block), Lk).unbind(-1):
+            seen |= chosen == key
+        return seen
+
+    def _cuts(self, b: int) -> Cuts | None:
+        return Cuts(period=self.block, optional=True)
+
+    def _spans(self, rows: Rows) -> Spans:
+        start = self.drawn(floor(rows.p, self.block), rows.Lk).sort(-1).values * self.block
+        return Spans(start, start + self.block) if start.shape[1] else Spans(column(0), column(0))
+
+    def _lower(self, builder: Builder) -> None:
+        builder.emit(Op.RANDOM, self.per_row, self.block, self.seed)
+
+    def __repr__(self) -> str:
+        return f"random_blocks({self.per_row}, {self.block}, {self.seed})"
+
+
+def random_blocks(per_row: int, block: int, seed: int) -> RandomBlocks:
+    """Each block of queries sees exactly min(per_row, number of key blocks) distinct blocks of keys, drawn at random.
+
+    Parameters
+    ----------
+    per_row : int >= 0, key blocks a query block sees
+    block : int >= 1, tokens of a block, for queries and keys
+    seed : int in 0..2**63 - 1. The blocks drawn depend on seed, p // block and the number of key blocks only: the same
+        on every machine and backend.
+
+    Raises ArgumentTypeError or ArgumentError for other values. Cost: Lq per_row block pairs.
+    Source: Zaheer et al. 2020, "Big Bird: Transformers for Longer Sequences".
+
+    >>> import qkv
+    >>> qkv.random_blocks(2, 4, seed=0).tensor(16, 16).sum(-1).unique()
+    tensor([8])
+    """
+    call = "qkv.random_blocks()"
+    return RandomBlocks(
+        integer(call, "per_row", per_row, high=2**20),
+        integer(call, "block", block, low=1),
+        integer(call, "seed", seed, high=2**63 - 1),
+    )
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Blocks(Mask):
+    """map[..., p // block, j // block]; made by `blocks`."""
+
+    map: Operand  # bool (rows_b, rows_h, nq, nk)
+    block: int
+
+    @property
+    def depends_on_position(self) -> bool:
+        return True
+
+    @property
+    def varies_by_batch(self) -> bool:
+        return self.map.tensor.shape[0] > 1
+
+    @property
+    def varies_by_head(self) -> bool:
+        return self.map.tensor.shape[1] > 1
+
+    def check(self, call: str, *, B: int, Hq: int, Lq: int, Lk: int, device: torch.device | str) -> None:
+        rows_b, rows_h, nq, nk = self.map.tensor.shape
+        given = f"map {tuple(self.map.tensor.shape)} of blocks of {self.block}"
+        if rows_b not in (1, B) or rows_h not in (1, Hq):
+            rule, fix = (
+                "blocks: the map must be (B or 1, Hq or 1, nq, nk)",
+                "Give it one entry for each, or one for all",
+            )
+            raise ShapeError(describe(call, rule, f"{given}, B={B} and Hq={Hq}", fix))
+        for name, size, have in (("Lq", Lq, nq), ("Lk", Lk, nk)):
+            if have * self.block < size:
+                need = -(-size // self.block)
+                rule = f"blocks: the map must cover {name}"
+                fix = f"Pass a map with {'nq' if name == 'Lq' else 'nk'} >= {need}"
+                raise ShapeError(
+                    describe(call, rule, f"{given}, which covers {have * self.block}, and {name}={size}", fix)
+                )
+
+    def visible(
+        self, b: Tensor, h: Tensor, i: Tensor, p: Tensor, j: Tensor, *, B: int, Hq: int, Lq: int, Lk: int
+    ) -> Tensor:
+        table = self.map.on(j.device)
+        rows_b, rows_h, nq, nk = table.shape
+        row, key = floor(p, self.block), floor(j, self.block)
+        inside = (row >= 0) & (row < nq) & (key >= 0) & (key < nk)
+        if not table.numel():
+            return torch.zeros_like(inside)
+        at_b, at_h = (x if n > 1 else torch.zeros_like(x) for x, n in ((b, rows_b), (h, rows_h)))
+        return table[at_b, at_h, row.clamp(0, nq - 1), key.clamp(0, nk - 1)] & inside
+
+    def _cuts(self, b: int) -> Cuts | None:
+        return Cuts(period=self.block, optional=True)
+
+    def _spans(self, rows: Rows) -> Spans:
+        table = self.map.tensor
+        table = table[min(rows.b, table.shape[0] - 1), min(rows.h, table.shape[1] - 1)]
+        nq = table.shape[0]
+        if not table.numel():
+            return Spans(column(0), column(0))
+        edge = torch.nn.functional.pad(table, (1, 1)).to(torch.int8).diff(dim=1)
+        owner, start = (edge == 1).nonzero(as_tuple=True)
+        stop = (edge == -1).nonzero(as_tuple=True)[1]
+        row = floor(rows.p, self.block)
+        row = torch.where((row >= 0) & (row < nq), row, nq)  # past the last row nothing is found
+        begin, end = (torch.searchsorted(owner, row, right=right) for right in (False, True))
+        return groups(start * self.block, stop * self.block, begin, end)
+
+    def _lower(self, builder: Builder) -> None:
+        table = self.map.tensor
+        builder.emit(Op.BLOCKS, builder.operand(table.view(torch.uint8)), *table.shape, self.block)
+
+    def __repr__(self) -> str:
+        return f"blocks(<map {tuple(self.map.tensor.shape)}>, {self.block})"
+
+
+def blocks(map: Tensor, block: int) -> Blocks:
+    """Blocks of queries see blocks of keys by a table: map[..., p // block, j // block].
+
+    Parameters
+    ----------
+    map : bool tensor (nq, nk) or (B or 1, Hq or 1, nq, nk), copied. It must cover the lengths; queries at positions
+        outside it see nothing.
+    block : int >= 1, tokens of a block, for queries and keys
+
+    Raises ArgumentTypeError, ArgumentError or ShapeError; at use for a map that does not fit.
+    Cost: block * block pairs for each True of the map.
+
+    >>> import torch, qkv
+    >>> print(qkv.blocks(torch.tensor([[True, False], [False, True]]), 2).picture(4, 4))
+    p/j 0 1 2 3
+      0 ■ ■ · ·
+      1 ■ ■ · ·
+      2 · · ■ ■
+      3 · · ■ ■
+    """
+    call = "qkv.blocks()"
+    if not isinstance(map, Tensor) or map.dtype != torch.bool:
+        given = shown(map) if isinstance(map, Tensor) else f"{shown(map)} ({type(map).__name__})"
+        raise ArgumentTypeError(
+            describe(call, "map must be a bool tensor", given, "Pass a bool tensor, e.g. map.bool()")
+        )
+    if map.ndim not in (2, 4):
+        rule = "map must be (nq, nk) or (B or 1, Hq or 1, nq, nk)"
+        raise ShapeError(describe(call, rule, shown(map), "Add dimensions of size 1 for B and Hq"))
+    if map.is_meta:
+        raise ArgumentError(describe(call, "map must have values", "map on the meta device", "Pass a tensor with data"))
+    block = integer(call, "block", block, low=1)
+    return Blocks(Operand(map.detach().reshape((1,) * (4 - map.ndim) + tuple(map.shape))), block)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class PerHead(Mask):
+    """Head h sees by masks[h]; made by `per_head`."""
+
+    masks: tuple[Mask, ...]
+
+    @property
+    def depends_on_position(self) -> bool:
+        return any(mask.depends_on_position for mask in self.masks)
+
+    @property
+    def varies_by_batch(self) -> bool:
+        return any(mask.varies_by_batch for mask in self.masks)
+
+    @property
+    def varies_by_head(self) -> bool:
+        return len(set(self.masks)) > 1 or any(mask.varies_by_head for mask in self.masks)
+
+    def check(self, call: str, *, B: int, Hq: int, Lq: int, Lk: int, device: torch.device | str) -> None:
+        if len(self.masks) != Hq:
+            rule = "per_head needs one mask for each query head"
+            raise ShapeError(describe(call, rule, f"{len(self.masks)} masks and Hq={Hq}", f"Pass {Hq} masks"))
+        for mask in dict.fromkeys(self.masks):
+            mask.check(call, B=B, Hq=Hq, Lq=Lq, Lk=Lk, device=device)
+
+    def visible(
+        self, b: Tensor, h: Tensor, i: Tensor, p: Tensor, j: Tensor, *, B: int, Hq: int, Lq: int, Lk: int
+    ) -> Tensor:
+        heads: dict[Mask, list[int]] = {}
+        for head in h.unique().tolist():
+            heads.setdefault(self.masks[head], []).append(head)
+        seen = torch.zeros((1,) * max(h.ndim, 1), dtype=torch.bool, device=j.device)
+        for mask, mine in heads.items():
+            one = mask.visible(b, h, i, p, j, B=B, Hq=Hq, Lq=Lq, Lk=Lk)
+            seen = one if len(heads) == 1 else torch.where(torch.isin(h, h.new_tensor(mine)), one, seen)
+        return seen
+
+    def _device(self) -> torch.device:
+        return next((d for d in (mask._device() for mask in self.masks) if d.type != "cpu"), torch.device("cpu"))
+
+    def _leaves(self, h: int) -> list[Mask]:
+        return self.masks[h]._leaves(h)
+
+    def _decide(self, h: int, known: dict[Mask, tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        return self.masks[h]._decide(h, known)
+
+    def _lower(self, builder: Builder) -> None:
+        outer = builder.words
+        outer += [int(Op.PER_HEAD), len(self.masks)]
+        for head, mask in enumerate(self.masks):
+            builder.words = []
+            mask._for_head(head)._lower(builder)
+            outer += [len(builder.words), *builder.words]
+        builder.words = outer
+
+    def _for_head(self, h: int) -> Mask:
+        return self.masks[h]._for_head(h)
+
+    def __repr__(self) -> str:
+        return f"per_head([{', '.join(map(repr, self.masks))}])"
+
+
+def per_head(masks: Sequence[Mask | Tensor]) -> PerHead:
+    """One mask for each query head; heads that share keys and values may differ.
+
+    Parameters
+    ----------
+    masks : Hq masks or bool tensors, in order of the query heads
+
+    Raises ArgumentTypeError for other values, ShapeError at use for a wrong number of them.
+    Cost: each head visits what its own mask shows.
+
+    >>> import qkv
+    >>> mask = qkv.per_head([qkv.causal(), qkv.sliding_window(1)])
+    >>> mask.tensor(2, 2, Hq=2).int()
+    tensor([[[[1, 0],
+              [1, 1]],
+    <BLANKLINE>
+             [[1, 0],
+              [0, 1]]]], dtype=torch.int32)
+    """
+    from qkv.masks.dense import as_mask
+
+    call = "qkv.per_head()"
+    if isinstance(masks, (Mask, Tensor, str, dict, set)) or not hasattr(masks, "__iter__"):
+        given = f"{shown(masks)} ({type(masks).__name__})"
+        raise ArgumentTypeError(describe(call, "masks must be a list of masks", given, "Pass one mask a query head"))
+    found = []
+    for head, mask in enumerate(masks):
+        entry = as_mask(mask, call)
+        if entry is None:
+            fix = "Use window(None, None) for a head that sees everything"
+            raise ArgumentTypeError(describe(call, "every head needs a mask", f"None for head {head}", fix))
+        found.append(entry)
+    return PerHead(tuple(found))
+
+
+def bigbird(block: int, window_blocks: int = 3, global_blocks: int = 2, random_blocks: int = 3, seed: int = 0) -> Mask:
+    """BigBird: a window, a few global tokens and random blocks, as a composition.
+
+    ``window(w, w) | global_tokens(range(global_blocks * block)) | random_blocks(random_blocks, block, seed)`` with
+    w = window_blocks * block // 2; a part of size 0 is left out.
+
+    Parameters
+    ----------
+    block : int >= 1, tokens of a block
+    window_blocks : int >= 1, blocks of the whole window, half of it on each side
+    global_blocks, random_blocks : int >= 0, blocks
+    seed : int >= 0, of the random blocks
+
+    Raises ArgumentTypeError or ArgumentError for other values. Cost: Lq block times the blocks a row sees.
+    Source: Zaheer et al. 2020, "Big Bird: Transformers for Longer Sequences".
+
+    >>> import qkv
+    >>> qkv.bigbird(64, global_blocks=0)
+    window(96, 96) | random_blocks(3, 64, 0)
+    """
+    call = "qkv.bigbird()"
+    block = integer(call, "block", block, low=1)
+    wide = integer(call, "window_blocks", window_blocks, low=1) * block // 2
+    front = integer(call, "global_blocks", global_blocks) * block
+    drawn = integer(call, "random_blocks", random_blocks, high=2**20)
+    seed = integer(call, "seed", seed, high=2**63 - 1)
+    if front > 2**24:
+        rule = "global_blocks * block must be at most 2**24 tokens"
+        given = f"global_blocks={global_blocks}, block={block}"
+        raise ArgumentError(describe(call, rule, given, "Use window(None, None) to see everything"))
+    parts: list[Mask] = [window_mask(wide, wide)]
+    if front:
+        parts.append(global_tokens(torch.arange(front)))
+    if drawn:
+        parts.append(RandomBlocks(drawn, block, seed))
+    return Or(tuple(parts)) if len(parts) > 1 else parts[0]
+
+
+def longformer(window: int, global_indices: Any = (), dilation: int = 1) -> Mask:
+    """Longformer: a window around each token and a few global tokens, as a composition.
+
+    ``window(w, w)``, or ``dilated(w, dilation)`` where dilation > 1, with w = window // 2, ``| global_tokens(...)``.
+
+    Parameters
+    ----------
+    window : int >= 2 and even, keys of the window on both sides together, besides the token itself
+    global_indices : ints >= 0, tokens that see everything and are seen by everyone
+    dilation : int >= 1, tokens from one key of the window to the next
+
+    Raises ArgumentTypeError, ArgumentError or ShapeError for other values. Cost: Lq (window + 1) pairs, and 2 Lk for
+    each global token.
+    Source: Beltagy et al. 2020, "Longformer: The Long-Document Transformer".
+
+    >>> import qkv
+    >>> qkv.longformer(512, [0])
+    window(256, 256) | global_tokens([0])
+    """
+    call = "qkv.longformer()"
+    window = integer(call, "window", window, low=2)
+    if window % 2:
+        fix = f"Pass window={window + 1}, or window(left, right) for uneven sides"
+        raise ArgumentError(describe(call, "window must be even, half of it on each side", f"window={window}", fix))
+    step = integer(call, "dilation", dilation, low=1)
+    indices = integers(call, "global_indices", global_indices)
+    local = window_mask(window // 2, window // 2) if step == 1 else dilated(window // 2, step)
+    return local | global_tokens(indices) if indices.numel() else local

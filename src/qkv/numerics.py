@@ -1,0 +1,65 @@
+"""Small numerical pieces that the PyTorch backends share."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor
+
+
+def no_autocast(device: str) -> AbstractContextManager[None]:
+    """Autocast would run our float32 products in a half type: the accumulation type is ours to choose."""
+    return torch.autocast(device_type=device, enabled=False)
+
+
+class _Softcap(torch.autograd.Function):
+    """c * tanh(x / c), with a derivative that keeps its relative precision where the cap saturates."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, c: float) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(x)
+        ctx.c = c
+        return c * torch.tanh(x / c)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
+        (x,) = ctx.saved_tensors
+        return grad * softcap_slope(x, ctx.c), None
+
+
+def softcap(x: Tensor, c: float) -> Tensor:
+    """c * tanh(x / c)."""
+    capped: Tensor = _Softcap.apply(x, c)
+    return capped
+
+
+def softcap_slope(x: Tensor, c: float) -> Tensor:
+    """The derivative of softcap at x: 1 / cosh(x / c)^2, where 1 - tanh^2 would cancel to noise beyond |x| = 4c."""
+    e = torch.exp(-2.0 / c * x.abs())
+    return 4.0 * e / (1.0 + e) ** 2
+
+
+def _mix(x: Tensor) -> Tensor:
+    """The finaliser of splitmix64 on int64 tensors; products wrap, right shifts are made logical."""
+    x = (x ^ _shift(x, 30)) * -4658895280553007687  # 0xBF58476D1CE4E5B9
+    x = (x ^ _shift(x, 27)) * -7723592293110705685  # 0x94D049BB133111EB
+    return x ^ _shift(x, 31)
+
+
+def _shift(x: Tensor, bits: int) -> Tensor:
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+_GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15
+
+
+def dropout_keep(seed: int, dropout_p: float, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+    """Which weights survive dropout: a pure function of (seed, b, h, i, j), so any tiling draws the same mask.
+
+    b, h, i, j are int64 tensors that broadcast (query head h, query index i, key index j).
+    """
+    x = torch.full((), seed, dtype=torch.int64, device=j.device)
+    for index in (b, h, i, j):
+        x = _mix(x + (index + 1) * _GOLDEN)
+    return _shift(x, 11) >= round(dropout_p * 2**53)

@@ -1,0 +1,121 @@
+"""The vocabulary of a call: a validated `Problem`, the tensors it runs on (`Inputs`) and what comes back (`Output`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from qkv.masks import Mask
+from qkv.scores import ScoreTerm, TermSpec
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One attention call without its data: everything a backend needs to know to say whether, and how, it will run."""
+
+    call: str  # the public function, for messages
+    B: int
+    Hq: int
+    Hkv: int
+    Lq: int
+    Lk: int
+    D: int
+    Dv: int
+    dtype: torch.dtype
+    device: str  # the device's type, such as "cpu"
+    mask: Mask | None
+    positions: str | tuple[int, ...]  # "start", "end", the position of query 0 (one, or one a batch row), or "tensor"
+    scale: float
+    softcap: float | None
+    bias: tuple[TermSpec, ...]
+    has_sinks: bool
+    dropout_p: float
+    needs_grad: bool
+    needs_lse: bool
+
+    @property
+    def group(self) -> int:
+        """Query heads per key/value head."""
+        return self.Hq // self.Hkv if self.Hkv else 1
+
+    def kv_head(self, h: int) -> int:
+        """The head map, interleaved: the key/value head that query head h reads."""
+        return h // self.group
+
+    @property
+    def accumulate(self) -> torch.dtype:
+        """The dtype of scores, sums and lse: float64 for float64, else float32."""
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+    @property
+    def varies_by_batch(self) -> bool:
+        """Whether two batch rows can see different keys, the data aside."""
+        own_positions = self.positions == "tensor" or (isinstance(self.positions, tuple) and len(self.positions) > 1)
+        return own_positions or (self.mask is not None and self.mask.varies_by_batch)
+
+    @property
+    def varies_by_head(self) -> bool:
+        return self.mask is not None and self.mask.varies_by_head
+
+    def offset(self, b: int) -> int:
+        """The position of query 0 in batch row b; only where positions are not a tensor."""
+        if isinstance(self.positions, tuple):
+            return self.positions[b if len(self.positions) > 1 else 0]
+        return self.Lk - self.Lq if self.positions == "end" else 0
+
+
+@dataclass
+class Inputs:
+    """The tensors of one call. `bias` is lowered (no T5 buckets), `positions` is (B or 1, Lq) int64 or None."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    positions: Tensor | None = None
+    bias: ScoreTerm | None = None
+    sinks: Tensor | None = None
+    seed: int = 0
+
+
+class Output(NamedTuple):
+    """out (B, Hq, Lq, Dv) in q's dtype; lse (B, Hq, Lq) in the accumulation dtype, or None where nobody asked."""
+
+    out: Tensor
+    lse: Tensor | None
+
+
+def query_positions(problem: Problem, positions: Tensor | None, device: torch.device | str) -> Tensor:
+    """The positions of all queries, int64, shape (B or 1, Lq)."""
+    if positions is not None:
+        return positions
+    offsets = problem.positions if isinstance(problem.positions, tuple) else (problem.offset(0),)
+    i = torch.arange(problem.Lq, device=device)
+    return i + torch.tensor(offsets, dtype=torch.int64, device=device)[:, None]
+
+
+def dense_strides(size: Sequence[int], like: Sequence[int]) -> tuple[int, ...]:
+    """Strides that store `size` densely, in the order of dimensions that the strides `like` have.
+
+    Dimensions that `like` does not order (stride 0, as after expand) keep their place.
+    """
+    order = [0]
+    for dim in range(1, len(size)):
+        place = len(order)
+        while place and like[dim] and like[order[place - 1]] and like[dim] > like[order[place - 1]]:
+            place -= 1
+        order.insert(place, dim)
+    strides, step = [0] * len(size), 1
+    for dim in reversed(order):
+        strides[dim] = step
+        step *= max(size[dim], 1)
+    return tuple(strides)
+
+
+def empty_output(q: Tensor, Dv: int) -> Tensor:
+    """An uninitialised (B, Hq, Lq, Dv) tensor in q's dtype and order of dimensions in memory."""
+    size = (*q.shape[:3], Dv)
+    return torch.empty_strided(size, dense_strides(size, q.stride()), dtype=q.dtype, device=q.device)

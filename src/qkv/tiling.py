@@ -1,0 +1,155 @@
+"""Which tiles of the score matrix hold a visible key: empty ones are not visited, full ones do not ask the mask."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from qkv.masks import Mask
+
+# Arbitrary positions cut the queries into runs of consecutive positions. Beyond this many runs a tile, asking the mask
+# for intervals costs more than it can save, and every tile counts as mixed.
+_MAX_RUNS_PER_TILE = 8
+
+
+class KeyTile(NamedTuple):
+    """Keys start..stop of one tile; `full` promises that every query of the query tile sees all of them."""
+
+    start: int
+    stop: int
+    full: bool
+
+
+class TileCount(NamedTuple):
+    """How many tiles a mask leaves: over all batch rows and query heads."""
+
+    visible: int
+    full: int
+    total: int
+
+
+class _Runs(NamedTuple):
+    """Runs of consecutive positions within one query tile: first and last position, first query index, tile."""
+
+    first: Tensor
+    last: Tensor
+    i_first: Tensor
+    tile: Tensor
+
+
+class View(NamedTuple):
+    """One query head of one batch row, as the mask sees it: its positions, or where they start."""
+
+    b: int
+    h: int
+    offset: int
+    positions: Tensor | None  # int64 (Lq,) on the CPU
+
+
+class Schedule:
+    """The key tiles of each query tile, for queries that several views (heads, batch rows) process together.
+
+    A tile is visited if any view needs it, and full only if it is full for all: a tile that one view does not need
+    changes nothing there, bit for bit.
+    """
+
+    def __init__(self, mask: Mask | None, views: Sequence[View], Lq: int, Lk: int, T: int, K: int) -> None:
+        self._Lk, self._K = Lk, K
+        self._dense = mask is None
+        self._ranges: list[list[list[tuple[list[int], list[int]]]]] | None = None
+        if mask is None or (Lq <= T and Lk <= K):
+            return  # nothing to skip, or one tile: looking at its mask costs less than asking for intervals
+        self._ranges = []
+        for view in views:
+            runs = _runs(view, Lq, T)
+            if runs is None:
+                self._ranges = None
+                return
+            found = mask.intervals(runs.first, runs.last, b=view.b, h=view.h, Lk=Lk, Lq=Lq, i_first=runs.i_first)
+            per_tile: list[list[tuple[list[int], list[int]]]] = [[] for _ in range(-(-Lq // T))]
+            visible = _rows(found.visible_start, found.visible_stop, found.visible_count)
+            full = _rows(found.full_start, found.full_stop, found.full_count)
+            for tile, seen, whole in zip(runs.tile.tolist(), visible, full, strict=True):
+                per_tile[tile].append((seen, whole))
+            self._ranges.append(per_tile)
+
+    def keys(self, tile: int) -> Iterator[KeyTile]:
+        """The key tiles that query tile `tile` has to visit, in order."""
+        Lk, K = self._Lk, self._K
+        if self._ranges is None:
+            for start in range(0, Lk, K):
+                yield KeyTile(start, min(start + K, Lk), self._dense)
+            return
+        touched: set[int] = set()
+        whole: set[int] | None = None
+        for per_tile in self._ranges:
+            for seen, full in per_tile[tile]:
+                mine: set[int] = set()
+                for start, stop in zip(seen[::2], seen[1::2], strict=True):
+                    touched.update(range(start // K, -(-stop // K)))
+                for start, stop in zip(full[::2], full[1::2], strict=True):
+                    mine.update(range(-(-start // K), -(-stop // K) if stop >= Lk else stop // K))
+                whole = mine if whole is None else whole & mine
+        for index in sorted(touched):
+            yield KeyTile(index * K, min(index * K + K, Lk), whole is not None and index in whole)
+
+
+def _rows(start: Tensor, stop: Tensor, count: Tensor) -> list[list[int]]:
+    """Ranges as flat lists start, stop, start, stop, … without the padding."""
+    pairs = torch.stack((start, stop), -1).flatten(1).tolist()
+    return [row[: 2 * n] for row, n in zip(pairs, count.tolist(), strict=True)]
+
+
+def _runs(view: View, Lq: int, T: int) -> _Runs | None:
+    starts = torch.arange(0, Lq, T, device="cpu")
+    if view.positions is None:
+        ends = (starts + T).clamp(max=Lq)
+        return _Runs(starts + view.offset, ends - 1 + view.offset, starts, starts // T)
+    p = view.positions
+    breaks = (p[1:] - p[:-1] != 1).nonzero().flatten() + 1
+    if breaks.numel() > _MAX_RUNS_PER_TILE * starts.numel():
+        return None
+    starts = torch.cat((starts, breaks)).unique()
+    ends = torch.cat((starts[1:], starts.new_tensor([Lq]))) if starts.numel() else starts
+    return _Runs(p[starts], p[ends - 1], starts, starts // T)
+
+
+def count_tiles(mask: Mask | None, views: Sequence[View], Lq: int, Lk: int, T: int, K: int) -> TileCount:
+    """Count tiles of T queries by K keys over the views, without a loop over tiles where positions are consecutive."""
+    each = -(-Lq // T) * -(-Lk // K)
+    if mask is None:
+        return TileCount(each * len(views), each * len(views), each * len(views))
+    visible = full = 0
+    for view in views:
+        if view.positions is not None:
+            schedule = Schedule(mask, [view], Lq, Lk, T, K)
+            tiles = [key for tile in range(-(-Lq // T)) for key in schedule.keys(tile)]
+            visible, full = visible + len(tiles), full + sum(key.full for key in tiles)
+            continue
+        runs = _runs(view, Lq, T)
+        assert runs is not None
+        found = mask.intervals(runs.first, runs.last, b=view.b, h=view.h, Lk=Lk, Lq=Lq, i_first=runs.i_first)
+        visible += _touched(found.visible_start, found.visible_stop, found.visible_count, K)
+        full += _covered(found.full_start, found.full_stop, found.full_count, K, Lk)
+    return TileCount(visible, full, each * len(views))
+
+
+def _touched(start: Tensor, stop: Tensor, count: Tensor, K: int) -> int:
+    if start.numel() == 0:
+        return 0
+    used = torch.arange(start.shape[1], device="cpu") < count[:, None]
+    first, last = start // K, (stop - 1) // K
+    # Sorted disjoint ranges: a tile is counted twice only where a range starts in the tile that ends the one before.
+    again = (first[:, 1:] == last[:, :-1]) & used[:, 1:]
+    return int(((last - first + 1) * used).sum()) - int(again.sum())
+
+
+def _covered(start: Tensor, stop: Tensor, count: Tensor, K: int, Lk: int) -> int:
+    if start.numel() == 0:
+        return 0
+    used = torch.arange(start.shape[1], device="cpu") < count[:, None]
+    last = torch.where(stop >= Lk, -(-stop // K), stop // K)
+    return int(((last - -(-start // K)).clamp(min=0) * used).sum())

@@ -1,0 +1,177 @@
+"""Kernels with one mistake each, and the proof that the gate sees it.
+
+    python -m tests.mutants            # the table: every mutant, and the configuration that killed it
+
+A Python mutant is the plain implementation of `plain.py` with one line wrong. A native mutant is the shipped kernel
+compiled once more with a run-time number that switches one mistake on (`qkv._native_mutants`, absent from what is
+shipped). Both face the gate's own checks on the gate's own configurations; no mutant has a test of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import multiprocessing
+import sys
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+
+from qkv import functional
+from qkv.backends import base
+from tests import gate
+from tests.cases import CASES, Config
+from tests.generator import random_config
+from tests.plain import PYTHON_MUTANTS, Plain
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One mutant before the gate."""
+
+    kind: str
+    name: str
+    seed: int | None  # the configuration that killed it, None for a survivor
+    fault: str
+    asked: int
+
+
+def questions(configs: Sequence[Config]) -> list[gate.Question]:
+    return [gate.Question.of(config) for config in configs]
+
+
+def try_python(bug: str, asked: Iterable[gate.Question]) -> Trial:
+    """Ask until a check fails. `bug` "" is the implementation without a mistake."""
+    count = 0
+    for count, question in enumerate(asked, 1):
+        outcome = gate.ask(question, "python", lambda inputs: Plain(inputs, bug)())
+        if outcome.faults:
+            return Trial("python", bug, question.config.seed, outcome.faults[0], count)
+    return Trial("python", bug, None, "", count)
+
+
+# ----------------------------------------------------------------------------------------------------- native ones
+def native_mutants() -> Any:
+    """The module of mutated kernels, or None where it was not built."""
+    try:
+        return importlib.import_module("qkv._native_mutants")
+    except ImportError:
+        return None
+
+
+@contextmanager
+def native_module(module: Any) -> Iterator[None]:
+    """Let the "cpu" backends run another build of the kernels. What was prepared with the old one is forgotten."""
+    cpu = importlib.import_module("qkv.backends.cpu")
+    shipped = cpu._module
+    try:
+        cpu._module = lambda: module
+        _forget()
+        yield
+    finally:
+        cpu._module = shipped
+        _forget()
+
+
+def _forget() -> None:
+    functional._ENTRIES.clear()
+    functional._FAST.clear()
+    base.load.cache_clear()
+
+
+def try_native(number: int, name: str, asked: Sequence[gate.Question], isas: Sequence[str]) -> Trial:
+    """Ask the native backends with mistake `number` switched on; 0 is none."""
+    module = native_mutants()
+    count = 0
+    module.set_mutant(number)
+    try:
+        with native_module(module):
+            for count, question in enumerate(asked, 1):
+                for isa in isas:
+                    outcome = gate.ask(question, isa)
+                    if outcome.faults:
+                        return Trial("native", name, question.config.seed, f"{isa}: {outcome.faults[0]}", count)
+    finally:
+        module.set_mutant(0)
+    return Trial("native", name, None, "", count)
+
+
+def _child(pipe: Connection, number: int, name: str, asked: Sequence[gate.Question], isas: Sequence[str]) -> None:
+    torch.set_num_threads(1)
+    pipe.send(try_native(number, name, asked, isas))
+
+
+def try_native_apart(number: int, name: str, asked: Sequence[gate.Question], isas: Sequence[str]) -> Trial:
+    """The same in a forked process, so that a mutant that crashes or hangs is a killed mutant and nothing worse."""
+    context = multiprocessing.get_context("fork")
+    mine, theirs = context.Pipe(duplex=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # forking beside idle threads is what is meant here
+        child = context.Process(target=_child, args=(theirs, number, name, asked, isas))
+        child.start()
+    theirs.close()
+    try:
+        if mine.poll(300):
+            return mine.recv()
+        fault = "hangs"
+    except EOFError:
+        child.join()
+        fault = f"crashes with exit code {child.exitcode}"
+    finally:
+        child.kill()
+        child.join()
+    return Trial("native", name, -1, fault, 0)
+
+
+def fixed_configs(count: int) -> list[Config]:
+    """The named cases and the first random ones: the same list in every run."""
+    return [*CASES, *(random_config(seed) for seed in range(count))]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.mutants", description="Show that the gate kills every mutant."
+    )
+    parser.add_argument("--configs", type=int, default=300, help="random configurations after the named cases")
+    parser.add_argument("--only", choices=("python", "native"))
+    args = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    print(f"mutants: preparing {args.configs} configurations", flush=True)
+    asked = questions(fixed_configs(args.configs))
+    trials: list[Trial] = []
+
+    def tell(trial: Trial) -> None:
+        trials.append(trial)
+        name = trial.name or "(no mistake)"
+        result = "survived" if trial.seed is None else f"killed by {_named(trial.seed, asked, trial.asked)}"
+        print(f"{trial.kind:<7} {name:<28} {result:<34} {trial.fault[:90]}", flush=True)
+
+    if args.only != "native":
+        for bug in ("", *PYTHON_MUTANTS):
+            tell(try_python(bug, asked))
+    module = native_mutants()
+    if args.only != "python" and module is not None:
+        isas = [name for name in gate.backends() if name.startswith("cpu")]
+        native = [q for q in asked if not gate.may_refuse("cpu", q.config)]
+        for number, name in enumerate(("", *module.mutant_names())):
+            tell(try_native_apart(number, name, native, isas))
+    elif args.only != "python":
+        print("native  qkv._native_mutants is not built here: only the Python mutants ran")
+    wrong = [t for t in trials if (t.seed is None) != (t.name == "")]
+    killed = sum(t.seed is not None for t in trials if t.name)
+    print(f"mutants: {killed} of {sum(bool(t.name) for t in trials)} killed, {len(wrong)} wrong verdicts")
+    return 1 if wrong else 0
+
+
+def _named(seed: int, asked: Sequence[gate.Question], at: int) -> str:
+    config = asked[at - 1].config if at else None
+    return "its crash" if config is None else f"case {config.name!r}" if config.name else f"seed {seed}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,386 @@
+"""Attention from its definition, one row at a time: the judge of every backend.
+
+Nothing here is shared with qkv: the masks have their own predicates, written from the table of the design, and the
+arithmetic is NumPy in float64 (longdouble when the call is float64). For every row the visible keys are gathered
+first, so a hidden byte cannot take part. Beside each result stand the magnitudes that the error rule asks for:
+
+    out   S_i = max over visible j of |scale| * sum |q_d k_d| + |bias_ij|      and      P @ |V|
+    grad  the formula of the gradient with every factor replaced by its absolute value
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+Spec = tuple[Any, ...]  # a mask or a bias as data: ("and", ("causal",), ("sliding_window", 4))
+
+
+class Geometry(NamedTuple):
+    B: int
+    Hq: int
+    Lq: int
+    Lk: int
+
+
+# ---------------------------------------------------------------------------------------------------------- masks
+class Row(NamedTuple):
+    """One query: batch row, head, index and position; and the keys asked about."""
+
+    b: int
+    h: int
+    i: int
+    p: int
+    j: Array
+    geo: Geometry
+
+
+def _window(r: Row, left: int | None, right: int | None) -> Array:
+    seen = np.ones(r.j.shape, bool)
+    if left is not None:
+        seen &= r.j >= r.p - left
+    if right is not None:
+        seen &= r.j <= r.p + right
+    return seen
+
+
+def _prefix(r: Row, n: Any) -> Array:
+    return r.j < (n if isinstance(n, int) else n[r.b])
+
+
+def _padding(r: Row, lengths: Any, side: str) -> Array:
+    return r.j < lengths[r.b] if side == "right" else r.j >= r.geo.Lk - lengths[r.b]
+
+
+def _same_document(r: Row, q_ids: Array, k_ids: Array, at: int) -> Array:
+    if not 0 <= at < q_ids.shape[-1]:
+        return np.zeros(r.j.shape, bool)
+    mine = q_ids[r.b if len(q_ids) > 1 else 0, at]
+    theirs = k_ids[r.b if len(k_ids) > 1 else 0, r.j]
+    return (theirs == mine) & (theirs >= 0) & bool(mine >= 0)
+
+
+def _documents(r: Row, lengths: Any, k_lengths: Any) -> Array:
+    ids = np.repeat(np.arange(len(lengths)), lengths)[None]
+    if k_lengths is None:
+        return _same_document(r, ids, ids, r.p)
+    return _same_document(r, ids, np.repeat(np.arange(len(k_lengths)), k_lengths)[None], r.i)
+
+
+def _segments(r: Row, ids: Array, k_ids: Array | None) -> Array:
+    if k_ids is None:
+        return _same_document(r, np.atleast_2d(ids), np.atleast_2d(ids), r.p)
+    return _same_document(r, np.atleast_2d(ids), np.atleast_2d(k_ids), r.i)
+
+
+def _global(r: Row, indices: Any) -> Array:
+    return np.isin(r.j, indices) | (r.p in tuple(indices))
+
+
+@cache
+def random_key_blocks(per_row: int, seed: int, query_block: int, key_blocks: int) -> tuple[int, ...]:
+    """Floyd's sample of min(per_row, key_blocks) distinct blocks, drawn with splitmix64."""
+    word = (1 << 64) - 1
+    chosen: list[int] = []
+    for t in range(key_blocks - min(per_row, key_blocks), key_blocks):
+        x = (seed * 0x9E3779B97F4A7C15 + query_block * 0xBF58476D1CE4E5B9 + t * 0x94D049BB133111EB) & word
+        x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & word
+        x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & word
+        x ^= x >> 31
+        chosen.append(t if x % (t + 1) in chosen else x % (t + 1))
+    return tuple(chosen)
+
+
+def _random(r: Row, per_row: int, block: int, seed: int) -> Array:
+    return np.isin(r.j // block, random_key_blocks(per_row, seed, r.p // block, -(-r.geo.Lk // block)))
+
+
+def _blocks(r: Row, table: Array, block: int) -> Array:
+    t = table.reshape((1,) * (4 - table.ndim) + table.shape)
+    row = r.p // block
+    if not 0 <= row < t.shape[2]:
+        return np.zeros(r.j.shape, bool)
+    return t[r.b if t.shape[0] > 1 else 0, r.h if t.shape[1] > 1 else 0, row][r.j // block]
+
+
+def _dense(r: Row, table: Array) -> Array:
+    t = table.reshape((1,) * (4 - table.ndim) + table.shape)
+    t = t[r.b if t.shape[0] > 1 else 0, r.h if t.shape[1] > 1 else 0, r.i if t.shape[2] > 1 else 0]
+    return t[r.j] if len(t) > 1 else np.broadcast_to(t, r.j.shape)
+
+
+def _bigbird(r: Row, block: int, window_blocks: int, global_blocks: int, random_blocks: int, seed: int) -> Array:
+    half = window_blocks * block // 2
+    anchors = (r.j < global_blocks * block) | (0 <= r.p < global_blocks * block)
+    return _window(r, half, half) | anchors | _random(r, random_blocks, block, seed)
+
+
+def _longformer(r: Row, window: int, indices: Any, dilation: int) -> Array:
+    return _dilated(r, window // 2, dilation) | _global(r, indices)
+
+
+def _dilated(r: Row, window: int, step: int) -> Array:
+    return (abs(r.p - r.j) <= window * step) & ((r.p - r.j) % step == 0)
+
+
+# Functions for mask_mod: the same expression serves NumPy here and torch in qkv.
+MASK_MODS: dict[str, Callable[[Any, Any, Any, Any], Any]] = {
+    "checker": lambda b, h, p, j: (p + j + h + b) % 3 != 0,
+    "near_or_even": lambda b, h, p, j: ((p - j) * (p - j) < 50) | (j % 4 == b % 2),
+    "hollow": lambda b, h, p, j: (j < p - 3) & (j % 7 != p % 7),
+}
+
+_PREDICATES: dict[str, Callable[..., Array]] = {
+    "causal": lambda r: r.j <= r.p,
+    "sliding_window": lambda r, n: (r.j > r.p - n) & (r.j <= r.p),
+    "window": _window,
+    "prefix": _prefix,
+    "padding": _padding,
+    "documents": _documents,
+    "segments": _segments,
+    "chunked": lambda r, n: r.j // n == r.p // n,
+    "strided": lambda r, n, offset: (r.p - r.j - offset) % n == 0,
+    "dilated": _dilated,
+    "global_tokens": _global,
+    "random_blocks": _random,
+    "blocks": _blocks,
+    "per_head": lambda r, *masks: _see(r, masks[r.h]),
+    "dense": _dense,
+    "mask_mod": lambda r, name: np.broadcast_to(MASK_MODS[name](r.b, r.h, r.p, r.j), r.j.shape),
+    "bigbird": _bigbird,
+    "longformer": _longformer,
+    "and": lambda r, a, b: _see(r, a) & _see(r, b),
+    "or": lambda r, a, b: _see(r, a) | _see(r, b),
+    "not": lambda r, a: ~_see(r, a),
+}
+
+
+def _see(r: Row, spec: Spec) -> Array:
+    return _PREDICATES[spec[0]](r, *spec[1:])
+
+
+def visible(spec: Spec | None, b: int, h: int, i: int, p: int, j: Array, geo: Geometry) -> Array:
+    """Which of the keys `j` the mask lets query (b, h, i) at position p attend to."""
+    return np.ones(j.shape, bool) if spec is None else _see(Row(b, h, i, p, j, geo), spec)
+
+
+# ----------------------------------------------------------------------------------------------------------- bias
+def t5_bucket(distance: Array, buckets: int, max_distance: int, bidirectional: bool) -> Array:
+    """Bucket of distance j - p: exact up to half of the buckets, logarithmic to max_distance, shared beyond."""
+    base = np.zeros_like(distance)
+    if bidirectional:
+        buckets //= 2
+        base = np.where(distance > 0, buckets, 0)
+        distance = abs(distance)
+    else:
+        distance = np.maximum(-distance, 0)
+    exact = buckets // 2
+    # in float32 like the checkpoints: at the borders of the buckets its rounding decides
+    ratio = np.log(np.maximum(distance, 1).astype(np.float32) / exact) / np.float32(np.log(max_distance / exact))
+    far = np.minimum(exact + (ratio * np.float32(buckets - exact)).astype(np.int64), buckets - 1)
+    return base + np.where(distance < exact, distance, far)
+
+
+class Term(NamedTuple):
+    """What one bias term does to the scores of a row: s -> gain * s + add, with add = factor * tensor[index]."""
+
+    gain: float
+    add: Array
+    index: tuple[Any, ...] | None = None
+    factor: Any = 1
+
+
+def term_of(spec: Spec, r: Row) -> Term:
+    """A bias term on the keys of a row."""
+    kind = spec[0]
+    if kind == "tensor":
+        t = spec[1].reshape((1,) * (4 - spec[1].ndim) + spec[1].shape)
+        index = tuple(x if n > 1 else 0 for x, n in zip((r.b, r.h, r.i), t.shape[:3], strict=True))
+        where = (*index, r.j if t.shape[3] > 1 else np.zeros_like(r.j))
+        return Term(1.0, t[where], where)
+    if kind == "alibi":
+        return Term(1.0, -spec[1][r.h] * abs(r.p - r.j), (np.full_like(r.j, r.h),), -abs(r.p - r.j))
+    if kind == "relative":
+        radius = spec[1].shape[1] // 2
+        column = np.clip(r.j - r.p, -radius, radius) + radius
+        return Term(1.0, spec[1][r.h, column], (r.h, column))
+    if kind == "t5":
+        column = t5_bucket(r.j - r.p, spec[1].shape[1], spec[2], spec[3])
+        return Term(1.0, spec[1][r.h, column], (r.h, column))
+    assert kind == "score_mod", kind
+    return Term(spec[1] * (1 + 0.25 * r.h), spec[2] * (r.j - r.p))
+
+
+# ------------------------------------------------------------------------------------------------------- the rows
+@dataclass
+class Call:
+    """One attention call in the oracle's own precision."""
+
+    q: Array
+    k: Array
+    v: Array
+    positions: Array  # (B, Lq)
+    scale: float
+    mask: Spec | None = None
+    bias: tuple[Spec, ...] = ()
+    softcap: float | None = None
+    sinks: Array | None = None
+    _keys: dict[tuple[int, int, int], Array] = field(default_factory=dict)
+
+    @property
+    def geo(self) -> Geometry:
+        return Geometry(len(self.q), self.q.shape[1], self.q.shape[2], self.k.shape[2])
+
+    def keys(self, b: int, h: int, i: int) -> Array:
+        """The keys that query (b, h, i) sees: those the mask shows and no bias of -inf hides."""
+        if (b, h, i) not in self._keys:
+            self._keys[b, h, i] = self._find(b, h, i)
+        return self._keys[b, h, i]
+
+    def _find(self, b: int, h: int, i: int) -> Array:
+        p = int(self.positions[b, i])
+        j = np.flatnonzero(visible(self.mask, b, h, i, p, np.arange(self.geo.Lk), self.geo))
+        for spec in self.bias:
+            if len(j) and spec[0] != "score_mod":
+                j = j[term_of(spec, Row(b, h, i, p, j, self.geo)).add != -np.inf]
+        return j
+
+
+@dataclass
+class Grad:
+    """A gradient and its two magnitudes: plain, and weighted by 1 + S of the row."""
+
+    value: Array
+    plain: Array
+    weighted: Array
+
+    @classmethod
+    def zeros(cls, shape: tuple[int, ...], dtype: Any) -> Grad:
+        return cls(*(np.zeros(shape, dtype) for _ in range(3)))
+
+    def add(self, where: Any, value: Array, plain: Array, weighted: Array, repeats: bool = False) -> None:
+        for mine, more in zip((self.value, self.plain, self.weighted), (value, plain, weighted), strict=True):
+            if repeats:  # one entry may be named more than once: a bias broadcast over keys, a clamped distance
+                np.add.at(mine, where, more)
+            else:
+                mine[where] += more
+
+
+@dataclass
+class Result:
+    out: Array
+    lse: Array
+    spread: Array  # S_i, (B, Hq, Lq)
+    weight_v: Array  # P @ |V|
+    max_v: Array  # max |v| that the row can see, (B, Hq, Lq)
+    seen: Array  # number of visible keys, (B, Hq, Lq)
+    grads: dict[str, Grad] = field(default_factory=dict)  # q k v sinks bias0 bias1 ...
+
+
+class _Row(NamedTuple):
+    """Everything about one row that its gradient needs as well."""
+
+    j: Array
+    k: Array
+    v: Array
+    p: Array
+    sink: Any
+    spread: Any
+    slope: Array  # d(s after softcap) / d(scale * q.k)
+    slope_size: Array
+    terms: list[Term]
+
+
+def attention(call: Call, dout: Array | None = None, dlse: Array | None = None) -> Result:
+    """The definition, and the gradients of sum(out * dout) + sum(lse * dlse) when dout is given."""
+    Hq, Dv, kind = call.geo.Hq, call.v.shape[3], call.q.dtype
+    row_shape = call.geo[:3]
+    res = Result(
+        np.zeros((*row_shape, Dv), kind),
+        np.full(row_shape, -np.inf, kind),
+        np.zeros(row_shape, kind),
+        np.zeros((*row_shape, Dv), kind),
+        np.zeros(row_shape, kind),
+        np.zeros(row_shape, np.int64),
+    )
+    if dout is not None:
+        shapes = {"q": call.q.shape, "k": call.k.shape, "v": call.v.shape}
+        shapes |= {f"bias{n}": s[1].shape for n, s in enumerate(call.bias) if s[0] != "score_mod"}
+        shapes |= {} if call.sinks is None else {"sinks": call.sinks.shape}
+        res.grads = {name: Grad.zeros(shape, kind) for name, shape in shapes.items()}
+    group = max(1, Hq // max(1, call.k.shape[1]))
+    with np.errstate(all="ignore"):
+        for b, h, i in np.ndindex(row_shape):
+            row = _forward_row(call, res, b, h, i, h // group)
+            if dout is not None and dlse is not None:
+                _backward_row(call, res, row, (b, h, i), h // group, dout[b, h, i], dlse[b, h, i])
+    return res
+
+
+def _forward_row(call: Call, res: Result, b: int, h: int, i: int, g: int) -> _Row:
+    j, q = call.keys(b, h, i), call.q[b, h, i]
+    k, v = call.k[b, g, j], call.v[b, g, j]
+    s = (k @ q) * call.scale
+    size = (abs(k) @ abs(q)) * abs(call.scale)
+    slope = slope_size = np.ones_like(s)
+    if call.softcap is not None:
+        t = np.tanh(s / call.softcap)
+        s, slope, slope_size = call.softcap * t, 1 / np.cosh(s / call.softcap) ** 2, 1 + t * t
+    terms = [term_of(spec, Row(b, h, i, int(call.positions[b, i]), j, call.geo)) for spec in call.bias]
+    for term in terms:
+        s, size = s * term.gain + term.add, size * abs(term.gain) + abs(term.add)
+    sink = -np.inf if call.sinks is None else call.sinks[h]
+    at = (b, h, i)
+    res.seen[at] = len(j)
+    p, sink_p = np.zeros_like(s), s.dtype.type(0)
+    if np.any(np.isnan(s) | (s == np.inf)):
+        p[:] = res.out[at] = res.lse[at] = np.nan
+        sink_p = sink_p + np.nan
+    else:
+        top = max(s.max(initial=-np.inf), sink)
+        if top > -np.inf:
+            e, sink_e = np.exp(s - top), np.exp(sink - top)
+            total = e.sum() + sink_e
+            p, sink_p = e / total, sink_e / total
+            alive = s > -np.inf  # a score of -inf has weight 0, whatever its value holds
+            res.out[at] = p[alive] @ v[alive]
+            res.lse[at] = top + np.log(total)
+            res.weight_v[at] = p[alive] @ abs(v[alive])
+    res.spread[at] = size[np.isfinite(size)].max(initial=0)
+    res.max_v[at] = abs(v)[np.isfinite(v)].max(initial=0)
+    return _Row(j, k, v, p, sink_p, res.spread[at], slope, slope_size, terms)
+
+
+def _backward_row(call: Call, res: Result, row: _Row, at: tuple[int, int, int], g: int, do: Array, dlse: Any) -> None:
+    b, h, _ = at
+    j, k, v, p = row.j, row.k, row.v, row.p
+    q, weight, grads = call.q[at], 1 + row.spread, res.grads
+    dp, dp_size = v @ do, abs(v) @ abs(do)
+    mean, mean_size = p @ dp, p @ dp_size
+    ds, ds_size = p * (dp - mean + dlse), p * (dp_size + mean_size + abs(dlse))
+    if call.sinks is not None:
+        size = row.sink * (mean_size + abs(dlse))
+        grads["sinks"].add((h,), row.sink * (dlse - mean), size, size * weight)
+    if not len(j):
+        return
+    grads["v"].add((b, g, j), p[:, None] * do, p[:, None] * abs(do), p[:, None] * abs(do) * weight)
+    for n in reversed(range(len(row.terms))):  # backwards through s -> gain * s + add
+        term = row.terms[n]
+        if term.index is not None:
+            index = term.index[-grads[f"bias{n}"].value.ndim :]
+            size = ds_size * abs(term.factor)
+            grads[f"bias{n}"].add(index, ds * term.factor, size, size * weight, repeats=True)
+        ds, ds_size = ds * term.gain, ds_size * abs(term.gain)
+    dr, dr_size, dr_weighted = ds * row.slope, ds_size * row.slope, ds_size * row.slope_size * weight
+    scale, scale_size = call.scale, abs(call.scale)
+    grads["q"].value[at] = scale * (dr @ k)
+    grads["q"].plain[at] = scale_size * (dr_size @ abs(k))
+    grads["q"].weighted[at] = scale_size * (dr_weighted @ abs(k))
+    outer = scale_size * abs(q)
+    grads["k"].add((b, g, j), dr[:, None] * (scale * q), dr_size[:, None] * outer, dr_weighted[:, None] * outer)
