@@ -63,15 +63,9 @@ class Prepared {
         has_sinks_ = !sinks.empty();
         static constexpr int64_t kBytes[] = {4, 2, 2, 8};
         bytes_ = kBytes[type];
-        // Catches malformed mask programs now, so that running cannot fail but for memory.
-        Attention probe = a_;
-        Sequence none{};
-        probe.sequences = &none;
-        probe.sequence_count = a_.Hq > 0 && a_.Hkv > 0 ? 1 : 0;
-        std::vector<Bias> no_bias = bias_;
-        probe.bias = no_bias.data();
-        probe.sinks = nullptr;
-        probe.threads = 1;
+        require(a_.D > 0 && (a_.Hkv == 0 ? a_.Hq == 0 : a_.Hq % a_.Hkv == 0), "D must be positive and Hq a multiple of Hkv");
+        if (!program_fits(a_.program, a_.program_length, a_.operand_count)) check(Status::bad_program);
+        Attention probe = a_;  // without sequences: asks only whether this build and machine have the instruction set
         check(attention(probe, isa_.c_str()));
     }
 

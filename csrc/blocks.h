@@ -80,7 +80,7 @@ inline void walk(const Program& program, const Rows& rows, int64_t k0, int64_t k
             }
             // Up to the next full range, bits decide.
             int64_t end = lower(stop, at + kWindowKeys);
-            if (in) end = lower(end, (bounds.full.first[f] + kGranule - 1) / kGranule * kGranule);
+            if (in && bounds.full.first[f] > at) end = lower(end, (bounds.full.first[f] + kGranule - 1) / kGranule * kGranule);
             const int n = static_cast<int>((end - at + kGranule - 1) / kGranule * kGranule);
             if (program.empty()) {
                 for (int j = 0; j < n; ++j) words[j] = at + j < rows.key_count ? every : 0;

@@ -86,10 +86,12 @@ Status attention(const Attention& call, const char* instruction_set) {
     if (call.D < 1 || call.Hkv < 0 || call.Hq < 0 || (call.Hkv > 0 && call.Hq % call.Hkv != 0)) return Status::unsupported;
     for (int64_t i = 0; i < call.sequence_count; ++i)
         if (call.sequences[i].pages != nullptr) return Status::unsupported;
-    if (call.Hkv == 0 || call.Hq == 0 || call.sequence_count == 0) return Status::ok;
     const bool best = instruction_set == nullptr || instruction_set[0] == 0;
     for (const Entry& entry : kEntries)
-        if ((best || std::strcmp(entry.name, instruction_set) == 0) && supported(entry)) return entry.run(call);
+        if ((best || std::strcmp(entry.name, instruction_set) == 0) && supported(entry)) {
+            if (call.Hkv == 0 || call.Hq == 0 || call.sequence_count == 0) return Status::ok;
+            return entry.run(call);
+        }
     return Status::unsupported;
 }
 

@@ -40,7 +40,7 @@ struct Cut {
     int64_t first_counter;
     int64_t first_pack, packs;  // of the packing tasks
     int64_t pairs;              // offset of interleaved values, or -1
-    int64_t tasks(int64_t kv_heads) const { return kv_heads * (split ? chunks : tiles); }
+    int64_t tasks(int64_t kv_heads) const { return rows == 0 ? 0 : kv_heads * (split ? chunks : tiles); }
 };
 
 constexpr int64_t kPackKeys = 256;

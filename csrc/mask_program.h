@@ -438,6 +438,8 @@ class Program {
                 }
                 case kMaskPerHead: {
                     ++top;
+                    stack[top].seen.clear();
+                    stack[top].full.clear();
                     bool first = true;
                     int64_t sub = at + 2;
                     for (int64_t h = 0; h < w[at + 1]; sub += 1 + w[sub], ++h) {

@@ -3,7 +3,7 @@
     python -m tests.mutants            # the table: every mutant, and the configuration that killed it
 
 A Python mutant is the plain implementation of `plain.py` with one line wrong. A native mutant is the shipped kernel
-compiled once more with a run-time number that switches one mistake on (`qkv._native_mutants`, absent from what is
+compiled once more with a run-time number that switches one mistake on (`_native_mutants`, absent from what is
 shipped). Both face the gate's own checks on the gate's own configurations; no mutant has a test of its own.
 """
 
@@ -59,7 +59,7 @@ def try_python(bug: str, asked: Iterable[gate.Question]) -> Trial:
 def native_mutants() -> Any:
     """The module of mutated kernels, or None where it was not built."""
     try:
-        return importlib.import_module("qkv._native_mutants")
+        return importlib.import_module("_native_mutants")
     except ImportError:
         return None
 
@@ -116,7 +116,7 @@ def try_native_apart(number: int, name: str, asked: Sequence[gate.Question], isa
         child.start()
     theirs.close()
     try:
-        if mine.poll(300):
+        if mine.poll(60):
             return mine.recv()
         fault = "hangs"
     except EOFError:
@@ -161,7 +161,7 @@ def main(arguments: list[str] | None = None) -> int:
         for number, name in enumerate(("", *module.mutant_names())):
             tell(try_native_apart(number, name, native, isas))
     elif args.only != "python":
-        print("native  qkv._native_mutants is not built here: only the Python mutants ran")
+        print("native  _native_mutants is not built here: only the Python mutants ran")
     wrong = [t for t in trials if (t.seed is None) != (t.name == "")]
     killed = sum(t.seed is not None for t in trials if t.name)
     print(f"mutants: {killed} of {sum(bool(t.name) for t in trials)} killed, {len(wrong)} wrong verdicts")

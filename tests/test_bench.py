@@ -7,7 +7,6 @@ import math
 import subprocess
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
@@ -15,7 +14,7 @@ import pytest
 import torch
 
 from qkv.cli import bench
-from qkv.cli.benching import chart, ggml, machine, memory, report, sweep
+from qkv.cli.benching import chart, ggml, machine, markdown, memory, report, sweep
 from qkv.cli.benching.cases import Case, build
 from qkv.cli.benching.peers import Matmuls, Prepared, Roster, Sdpa, Setup, Unavailable
 from qkv.cli.benching.rows import BEST, BEST_BUT_GGML, LIMIT, Row, Target, all_rows
@@ -104,13 +103,8 @@ def test_contenders_that_cannot_win_leave_unless_kept():
         keep={"ours", "named"}.__contains__,
         clock=clock,
     )
-    assert {name: len(rounds) for name, rounds in taken.items()} == {
-        "ours": 4,
-        "fast": 4,
-        "slow": 2,
-        "hopeless": 1,
-        "named": 4,
-    }
+    played = {name: len(rounds) for name, rounds in taken.items()}
+    assert played == {"ours": 4, "fast": 4, "slow": 2, "hopeless": 1, "named": 4}
 
 
 def test_a_cold_turn_passes_over_every_set_and_a_warm_one_repeats_the_first():
@@ -389,7 +383,7 @@ def finished() -> list[Any]:
 
 def written() -> dict[str, Any]:
     about = machine.describe(2, CACHE)
-    return report.document(finished(), machine=about, versions={"openvino": "1"}, settings={}, seconds=1.0)
+    return report.document(finished(), about, versions={"openvino": "1"}, settings={}, seconds=1.0)
 
 
 def test_the_table_has_one_line_a_row_and_the_verdict():
@@ -424,6 +418,18 @@ def test_the_chart_is_well_formed_and_knows_both_themes():
     assert widths[1] == pytest.approx(1.5 * widths[0], rel=0.01)
     assert widths[2] == pytest.approx(8 * widths[0], rel=0.01), "ten times as long is cut at eight"
     assert "prefers-color-scheme:dark" in text
+
+
+def test_the_readme_table_goes_between_its_marks(tmp_path):
+    path = tmp_path / "README.md"
+    path.write_text(f"before\n{markdown.START}\nold\n{markdown.END}\nafter\n", encoding="utf-8")
+    for _ in range(2):
+        markdown.write(path, written())
+    text = path.read_text(encoding="utf-8")
+    assert text.startswith(f"before\n{markdown.START}\n")
+    assert text.endswith(f"{markdown.END}\nafter\n")
+    assert "old" not in text
+    assert text.count("| causal, 2,048 tokens, D 128, bfloat16 | 20.0 | 200 | 30.0 (OpenVINO) | 1.5× |") == 1
 
 
 def test_sweep_shapes_cover_the_space_and_losers_are_listed():
@@ -510,4 +516,3 @@ def test_requests_that_cannot_be_met_are_refused(options, message):
 def test_the_list_names_rows_and_measures_nothing(capsys):
     assert bench.main(["--list", "--only", "mla"]) == 0
     assert capsys.readouterr().out.split()[:2] == ["mla", "128"]
-    assert Path(bench.__file__).name == "bench.py"

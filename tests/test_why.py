@@ -123,7 +123,7 @@ def test_scale_agrees_with_other_random_numbers(answers: dict[str, Answer]) -> N
             p = _softmax(scores * scale).reshape(-1, 128)
             entropy = -(p * np.log(np.maximum(p, 1e-300))).sum(-1).mean()
             rel = 0.3 if d < 16 else 0.12  # few dimensions, few keys: one long key decides a row
-            jacobian = np.array([np.linalg.norm(np.diag(row) - np.outer(row, row)) for row in p])
+            jacobian = np.array([np.linalg.norm(np.diag(row) - np.outer(row, row)) for row in p[::2]])
             assert n[f"peak weight, {rule}"][index] == pytest.approx(p.max(-1).mean(), rel=rel)
             assert n[f"entropy, nats, {rule}"][index] == pytest.approx(entropy, rel=rel, abs=0.08)
             flat = n[f"rows with gradient < 0.01, {rule}"][index]

@@ -68,7 +68,7 @@ def picture(theme: str) -> str:
 
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" {FONT} role="img">',
-        "<title>A lookup: a query is compared with every key; the weights say how much of each value comes back</title>",
+        "<title>A query is compared with every key; the weights say how much of each value comes back</title>",
         text(QUERY_X, 34, "Q", 22, "accent", 'font-weight="700"'),
         text(QUERY_X + 24, 34, "what I look for", 14, "muted"),
         text(KEY_X, 34, "K", 22, "accent", 'font-weight="700"'),

@@ -13,6 +13,42 @@ def no_autocast(device: str) -> AbstractContextManager[None]:
     return torch.autocast(device_type=device, enabled=False)
 
 
+def steady_matmul(a: Tensor, b: Tensor, *, a_t: bool = False, b_t: bool = False) -> Tensor:
+    """a @ b, or with the transposes of dense batches of matrices, in bits that no number of threads changes on a CPU.
+
+    MKL splits a single product over threads, with other roundings, when there are fewer matrices than threads, and
+    takes another path for one matrix. Repeating the batch keeps each product on one thread and costs no time: the
+    threads that compute the copies would have been idle. A transposed operand stays a view: a copied one rounds
+    differently.
+    """
+    lead = a.shape[:-2]
+    count = lead.numel()
+    wanted = max(2, torch.get_num_threads()) if a.device.type == "cpu" else 0
+    if 0 < count < wanted:
+        times = -(-wanted // count)
+        a, b = (x.flatten(0, -3).repeat(times, 1, 1) for x in (a, b))
+    product = (a.transpose(-1, -2) if a_t else a) @ (b.transpose(-1, -2) if b_t else b)
+    return product[:count].view(*lead, *product.shape[-2:]) if 0 < count < wanted else product
+
+
+class _Finite(torch.autograd.Function):
+    """Zeros for NaN and inf, with the gradient of the identity."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        return torch.where(torch.isfinite(x), x, 0.0)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        return grad
+
+
+def finite(x: Tensor) -> Tensor:
+    """x with zeros for NaN and inf; the gradient passes as if they were not replaced."""
+    zeros: Tensor = _Finite.apply(x)
+    return zeros
+
+
 class _Softcap(torch.autograd.Function):
     """c * tanh(x / c), with a derivative that keeps its relative precision where the cap saturates."""
 

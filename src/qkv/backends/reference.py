@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qkv.numerics import dropout_keep, no_autocast, softcap
+from qkv.numerics import dropout_keep, finite, no_autocast, softcap
 from qkv.scores import ScoreMod, TensorBias, Tile
 from qkv.spec import Inputs, Output, Problem, empty_output, query_positions
 
@@ -21,14 +21,13 @@ def definition(problem: Problem, inputs: Inputs, rows: Tensor) -> tuple[Tensor, 
     q, k, v = (x.to(torch.float64) for x in (inputs.q.index_select(2, rows), inputs.k, inputs.v))
     k, v = (x.repeat_interleave(problem.group, dim=1)[:, : problem.Hq] for x in (k, v))  # head h reads h // group
 
-    s = _product(q, k.transpose(-1, -2)) * problem.scale
+    visible = torch.ones(*q.shape[:3], problem.Lk, dtype=torch.bool, device=q.device)
+    if problem.mask is not None:
+        sizes = dict(B=problem.B, Hq=problem.Hq, Lq=problem.Lq, Lk=problem.Lk)
+        visible = visible & problem.mask.visible(at.b, at.h, at.i, at.p, at.j, **sizes)
+    s = torch.where(visible, _dots(q, k) * problem.scale, 0.0)
     if problem.softcap is not None:
         s = softcap(s, problem.softcap)
-    visible = torch.ones_like(s, dtype=torch.bool)
-    if problem.mask is not None:
-        visible &= problem.mask.visible(
-            at.b, at.h, at.i, at.p, at.j, B=problem.B, Hq=problem.Hq, Lq=problem.Lq, Lk=problem.Lk
-        )
     for term in inputs.bias.terms if inputs.bias is not None else ():
         if isinstance(term, ScoreMod):
             s = term.apply(s, at)
@@ -41,40 +40,38 @@ def definition(problem: Problem, inputs: Inputs, rows: Tensor) -> tuple[Tensor, 
     s = torch.where(visible, s, -torch.inf)
 
     sink = s.new_full((), -torch.inf) if inputs.sinks is None else inputs.sinks.to(s.dtype)[:, None, None]
-    none = torch.full((*s.shape[:3], 1), -torch.inf, dtype=s.dtype, device=s.device)
+    none = s.new_full((*s.shape[:3], 1), -torch.inf)
     top = torch.maximum(torch.cat((s, none), -1).amax(-1, keepdim=True), sink).detach()
     top = torch.where(top == -torch.inf, 0.0, top)
     e = torch.exp(s - top)
     total = e.sum(-1, keepdim=True) + torch.exp(sink - top)
     dead = total == 0
-    p = e / torch.where(dead, 1.0, total)
+    p = torch.where(visible, e / torch.where(dead, 1.0, total), 0.0)  # a hidden value has no say, in gradients too
     lse = torch.where(dead, -torch.inf, top + torch.log(torch.where(dead, 1.0, total)))
 
     kept = p
     if problem.dropout_p > 0:
         keep = dropout_keep(inputs.seed, problem.dropout_p, at.b, at.h, at.i, at.j)
         kept = torch.where(keep, p / (1 - problem.dropout_p), 0.0)
-    out = torch.where(dead, 0.0, _product(kept, v, visible))  # a constant: no gradient enters a dead row
+    out = torch.where(dead, 0.0, _mean(kept, v, visible))  # a constant: no gradient enters a dead row
     return p, visible, out, lse.squeeze(-1)
 
 
-def _product(a: Tensor, b: Tensor, visible: Tensor | None = None) -> Tensor:
-    """a @ b, where a non-finite element reaches (value and gradient) only the results that it is visible to."""
-    if bool(torch.isfinite(a).all()) and bool(torch.isfinite(b).all()):
-        return a @ b
-    clean = a.masked_fill(~torch.isfinite(a), 0) @ b.masked_fill(~torch.isfinite(b), 0)
-    with torch.no_grad():
-        if visible is None:  # scores: the mask selects later, element by element
-            raw = a @ b
-            poison = torch.where(torch.isfinite(raw), 0.0, raw)
-        else:
-            seen = visible.to(a.dtype)
-            kinds = ((b.isnan(), torch.nan), (b == torch.inf, torch.inf), (b == -torch.inf, -torch.inf))
-            poison = torch.zeros_like(clean) + sum(
-                torch.where(seen @ kind.to(a.dtype) > 0, number, 0.0) for kind, number in kinds
-            )
-            poison = poison + torch.where((visible & ~torch.isfinite(a)).any(-1, keepdim=True), torch.nan, 0.0)
-    return clean + poison
+# In both products a NaN or inf takes part as 0, and what it does to the results that see it is added as a constant:
+# NaN * 0 is NaN, so a product would carry it, and its derivative, to all others.
+def _dots(q: Tensor, k: Tensor) -> Tensor:
+    """q_i . k_j for all i and j; the mask selects afterwards, element by element."""
+    clean = finite(q) @ finite(k).transpose(-1, -2)
+    raw = (q @ k.transpose(-1, -2)).detach()
+    return clean + torch.where(torch.isfinite(raw), 0.0, raw)
+
+
+def _mean(p: Tensor, v: Tensor, visible: Tensor) -> Tensor:
+    """sum_j p_ij v_j over the visible keys."""
+    mean, seen = p @ finite(v), visible.to(p.dtype)
+    for special, number in ((v.isnan(), torch.nan), (v == torch.inf, torch.inf), (v == -torch.inf, -torch.inf)):
+        mean = mean + torch.where(seen @ special.to(p.dtype) > 0, number, 0.0)
+    return mean
 
 
 def whole_tile(problem: Problem, inputs: Inputs, rows: Tensor) -> Tile:

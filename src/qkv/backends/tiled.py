@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from qkv.numerics import dropout_keep, no_autocast, softcap
+from qkv.numerics import dropout_keep, no_autocast, softcap, steady_matmul
 from qkv.scores import ScoreMod, ScoreTerm, TensorBias, Tile
 from qkv.spec import Inputs, Output, Problem, empty_output, query_positions
 from qkv.tiling import KeyTile, Schedule, View
@@ -131,7 +131,7 @@ class Walk:
     def scores(self, scaled_q: Tensor, k: Tensor, block: Block, rows: slice, key: KeyTile) -> Scores:
         """Scores of one tile, -inf where hidden."""
         p = self.problem
-        dots = scaled_q @ k.transpose(-1, -2)
+        dots = steady_matmul(scaled_q, k, b_t=True)
         s = dots if p.softcap is None else softcap(dots, p.softcap)
         at = self.at(block, rows, slice(key.start, key.stop))
         seen: Tensor | None = None
@@ -169,15 +169,16 @@ def view(problem: Problem, positions: Tensor | None, b: int, h: int) -> View:
     return View(b, h, 0, positions[b if positions.shape[0] > 1 else 0].cpu())
 
 
-def product(weights: Tensor, seen: Tensor, values: Tensor) -> Tensor:
+def product(weights: Tensor, seen: Tensor, values: Tensor, *, transposed: bool = False) -> Tensor:
     """weights @ values where a value can only reach the rows that see it, NaN and inf included.
 
     With finite values the bits are those of the plain product: hidden weights are exact zeros.
+    `transposed`: weights and seen are given as (summed, rows).
     """
     finite = torch.isfinite(values)
-    result = weights @ values.masked_fill(~finite, 0)
+    result = steady_matmul(weights, values.masked_fill(~finite, 0), a_t=transposed)
     if not bool(finite.all()):
-        reach = seen.to(weights.dtype)
+        reach = (seen.transpose(-1, -2) if transposed else seen).to(weights.dtype)
         kinds = ((values.isnan(), torch.nan), (values == torch.inf, torch.inf), (values == -torch.inf, -torch.inf))
         for kind, number in kinds:
             result = result + torch.where(reach @ kind.to(weights.dtype) > 0, number, 0.0)
@@ -201,12 +202,12 @@ def _attend(walk: Walk, block: Block, index: int, rows: slice, careful: bool) ->
         s = found.s
         higher = torch.maximum(top, s.amax(-1, keepdim=True))
         base = higher.masked_fill(higher == -torch.inf, 0.0)
-        e, shrink = torch.exp(s - base), torch.exp(top - base)
+        e, shrink = (s - base).exp_(), (top - base).exp_()
         total = total * shrink + e.sum(-1, keepdim=True)
         if p.dropout_p > 0:
             e = torch.where(walk.keep(found.at), e, 0.0)
         v = walk.load(inputs.v, block, where)
-        acc = acc * shrink + (product(e, s != -torch.inf, v) if careful else e @ v)
+        acc.mul_(shrink).add_(product(e, s != -torch.inf, v) if careful else steady_matmul(e, v))
         top = higher
     return acc, total, top
 

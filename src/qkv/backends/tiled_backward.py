@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from qkv.backends.tiled import Block, Scores, Walk, product
-from qkv.numerics import no_autocast, softcap_slope
+from qkv.numerics import finite, no_autocast, softcap_slope, steady_matmul
 from qkv.scores import ScoreMod
 from qkv.spec import Inputs, Output, Problem
 from qkv.tiling import KeyTile
@@ -82,19 +82,20 @@ class _Backward:
         lse = walk.load_queries(self.lse.unsqueeze(-1), block, rows)
         lse = lse.masked_fill(lse == -torch.inf, 0.0)
         delta = walk.load_queries(self.delta.unsqueeze(-1), block, rows)
-        clean_q = _finite(q) if self.careful else q
+        # A row that sees a NaN has NaN scores already; in the products its factor counts as 0, to touch no other row.
+        clean_q = finite(q) if self.careful else q
         dq = torch.zeros_like(q)
         for key in walk.schedule(block).keys(index):
             where = slice(key.start, key.stop)
             k, v = walk.load(inputs.k, block, where), walk.load(inputs.v, block, where)
             found = walk.scores(q, k, block, rows, key)
             seen = found.s != -torch.inf if found.seen is not None or self.careful or walk.can_hide else None
-            prob = torch.exp(found.s - lse)
+            prob = (found.s - lse).exp_()
             if seen is not None:
                 prob = torch.where(
                     seen, prob, 0.0
                 )  # a NaN lse (a visible NaN) must not reach what the row does not see
-            d_prob = do @ v.transpose(-1, -2)
+            d_prob = steady_matmul(do, v, b_t=True)
             weight = prob
             if p.dropout_p > 0:
                 keep = walk.keep(found.at)
@@ -104,15 +105,15 @@ class _Backward:
             if seen is not None:
                 ds = torch.where(seen, ds, 0.0)
             dx = self._through(ds, found, key)
-            dq += dx @ (_finite(k) if self.careful else k)
-            dk[:, :, where] += dx.transpose(-1, -2) @ clean_q
+            dq += steady_matmul(dx, finite(k) if self.careful else k)
+            dk[:, :, where] += steady_matmul(dx, clean_q, a_t=True)
         return dq * p.scale
 
     def _transposed(self, weight: Tensor, seen: Tensor | None, do: Tensor) -> Tensor:
         if self.careful:
             assert seen is not None
-            return product(weight.transpose(-1, -2), seen.transpose(-1, -2), do)
-        return weight.transpose(-1, -2) @ do
+            return product(weight, seen, do, transposed=True)
+        return steady_matmul(weight, do, a_t=True)
 
     def _through(self, ds: Tensor, found: Scores, key: KeyTile) -> Tensor:
         """Add the terms' own gradients, and return the gradient of scale * q.k."""
@@ -148,8 +149,3 @@ class _Backward:
         s = sinks.to(self.lse.dtype)[:, None]
         share = torch.where(s == -torch.inf, 0.0, torch.exp(s - self.lse))
         return -(share * self.delta).sum((0, 2), dtype=torch.float64).to(sinks.dtype)
-
-
-def _finite(x: Tensor) -> Tensor:
-    """Zeros for NaN and inf: a row that sees such a key has NaN scores already, and no other may be touched."""
-    return x.masked_fill(~torch.isfinite(x), 0.0)

@@ -9,7 +9,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,6 +53,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--seconds", type=float, metavar="S", help="time for the rows together (default 300, quick 70)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every number")
     parser.add_argument("--chart", type=Path, metavar="FILE.svg", help="draw the README's chart")
+    parser.add_argument("--markdown", type=Path, metavar="FILE.md", help="write the README's table, between its marks")
     parser.set_defaults(run=run)
 
 
@@ -82,22 +83,24 @@ def run(args: argparse.Namespace) -> int:
     about = machine.describe(threads, cache_bytes)
     print(f"{about['cpu']}, {threads} threads, last-level cache {cache_bytes >> 20} MB, torch {torch.__version__}")
     roster = Roster(Setup(threads, "avx2" if isa == "avx2" else None), backend, _peers(args))
+    settings = {"isa": isa, "backend": backend, "quick": args.quick, "only": args.only}
     try:
         with Progress("qkv bench") as progress:
-            results = _measure(rows, roster, cache_bytes, args, progress)
+
+            def save(so_far: list[Result], extra: dict[str, Any] | None = None) -> dict[str, Any]:
+                took = time.perf_counter() - started
+                return _save(args, report.document(so_far, about, roster.versions, settings, took, extra))
+
+            results = _measure(rows, roster, cache_bytes, args, progress, save)
             extras = _extras(args, roster, threads, backend, progress)
     finally:
         torch.set_num_threads(before)
-    took = time.perf_counter() - started
-    settings = {"isa": isa, "backend": backend, "quick": args.quick, "only": args.only, "avx2_held": isa == "avx2"}
-    whole = report.document(
-        results, machine=about, versions=roster.versions, settings=settings, seconds=took, extras=extras["data"]
-    )
+    whole = save(results, extras["data"])
     print(report.table_text(results), report.summary(results), *extras["text"], sep="\n\n")
     if not (args.quick or args.only or isa):
         print(f"\n{_PLANNED}")
-    print(f"\n{took:.0f} s")
-    _write(args, whole)
+    print(f"\n{whole['seconds']:.0f} s")
+    _tell(args, whole)
     wrong = [r for r in results if not r.timings["qkv"].agrees or r.timings["qkv"].unavailable]
     return 1 if wrong or extras["wrong"] else 0
 
@@ -119,7 +122,7 @@ def _check(args: argparse.Namespace) -> None:
         raise ArgumentError(
             describe("qkv bench", "--only is a regular expression", repr(args.only), f"{error}")
         ) from None
-    for path in (args.json, args.chart):
+    for path in (args.json, args.chart, args.markdown):
         if path and not path.resolve().parent.is_dir():
             raise ArgumentError(describe("qkv bench", "the folder must exist", str(path), "Make it first"))
 
@@ -138,13 +141,17 @@ def _peers(args: argparse.Namespace) -> set[str] | None:
 
 
 def _choose(args: argparse.Namespace, cache_bytes: int) -> list[Row]:
+    from qkv.cli.benching.peers import Roster
     from qkv.cli.benching.rows import all_rows
 
     rows = all_rows(cache_bytes, more_mla=args.mla)
     if args.isa == "avx2":
         rows = [replace(row, targets=row.avx2) for row in rows if row.avx2 is not None]
     if args.quick:
-        rows = [row for row in rows if row.quick]
+        absent = set() if args.peers else Roster.KNOWN.keys() - set(_QUICK_PEERS)
+        rows = [
+            replace(row, targets=tuple(t for t in row.targets if t.against not in absent)) for row in rows if row.quick
+        ]
     if args.only:
         rows = [row for row in rows if re.search(args.only, row.name)]
     if not rows and not args.sweep:
@@ -155,7 +162,12 @@ def _choose(args: argparse.Namespace, cache_bytes: int) -> list[Row]:
 
 
 def _measure(
-    rows: list[Row], roster: Roster, cache_bytes: int, args: argparse.Namespace, progress: Progress
+    rows: list[Row],
+    roster: Roster,
+    cache_bytes: int,
+    args: argparse.Namespace,
+    progress: Progress,
+    save: Callable[[list[Result]], object],
 ) -> list[Result]:
     """Every row gets an equal share of what time is left, so a slow one shortens all later ones a little."""
     from qkv.cli.benching.runner import Runner
@@ -172,6 +184,7 @@ def _measure(
         begun = time.perf_counter()
         seconds = min(_MOST_SECONDS, max(0.0, share - overhead))
         results.append(runner.run(row, seconds))
+        save(results)  # a library that takes the process down must not take the numbers with it
         # What a row costs beyond its measured rounds (inputs, compilation, checks), as seen so far.
         overhead += 0.3 * (max(0.0, time.perf_counter() - begun - seconds) - overhead)
     return results
@@ -198,15 +211,23 @@ def _extras(
     return found
 
 
-def _write(args: argparse.Namespace, whole: dict[str, Any]) -> None:
-    from qkv.cli.benching import chart
-
+def _save(args: argparse.Namespace, whole: dict[str, Any]) -> dict[str, Any]:
     if args.json:
         args.json.write_text(json.dumps(whole, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return whole
+
+
+def _tell(args: argparse.Namespace, whole: dict[str, Any]) -> None:
+    from qkv.cli.benching import chart, markdown
+
+    if args.json:
         print(f"wrote {args.json}")
     if args.chart:
         args.chart.write_text(chart.svg(whole), encoding="utf-8")
         print(f"drew {args.chart}")
+    if args.markdown:
+        markdown.write(args.markdown, whole)
+        print(f"wrote {args.markdown}")
 
 
 def _again_as_avx2(args: argparse.Namespace) -> int:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import re
 import zlib
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 
 import torch
@@ -29,6 +29,8 @@ DAMPING, LENGTH = 1.2, 0.4  # BM25's k1 and b: a word's tenth occurrence adds li
 RARITY = 0.75  # power of the inverse document frequency on each side
 PIECE = 0.15  # what a four-letter piece counts, against a word's 1
 HEADING = 0.5  # what a word of the heading counts
+
+Counts = dict[str, float]  # feature -> how often, pieces counting less
 
 _WORD = re.compile(r"[^\W_]+")
 _COMMON = frozenset(
@@ -54,13 +56,13 @@ def stem(word: str) -> str:
     return word[:-1] if len(word) > 3 and word[-1] == word[-2] else word
 
 
-def count(text: str) -> Counter[str]:
+def count(text: str) -> Counts:
     """Count the features of a text: stems of all but the commonest words, and pieces of the longer ones (marked "~").
 
     >>> sorted(count("The loop loops").items())
     [('loop', 2.0), ('~^loo', 0.15), ('~loop', 0.15), ('~oops', 0.15), ('~ops$', 0.15)]
     """
-    counts: Counter[str] = Counter()
+    counts: Counts = defaultdict(float)
     for word in _WORD.findall(text.lower()):
         if word in _COMMON:
             continue
@@ -109,7 +111,7 @@ class Features:
 
     def query(self, question: str) -> torch.Tensor:
         """Return q (1, 1, 1, D) of a question; all zeros if none of its words occurs in the text."""
-        known = Counter({feature: n for feature, n in count(question).items() if feature in self.occurs})
+        known = {feature: n for feature, n in count(question).items() if feature in self.occurs}
         return self._project([self._unit(known)], self.w_q)[None, None]
 
     def words(self, out: torch.Tensor, forms: dict[str, str], number: int = 5) -> list[str]:
@@ -123,15 +125,15 @@ class Features:
         """Return how much a shared feature adds to a score, before the length of the question is divided out."""
         return self.rarity[self.row[feature]].item() ** 2 if feature in self.row else 0.0
 
-    def _unit(self, found: Counter[str]) -> Counter[str]:
+    def _unit(self, found: Counts) -> Counts:
         length = math.sqrt(sum((n * self.rarity[self._index(f)].item()) ** 2 for f, n in found.items()))
-        return Counter({feature: n / length for feature, n in found.items()}) if length else found
+        return {feature: n / length for feature, n in found.items()} if length else found
 
     def _index(self, feature: str) -> int:
         index = self.row.get(feature)
         return zlib.crc32(feature.encode()) % self.size if index is None else index
 
-    def _project(self, found: Sequence[Counter[str]], matrix: torch.Tensor) -> torch.Tensor:
+    def _project(self, found: Sequence[Counts], matrix: torch.Tensor) -> torch.Tensor:
         """Return x @ matrix for rows x that are mostly zeros."""
         starts = [0]
         for row in found:
@@ -152,10 +154,10 @@ def _directions(features: Sequence[str], width: int, seed: int) -> torch.Tensor:
     return rows
 
 
-def _damp(found: Counter[str], mean: float) -> Counter[str]:
+def _damp(found: Counts, mean: float) -> Counts:
     """Let repeated words count less and long passages not count more (BM25's saturation)."""
     bend = DAMPING * (1 - LENGTH + LENGTH * sum(found.values()) / mean) if mean else DAMPING
-    return Counter({feature: n * (DAMPING + 1) / (n + bend) for feature, n in found.items()})
+    return {feature: n * (DAMPING + 1) / (n + bend) for feature, n in found.items()}
 
 
 def spellings(passages: Sequence[Passage]) -> dict[str, str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import defaultdict
 from dataclasses import dataclass
 
 import torch
@@ -81,9 +81,11 @@ class Lookup:
     def telling_question(self) -> str:
         """Ask about the words that tell most about the text: often used, and in a few places."""
         total = len(self.text.passages)
-        used: Counter[str] = Counter()
+        used: dict[str, float] = defaultdict(float)
         for passage in self.text.passages:
-            used.update({f: n for f, n in count(passage.text).items() if f[0] != "~" and len(f) > 3 and f.isalpha()})
+            for feature, n in count(passage.text).items():
+                if feature[0] != "~" and len(feature) > 3 and feature.isalpha():
+                    used[feature] += n
         scored = {f: n * math.log(1 + total / self.features.occurs[f]) for f, n in used.items()}
         best = sorted(scored, key=lambda feature: (-scored[feature], feature))[:2]
         told = " and ".join(self.forms.get(feature, feature) for feature in best)

@@ -135,7 +135,7 @@ def _call(node: ast.Call) -> masks.Mask:
     if any(isinstance(argument, ast.Starred) for argument in node.args) or any(k.arg is None for k in node.keywords):
         raise _refuse("arguments are written out", _text(node), "Leave out * and **")
     if name == "per_head":
-        arguments = [_masks(argument) for argument in node.args]
+        arguments: list[Any] = [_masks(argument) for argument in node.args]
     else:
         arguments = [_literal(argument) for argument in node.args]
     keywords = {k.arg: _literal(k.value) for k in node.keywords if k.arg is not None}

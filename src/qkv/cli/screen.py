@@ -93,8 +93,8 @@ def _shapes(found: Found) -> list[str]:
     f = found.features
     n, d, dv = f.k.shape[2], f.k.shape[3], f.v.shape[3]
     lines = [
-        f"x (1, {f.size}) question, ({n}, {f.size}) passages: word counts; W random, not trained",
-        f"q = x W_Q (1, {d}) · k = x W_K ({n}, {d}) · v = x W_V ({n}, {dv})",
+        f"x (1, {f.size}) question, ({n}, {f.size}) passages: word counts, nothing trained",
+        f"q = x W_Q (1, {d}) · k = x W_K ({n}, {d}) · v = x W_V ({n}, {dv}), W random",
         f"q kᵀ/√{d} = scores (1, {n}) → softmax (1, {n}) · v = out (1, {dv})",
     ]
     return [fit(line, WIDTH) for line in lines]

@@ -67,4 +67,5 @@ def why(topic: str, *, seed: int = 0) -> Answer:
             describe("qkv.why()", "seed must be in 0 .. 2**63 - 1", f"seed={seed}", "Leave it out for 0")
         )
     experiment = import_module(f"qkv.insight.experiments.{TOPICS[topic][0]}")
-    return experiment.run(int(seed))
+    answer: Answer = experiment.run(int(seed))
+    return answer

@@ -12,7 +12,6 @@ PANELS = (
     ("causal 2048 d128 f32", "Causal, 2,048 tokens, float32"),
     ("causal 2048 d128 bf16", "Causal, 2,048 tokens, bfloat16"),
     ("window 256 of 2048 d128 bf16", "Sliding window of 256, 2,048 tokens, bfloat16"),
-    ("documents 256 of 4096 d64 bf16", "Documents of 256 packed into 4,096 tokens, bfloat16"),
     ("decode 32/8 bf16 cold", "One new token, 4,096 keys from memory, 32/8 heads, bfloat16"),
     ("decode 32/32 f32 cold", "One new token, 4,096 keys from memory, 32/32 heads, float32"),
     ("mla 128 heads 4096 bf16", "Latent attention (MLA) decode, 128 heads, 4,096 keys, bfloat16"),
@@ -27,7 +26,7 @@ NAMES = {
     "ggml": "llama.cpp ggml",
     "matmuls": "two matmuls, softmax",
 }
-_SHOWN = 5  # bars a panel: ours and the fastest others
+_SHOWN = 4  # bars a panel: ours and the fastest others
 _LONGEST = 8.0  # times as long as ours; longer bars are cut and marked
 _WIDTH, _LABEL, _BAR, _LINE, _PANEL = 760, 190, 430, 20, 34
 
@@ -51,13 +50,13 @@ def svg(document: Mapping[str, Any], panels: Sequence[tuple[str, str]] = PANELS)
             continue
         y += _PANEL
         parts.append(f'<text class="p" x="16" y="{y - 9}">{escape(title)}</text>')
-        for contender, seconds in bars:
-            parts += _bar(contender, seconds, bars, y)
+        for bar in bars:
+            parts += _bar(bar, bars, y)
             y += _LINE
     machine, versions = document["machine"], document["versions"]
     title = f"Attention on the CPU, milliseconds a call: {machine['threads']} threads of {machine['cpu']}"
     known = [f"{NAMES[key]} {versions[key]}" for key in ("openvino", "onnxruntime", "jax", "ggml") if versions.get(key)]
-    foot = ", ".join([f"torch {versions['torch']}", *known, document["date"][:10]])
+    foot = ", ".join([f"torch {versions['torch'].partition('+')[0]}", *known, document["date"][:10]])
     head = (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {y + 34}" width="{_WIDTH}" height="{y + 34}" '
         f'role="img" aria-label="{escape(title)}"><style>{_STYLE}</style>'
@@ -75,25 +74,25 @@ def svg(document: Mapping[str, Any], panels: Sequence[tuple[str, str]] = PANELS)
     )
 
 
-def _bars(row: Mapping[str, Any]) -> list[tuple[str, float]]:
-    """Ours first, then the fastest others of the row's own type."""
+def _bars(row: Mapping[str, Any]) -> list[tuple[str, float, float]]:
+    """(name, seconds, times as long as ours): ours first, then the fastest others of the row's own type."""
     times = {
-        name: contender["seconds"]["median"]
+        name: (contender["seconds"]["median"], contender["times_ours"]["median"])
         for name, contender in row["contenders"].items()
-        if name in NAMES and contender.get("agrees") and contender.get("seconds")
+        if name in NAMES and contender.get("agrees") and contender.get("times_ours")
     }
     if "qkv" not in times:
         return []
-    others = sorted((seconds, name) for name, seconds in times.items() if name != "qkv")[: _SHOWN - 1]
-    return [("qkv", times["qkv"]), *((name, seconds) for seconds, name in others)]
+    others = sorted((name for name in times if name != "qkv"), key=times.__getitem__)[: _SHOWN - 1]
+    return [(name, *times[name]) for name in ("qkv", *others)]
 
 
-def _bar(contender: str, seconds: float, bars: Sequence[tuple[str, float]], y: int) -> list[str]:
-    ours = bars[0][1]
-    longest = min(_LONGEST * ours, max(seconds for _, seconds in bars))
+def _bar(bar: tuple[str, float, float], bars: Sequence[tuple[str, float, float]], y: int) -> list[str]:
+    contender, seconds, ratio = bar
+    longest = min(_LONGEST * bars[0][1], max(seconds for _, seconds, _ in bars))
     length = max(2.0, _BAR * min(seconds, longest) / longest)
     colour = "q" if contender == "qkv" else "o"
-    times = "" if contender == "qkv" else f'<tspan class="n">  {seconds / ours:.1f}×</tspan>'
+    times = "" if contender == "qkv" else f'<tspan class="n">  {ratio:.1f}×</tspan>'
     parts = [
         f'<text class="{"m" if contender == "qkv" else "n"}" x="{_LABEL}" y="{y + 11}" text-anchor="end">'
         f"{escape(NAMES[contender])}</text>",

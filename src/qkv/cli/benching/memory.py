@@ -16,6 +16,8 @@ from pathlib import Path
 from qkv.cli.benching.cases import Case, build
 
 PER_THREAD = 4 << 20
+# Freed memory goes back to the system at once, so that a call cannot live on what its inputs' construction left behind.
+_ENV = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
 CASES = {
     "causal 4096 f32": Case("f32", 4096, 4096, mask="causal"),
     "causal 4096 bf16": Case("bf16", 4096, 4096, mask="causal"),
@@ -49,7 +51,7 @@ def measure(name: str, threads: int, backend: str | None) -> Memory:
     command = [sys.executable, "-m", "qkv.cli.benching.memory", name, str(threads), *([backend] if backend else [])]
     bound = allowed(CASES[name], threads)
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        done = subprocess.run(command, env=_ENV | os.environ, capture_output=True, text=True, timeout=120, check=False)
         if done.returncode == 0:
             return Memory(name, int(json.loads(done.stdout.splitlines()[-1])), bound)
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]

@@ -19,6 +19,8 @@ from torch import Tensor
 
 from qkv.cli.benching.cases import Case, Inputs
 
+LEFT_OUT = "left out"
+
 
 class Unavailable(Exception):
     """This peer cannot run this case here; the text says why."""
@@ -171,8 +173,9 @@ def _with_backward(inputs: Inputs, call: Callable[[Tensor, Tensor, Tensor], Tens
 
 
 def _first_line(error: BaseException) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0][:160]
+    """The telling line of a message: the first, but OpenVINO begins with where in its source it was thrown."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return (lines[-1] if lines[0].startswith("Exception from") else lines[0])[:160]
 
 
 class Roster:
@@ -198,7 +201,7 @@ class Roster:
 
     def get(self, name: str) -> Peer:
         if self.only is not None and name not in self.only:
-            raise Unavailable("left out on the command line")
+            raise Unavailable(LEFT_OUT)
         if name in self.missing:
             raise Unavailable(self.missing[name])
         if name not in self._made:

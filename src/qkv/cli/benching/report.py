@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from qkv.cli.benching.runner import OURS, Check, Result, Spread, Timing, spread
+from qkv.cli.benching.peers import LEFT_OUT
+from qkv.cli.benching.runner import OURS, Check, Result, Spread, Timing, ratio, spread
 from qkv.insight.terminal import paint, table
 
 SCHEMA = 1
@@ -106,9 +107,12 @@ def summary(results: Sequence[Result]) -> str:
         lines += [f"  {check.verdict}: {_sentence(name, check)}" for name, check in checks if check.verdict != "pass"]
     lines += [f"  disagrees with float64: {text}" for text in disagreements(results)]
     gaps = unavailable(results)
-    if gaps:
+    chosen = [peer for peer, reason in gaps if reason == LEFT_OUT]
+    if len(gaps) > len(chosen):
         lines.append("Not available:")
-        lines += [f"  {peer}: {reason} ({_count(rows)})" for (peer, reason), rows in gaps.items()]
+    lines += [f"  {peer}: {reason} ({_count(rows)})" for (peer, reason), rows in gaps.items() if reason != LEFT_OUT]
+    if chosen:
+        lines.append(f"Left out of this run, by --peers or --quick: {', '.join(chosen)}.")
     return "\n".join(lines)
 
 
@@ -144,7 +148,6 @@ def unavailable(results: Sequence[Result]) -> dict[tuple[str, str], list[str]]:
 
 def document(
     results: Sequence[Result],
-    *,
     machine: Mapping[str, Any],
     versions: Mapping[str, str],
     settings: Mapping[str, Any],
@@ -174,7 +177,7 @@ def _row(result: Result) -> dict[str, Any]:
         "case": {name: getattr(case, name) for name in fields},
         "flops": case.flops,
         "kv_bytes": case.kv_bytes,
-        "contenders": {name: _timing(timing) for name, timing in result.timings.items()},
+        "contenders": {name: _timing(timing, result.timings[OURS]) for name, timing in result.timings.items()},
         "best_peer": result.best_peer,
         "ratio": _spread(result.ratio),
         "limit": {"kind": result.row.limit, "seconds": result.limit_seconds, "reached": _spread(result.of_limit)},
@@ -191,11 +194,16 @@ def _row(result: Result) -> dict[str, Any]:
     }
 
 
-def _timing(timing: Timing) -> dict[str, Any]:
+def _timing(timing: Timing, ours: Timing) -> dict[str, Any]:
     if timing.unavailable:
         return {"unavailable": timing.unavailable}
-    values = spread(list(timing.rounds.values())) if timing.rounds else None
-    known = {"seconds": _spread(values), "rounds": len(timing.rounds), "error": timing.error, "agrees": timing.agrees}
+    known: dict[str, Any] = {
+        "seconds": _spread(spread(list(timing.rounds.values())) if timing.rounds else None),
+        "times_ours": _spread(ratio(timing.rounds, ours.rounds)),
+        "rounds": len(timing.rounds),
+        "error": timing.error,
+        "agrees": timing.agrees,
+    }
     return known | ({"path": timing.note} if timing.note else {})
 
 

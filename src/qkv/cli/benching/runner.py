@@ -145,7 +145,7 @@ def interleave(
     *,
     cold: bool = False,
     seconds: float = 5.0,
-    rounds: tuple[int, int] = (3, 15),
+    rounds: tuple[int, int] = (5, 15),
     keep: Callable[[str], bool] = lambda name: True,
     clock: Clock | None = None,
 ) -> dict[str, dict[int, float]]:
@@ -190,6 +190,7 @@ class Runner:
                 estimates,
                 cold=row.case.cold,
                 seconds=seconds,
+                rounds=(5 if row.targets else 3, 15),
                 keep=keep.__contains__,
                 clock=self.clock,
             )
@@ -224,7 +225,7 @@ class Runner:
 
     def _estimate(self, call: Callable[[], Any]) -> float:
         first = _batch(call, 1, self.clock)
-        return first if first > 0.2 else min(first, _batch(call, 2, self.clock))
+        return first if first > 0.02 else min(first, _batch(call, 2, self.clock))
 
     def _add_limits(
         self,

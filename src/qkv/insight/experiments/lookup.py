@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from qkv.functional import attention, weights
@@ -74,4 +76,4 @@ def _sensitivity(out: torch.Tensor, q: torch.Tensor) -> float:
     for component in out[0, 0, 0]:
         (gradient,) = torch.autograd.grad(component, q, retain_graph=True)
         total += gradient.square().sum().item()
-    return total**0.5
+    return math.sqrt(total)

@@ -107,4 +107,5 @@ def run(seed: int) -> Answer:
 def _sentence(words: tuple[tuple[str, int], ...], concepts: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
     noise = torch.randn(len(words), SIZE, generator=rng, dtype=torch.float64)
     rows = torch.stack([concepts[concept] for _, concept in words])
-    return (rows + 0.3 * noise / noise.norm(dim=-1, keepdim=True))[None, None]  # (1, 1, L, SIZE)
+    noisy: torch.Tensor = rows + 0.3 * noise / noise.norm(dim=-1, keepdim=True)
+    return noisy[None, None]  # (1, 1, L, SIZE)

@@ -50,6 +50,7 @@ def run(seed: int) -> Answer:
     numbers["error of out, all three"] = error
     numbers |= {f"share of out that is the load, {name}": loads[name] for name in ("all three", "no W_V")}
     numbers |= fold
+    numbers[f"rank of the scores, W_Q and W_K {', '.join(map(str, RANKS))} wide"] = _ranks(rng)
     verdict = (
         f"Each token wants something, is something and carries something. W_Q reads what it wants, W_K what it is, "
         f"W_V what it "
@@ -105,18 +106,13 @@ def _tokens(rng: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.cat([things[wanted], things, load], 1), wanted
 
 
-def _fold(rng: torch.Generator) -> dict[str, float | tuple[float, ...]]:
+def _fold(rng: torch.Generator) -> dict[str, float]:
     """Multiply W_Q and W_K together for one head, compare, and count what each form costs."""
-    x = torch.randn(1, 1, 2 * RANKS[-1], WIDTH, generator=rng, dtype=torch.float64)
+    x = torch.randn(1, 1, TOKENS, WIDTH, generator=rng, dtype=torch.float64)
     w_q = torch.randn(WIDTH, HEAD, generator=rng, dtype=torch.float64) / WIDTH**0.5
     w_k = torch.randn(WIDTH, HEAD, generator=rng, dtype=torch.float64) / WIDTH**0.5
     thin = weights(x @ w_q, x @ w_k)
     folded = weights(x @ (w_q @ w_k.mT), x, scale=HEAD**-0.5)  # the key is now x itself
-
-    ranks = []
-    for rank in RANKS:
-        a, b = (torch.randn(WIDTH, rank, generator=rng, dtype=torch.float64) for _ in range(2))
-        ranks.append(int(torch.linalg.matrix_rank((x @ a @ (x @ b).mT)[0, 0])))
 
     angle = torch.arange(1, HEAD // 2 + 1, dtype=torch.float64) ** -1.0
     turn = torch.block_diag(
@@ -125,7 +121,6 @@ def _fold(rng: torch.Generator) -> dict[str, float | tuple[float, ...]]:
     still, turned = w_q @ w_k.mT, w_q @ turn.to(w_q.dtype) @ w_k.mT
     return {
         "fold: largest difference of the weights": (thin - folded).abs().max().item(),
-        "rank of the scores, W_Q and W_K 8, 32, 64, 128 wide": tuple(ranks),
         "parameters, two thin matrices": 2 * WIDTH * HEAD * HEADS,
         "parameters, folded": WIDTH * WIDTH * HEADS,
         "FLOPs a score, thin": 2 * HEAD,
@@ -134,3 +129,13 @@ def _fold(rng: torch.Generator) -> dict[str, float | tuple[float, ...]]:
         "cached numbers a token, folded": WIDTH,
         "fold under a rotation: the product changes by": ((turned - still).norm() / still.norm()).item(),
     }
+
+
+def _ranks(rng: torch.Generator) -> tuple[int, ...]:
+    """Measure the rank of the scores of 256 tokens for W_Q and W_K of the widths RANKS."""
+    x = torch.randn(2 * RANKS[-1], WIDTH, generator=rng, dtype=torch.float64)
+    ranks = []
+    for rank in RANKS:
+        a, b = (torch.randn(WIDTH, rank, generator=rng, dtype=torch.float64) for _ in range(2))
+        ranks.append(int(torch.linalg.matrix_rank(x @ a @ (x @ b).mT)))
+    return tuple(ranks)

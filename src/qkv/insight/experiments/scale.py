@@ -11,7 +11,7 @@ from qkv.insight.answer import Answer
 from qkv.insight.terminal import bar, number
 
 SIZES = (4, 16, 64, 256, 1024)
-SETS, KEYS, ROWS = 8, 128, 32  # several sets of keys: one set's longest key would decide everything at d = 4
+SETS, KEYS, ROWS = 6, 128, 40  # several sets of keys: one set's longest key would decide everything at d = 4
 FLAT = 0.01  # below this the Jacobian of a row passes on less than a hundredth of what arrives
 RULES = {"no scale": lambda d: 1.0, "1/√d": lambda d: 1 / math.sqrt(d), "1/d": lambda d: 1 / d}
 

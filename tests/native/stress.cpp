@@ -1,0 +1,338 @@
+// Runs the native kernels on random calls, malformed mask programs, many threads and forks; meant for sanitizer builds.
+//
+//   stress [--seconds 60] [--seed N] [--mode calls|fuzz|mutate|nest|threads|fork] [--isa NAME] [--failures 20]
+//   stress --mode M --case N     replays one case
+//
+// Cases run in child processes: a crash, a hang or a wrong result is reported with its case number, and the run goes on.
+#include <signal.h>
+#include <sys/wait.h>
+
+#include <atomic>
+#include <chrono>
+
+#include "calls.h"
+
+extern "C" {
+// Clean allocations hold NaN; a fork after threads is what one of the modes is for.
+__attribute__((visibility("default"))) const char* __asan_default_options() { return "max_malloc_fill_size=1073741824:malloc_fill_byte=255:detect_stack_use_after_return=0"; }
+__attribute__((visibility("default"))) const char* __ubsan_default_options() { return "print_stacktrace=1"; }
+__attribute__((visibility("default"))) const char* __tsan_default_options() { return "die_after_fork=0:halt_on_error=1:exitcode=66"; }
+
+// Called by the kernels of the AddressSanitizer build for each array they cut from their scratch memory.
+void* qkv_stress_gap(void* at, long bytes);
+void* qkv_stress_gap(void* at, long bytes) {
+#if defined(__SANITIZE_ADDRESS__)
+    const size_t whole = (static_cast<size_t>(bytes) + 63) / 64 * 64;
+    ASAN_UNPOISON_MEMORY_REGION(at, whole);
+    ASAN_POISON_MEMORY_REGION(static_cast<char*>(at) + bytes, whole - static_cast<size_t>(bytes) + 64);
+#else
+    (void)bytes;
+#endif
+    return at;
+}
+}
+
+namespace stress {
+namespace {
+
+struct Options {
+    double seconds = 60, budget = 4e6;
+    uint64_t seed = 0;
+    std::string mode, isa;
+    int64_t only = -1;
+    int failures = 20;
+};
+
+// Shared with the parent: where a child is.
+struct Progress {
+    std::atomic<uint64_t> number, calls, programs, accepted, refused;
+};
+Progress* progress;
+Options options;
+
+uint64_t case_seed(const std::string& mode, uint64_t number) {
+    uint64_t x = number;
+    for (const char letter : mode) x = x * 131 + static_cast<uint64_t>(letter);
+    return x;
+}
+
+std::string fault_of(const Call& c, const std::string& what) { return what + "\n  " + describe(c); }
+
+// One call: checked, and now and then repeated on another number of threads, which must give the same bits.
+std::string one_call(Random& random, double budget) {
+    Call c;
+    make_call(random, c, budget, options.isa);
+    soil_scratch();
+    qkv::Status status = qkv::Status::ok;
+    if (random.chance(0.3)) {
+        std::thread([&] { status = run(c); }).join();  // its scratch memory is fresh, and of the exact size
+    } else {
+        status = run(c);
+    }
+    ++progress->calls;
+    if (status != qkv::Status::ok) {
+        if (status == qkv::Status::bad_program && c.a.program_length > 40) return "";  // may be nested too deeply
+        return fault_of(c, "status " + std::to_string(static_cast<int>(status)));
+    }
+    std::string fault = check(c);
+    if (!fault.empty()) return fault_of(c, fault);
+    if (random.chance(0.3)) {
+        const std::string before(c.out.slab->data(), c.out.slab->size());
+        c.a.threads = c.a.threads % 4 + 1;
+        run(c);
+        if (std::memcmp(before.data(), c.out.slab->data(), before.size()) != 0) return fault_of(c, "the bits depend on the number of threads");
+    }
+    return "";
+}
+
+int64_t odd_word(Random& random) {
+    return random.chance(0.4) ? random.in(-3, 20)
+                              : random.pick<int64_t>({0, 1, -1, -2, 2, 11, 63, 64, 65, 96, 97, 1 << 20, INT64_C(1) << 31, INT64_C(1) << 32, INT64_C(1) << 60,
+                                                      INT64_MAX, INT64_MAX - 1, INT64_MIN, INT64_MIN + 1, -(INT64_C(1) << 40), static_cast<int64_t>(random.word())});
+}
+
+// Random words through program_fits, many to a case, each ending at an unreadable page.
+std::string fuzz(Random& random) {
+    constexpr int64_t kMost = 48;
+    Slab slab(kMost * 8, Guard::after, 0);
+    for (int n = 0; n < 20000; ++n) {
+        const int64_t length = random.in(0, kMost);
+        std::vector<int64_t> words(static_cast<size_t>(length));
+        for (auto& w : words) w = random.chance(0.6) ? random.in(-1, 16) : odd_word(random);
+        if (random.chance(0.3) && length > 2) words[0] = qkv::kMaskPerHead;
+        char* at = slab.data() + (kMost - length) * 8;
+        if (length > 0) std::memcpy(at, words.data(), static_cast<size_t>(length) * 8);
+        const bool fits = qkv::program_fits(reinterpret_cast<const int64_t*>(at), length, random.in(-1, 4));
+        ++(fits ? progress->accepted : progress->refused);
+        ++progress->programs;
+    }
+    return "";
+}
+
+// A good program with some words changed: it must be refused or run without harm. Memory is what a good program needs.
+std::string mutate(Random& random) {
+    Call c;
+    do {
+        c = Call{};
+        make_call(random, c, 2e5, options.isa);
+    } while (!c.has_mask);
+    const std::vector<int64_t> good = c.lowered.words;
+    for (int n = 0; n < 20; ++n) {
+        std::vector<int64_t> words = good;
+        if (n == 0) words = {random.in(0, 13), odd_word(random), odd_word(random), odd_word(random)};
+        if (random.chance(0.2)) words.resize(static_cast<size_t>(random.in(0, static_cast<int64_t>(words.size()))));
+        for (int64_t changes = random.in(0, 3); changes > 0 && !words.empty(); --changes)
+            words[static_cast<size_t>(random.in(0, static_cast<int64_t>(words.size()) - 1))] = odd_word(random);
+        if (random.chance(0.2)) words.insert(words.end(), good.begin(), good.end());
+        Slab slab(static_cast<int64_t>(words.size()) * 8, random_guard(random), 0);
+        if (!words.empty()) std::memcpy(slab.data(), words.data(), slab.size());
+        c.a.program = reinterpret_cast<const int64_t*>(slab.data());
+        c.a.program_length = static_cast<int64_t>(words.size());
+        if (options.only >= 0) std::fprintf(stderr, "  %s\n", describe(c).c_str());
+        const bool fits = qkv::program_fits(c.a.program, c.a.program_length, c.a.operand_count);
+        ++progress->programs;
+        ++(fits ? progress->accepted : progress->refused);
+        const qkv::Status status = run(c);
+        const bool may_run = c.z.Hq > 0 && c.a.sequence_count > 0;
+        if (may_run && !fits && status != qkv::Status::bad_program) return fault_of(c, "a program that does not fit was run");
+    }
+    return "";
+}
+
+// Programs that are deep or long.
+std::string nest(Random& random) {
+    const int64_t depth = random.pick<int64_t>({1, 5, 11, 12, 13, 100, 10000, 1000000});
+    std::vector<int64_t> words;
+    const int64_t kind = random.in(0, 4);
+    if (kind == 0) {  // one head in another
+        for (int64_t d = 0; d < depth; ++d) words.insert(words.end(), {qkv::kMaskPerHead, 1, 3 * (depth - d - 1) + 1});
+        words.push_back(qkv::kMaskAll);
+    } else if (kind == 1) {  // NOT of NOT
+        words.push_back(qkv::kMaskAll);
+        words.insert(words.end(), static_cast<size_t>(depth), qkv::kMaskNot);
+    } else if (kind == 2) {  // a deep stack
+        words.insert(words.end(), static_cast<size_t>(depth), qkv::kMaskAll);
+        words.insert(words.end(), static_cast<size_t>(depth - 1), qkv::kMaskAnd);
+    } else if (kind == 3) {  // a long list on a flat stack
+        words.push_back(qkv::kMaskAll);
+        for (int64_t d = 0; d < std::min<int64_t>(depth, 10000); ++d) words.insert(words.end(), {qkv::kMaskWindow, d, 0, qkv::kMaskOr});
+    } else {  // many heads, or more than there are words for
+        words = {qkv::kMaskPerHead, depth + random.in(0, 1)};
+        for (int64_t d = 0; d < depth; ++d) words.insert(words.end(), {1, qkv::kMaskAll});
+    }
+    Slab slab(static_cast<int64_t>(words.size()) * 8, random_guard(random), 0);
+    std::memcpy(slab.data(), words.data(), slab.size());
+    Call c;
+    do {
+        c = Call{};
+        make_call(random, c, 2e4, options.isa);
+    } while (c.z.Hq == 0);
+    c.has_mask = true;
+    c.a.program = reinterpret_cast<const int64_t*>(slab.data());
+    c.a.program_length = static_cast<int64_t>(words.size());
+    const bool fits = qkv::program_fits(c.a.program, c.a.program_length, 0);
+    const qkv::Status status = run(c);
+    ++progress->programs;
+    ++(fits ? progress->accepted : progress->refused);
+    if (!fits && status == qkv::Status::ok) return fault_of(c, "a program that does not fit was run");
+    return "";
+}
+
+// Eight threads call at once, each on its own number of workers.
+std::string threads(Random& random) {
+    std::string faults[8];
+    std::vector<std::thread> crowd;
+    for (int t = 0; t < 8; ++t) {
+        const uint64_t seed = random.word();
+        crowd.emplace_back([&, t, seed] {
+            Random own(seed);
+            for (int n = 0; n < 6 && faults[t].empty(); ++n) {
+                Call c;
+                make_call(own, c, 4e5, options.isa);
+                c.a.threads = 1 + (t + n) % 4;
+                if (run(c) != qkv::Status::ok) continue;
+                const std::string fault = check(c);
+                if (!fault.empty()) faults[t] = fault_of(c, fault);
+            }
+        });
+    }
+    for (auto& thread : crowd) thread.join();
+    progress->calls += 48;
+    for (const std::string& fault : faults)
+        if (!fault.empty()) return fault;
+    return "";
+}
+
+// A fork after use, sometimes while another thread is inside a call: the child has no workers and must start its own.
+std::string forks(Random& random) {
+    Call c;
+    do {
+        c = Call{};
+        make_call(random, c, 2e6, options.isa);
+    } while (c.z.Hq == 0);
+    c.a.threads = 4;
+    std::atomic<bool> stop{false};
+    std::thread busy;
+    if (random.chance(0.5)) {
+        auto other = std::make_shared<Call>();
+        make_call(random, *other, 4e5, options.isa);
+        busy = std::thread([other, &stop] {
+            while (!stop) run(*other);
+        });
+    }
+    std::string fault;
+    for (int n = 0; n < 3 && fault.empty(); ++n) {
+        const qkv::Status first = run(c);
+        const pid_t child = fork();
+        if (child == 0) {
+            alarm(30);
+            c.a.threads = 3;
+            const qkv::Status status = run(c);
+            const std::string own = status == qkv::Status::ok ? check(c) : "";
+            if (!own.empty()) std::fprintf(stderr, "in the child of a fork: %s\n", own.c_str());
+            _exit(status != first || !own.empty() ? 3 : 0);
+        }
+        int state = 0;
+        waitpid(child, &state, 0);
+        if (!WIFEXITED(state) || WEXITSTATUS(state) != 0)
+            fault = WIFSIGNALED(state) ? "the child of a fork ended by signal " + std::to_string(WTERMSIG(state))
+                                       : "the child of a fork ended with " + std::to_string(WEXITSTATUS(state));
+        progress->calls += 2;
+    }
+    stop = true;
+    if (busy.joinable()) busy.join();
+    return fault.empty() ? "" : fault_of(c, fault);
+}
+
+struct Mode {
+    const char* name;
+    std::string (*run)(Random&);
+    double share;  // of the time
+    unsigned limit;  // seconds a case may take
+};
+const Mode kModes[] = {
+    {"calls", [](Random& random) { return one_call(random, options.budget); }, 0.5, 120},
+    {"fuzz", fuzz, 0.08, 60},
+    {"mutate", mutate, 0.17, 30},
+    {"nest", nest, 0.03, 60},
+    {"threads", threads, 0.14, 180},
+    {"fork", forks, 0.08, 120},
+};
+
+double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
+
+// Runs cases from progress->number on until the time is up; returns the exit status of the child.
+int work(const Mode& mode, double until) {
+    do {
+        alarm(mode.limit);
+        Random random(case_seed(mode.name, progress->number));
+        const std::string fault = mode.run(random);
+        if (!fault.empty()) {
+            std::fprintf(stderr, "%s\n", fault.c_str());
+            return 3;
+        }
+        ++progress->number;
+    } while (now() < until && options.only < 0);
+    return 0;
+}
+
+// A slice of one mode in children. Returns the number of failures.
+int slice(const Mode& mode, uint64_t& number, double until) {
+    int failures = 0;
+    do {
+        progress->number = number;
+        std::fflush(nullptr);
+        const pid_t child = fork();
+        if (child == 0) _exit(work(mode, until));
+        int state = 0;
+        waitpid(child, &state, 0);
+        number = progress->number + 1;
+        if (WIFEXITED(state) && WEXITSTATUS(state) == 0) break;
+        ++failures;
+        const int code = WIFSIGNALED(state) ? WTERMSIG(state) : WEXITSTATUS(state);
+        std::fprintf(stderr, "FAILED (%s %d%s): --mode %s --case %llu\n", WIFSIGNALED(state) ? "signal" : "exit", code,
+                     WIFSIGNALED(state) && code == SIGALRM ? ", hung" : "", mode.name, static_cast<unsigned long long>(progress->number.load()));
+    } while (now() < until && failures < options.failures && options.only < 0);
+    return failures;
+}
+
+int stress(int argc, char** argv) {
+    options.seed = static_cast<uint64_t>(std::chrono::system_clock::now().time_since_epoch().count()) % 1000000;
+    for (int i = 1; i + 1 < argc; i += 2) {
+        const std::string name = argv[i], value = argv[i + 1];
+        if (name == "--seconds") options.seconds = std::stod(value);
+        else if (name == "--seed") options.seed = std::stoull(value);
+        else if (name == "--mode") options.mode = value;
+        else if (name == "--isa") options.isa = value;
+        else if (name == "--case") options.only = std::stoll(value);
+        else if (name == "--failures") options.failures = std::stoi(value);
+        else return std::fprintf(stderr, "unknown option %s\n", argv[i]), 2;
+    }
+    progress = static_cast<Progress*>(mmap(nullptr, sizeof(Progress), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0));
+    if (progress == MAP_FAILED) return 2;
+    std::printf("seed %llu, instruction sets %s\n", static_cast<unsigned long long>(options.seed), qkv::instruction_sets());
+    int failures = 0, known = 0;
+    uint64_t cases = 0;
+    const double start = now();
+    for (const Mode& mode : kModes) {
+        if (!options.mode.empty() && options.mode != mode.name) continue;
+        ++known;
+        const uint64_t first = options.only >= 0 ? static_cast<uint64_t>(options.only) : options.seed * 1000000;
+        uint64_t number = first;
+        const double before = now();
+        const int failed = slice(mode, number, before + options.seconds * (options.mode.empty() ? mode.share : 1));
+        std::printf("%-8s %8llu cases, %d failed, %.1f s\n", mode.name, static_cast<unsigned long long>(number - first - 1 + (failed > 0)), failed, now() - before);
+        failures += failed;
+        cases += number - first;
+        if (failures >= options.failures) break;
+    }
+    if (known == 0) return std::fprintf(stderr, "no mode %s\n", options.mode.c_str()), 2;
+    std::printf("%llu calls, %llu programs (%llu accepted), %d failures, %.1f s\n", static_cast<unsigned long long>(progress->calls.load()),
+                static_cast<unsigned long long>(progress->programs.load()), static_cast<unsigned long long>(progress->accepted.load()), failures, now() - start);
+    return failures > 0 || cases == 0;
+}
+
+}  // namespace
+}  // namespace stress
+
+int main(int argc, char** argv) { return stress::stress(argc, argv); }
