@@ -136,37 +136,28 @@ class Dots {
             return fma(V::load(k), V::load(q), acc);
     }
 
-    // What will be needed soon: the keys some granules ahead, and the values of this one (both only hints to the cache).
-    struct Soon {
-        uintptr_t keys, values;
-        int64_t key_stride, value_stride;  // in bytes
-    };
-
-    template <bool Prefetch>
-    static QKV_INLINE void scores(const Q* q, const T* keys, int64_t stride, int64_t width, E* to, const Soon& soon) {
+    static QKV_INLINE void scores(const Q* q, const T* keys, int64_t stride, int64_t width, E* to) {
         for (int g = 0; g < kGranule; g += kKeys) {
             V acc[kKeys];
             QKV_UNROLL for (int k = 0; k < kKeys; ++k) acc[k] = V::zero();
             for (int64_t d = 0; d < width; d += M::kStep)
-                QKV_UNROLL for (int k = 0; k < kKeys; ++k) {
-                    if constexpr (Prefetch) {
-                        prefetch(soon.keys + static_cast<uintptr_t>((g + k) * soon.key_stride + d * static_cast<int64_t>(sizeof(T))));
-                        prefetch(soon.values + static_cast<uintptr_t>((g + k) * soon.value_stride + d * static_cast<int64_t>(sizeof(T))));
-                    }
-                    acc[k] = multiply(q + d, keys + (g + k) * stride + d, acc[k]);
-                }
+                QKV_UNROLL for (int k = 0; k < kKeys; ++k) acc[k] = multiply(q + d, keys + (g + k) * stride + d, acc[k]);
             sums(acc).store(to + g);
         }
     }
 
-    static QKV_INLINE void prefetch(uintptr_t address) {
+    // Asks for part `part` of `parts` of a granule's rows, in the order of memory. Between them the passes over the rows of
+    // queries fetch a granule, so that the requests do not pile up. A hint only: the address need not exist.
+    static QKV_INLINE void prefetch(const T* first, int64_t stride, int64_t width, int part, int parts) {
 #if defined(__GNUC__)
-        __builtin_prefetch(reinterpret_cast<const void*>(address), 0, 2);
+        const uintptr_t base = reinterpret_cast<uintptr_t>(first);
+        for (int i = kGranule * part / parts; i < kGranule * (part + 1) / parts; ++i)
+            for (uintptr_t o = 0; o < static_cast<uintptr_t>(width) * sizeof(T); o += 64)
+                __builtin_prefetch(reinterpret_cast<const void*>(base + static_cast<uintptr_t>(i * stride) * sizeof(T) + o));
 #else
-        (void)address;
+        (void)first, (void)stride, (void)width, (void)part, (void)parts;
 #endif
     }
-    static constexpr int kAhead = 3 * kGranule;
 
     static const T* resident(const T* base, int64_t stride, int64_t stride_d, int64_t D, int64_t j, int64_t keys, T* copy, int64_t& step_to) {
         const int64_t width = padded(D);
@@ -253,12 +244,12 @@ class Dots {
             int64_t stride;
             const T* keys = resident(k, a.k_stride[1], a.k_stride[2], a.D, block.key[g], sequence.k_count, w.keys + g * kGranule * width, stride);
             from[g] = resident(v, a.v_stride[1], a.v_stride[2], a.Dv, block.key[g], sequence.k_count, w.values + g * kGranule * width_v, strides[g]);
-            const int64_t bytes = static_cast<int64_t>(sizeof(T));
-            const Soon soon{reinterpret_cast<uintptr_t>(keys) + static_cast<uintptr_t>(kAhead * stride * bytes), reinterpret_cast<uintptr_t>(from[g]),
-                            stride * bytes, strides[g] * bytes};
-            E* to = w.scores + g * kGranule;
-            scores<true>(w.queries, keys, stride, width, to, soon);
-            for (int r = 1; r < rows; ++r) scores<false>(w.queries + r * width, keys, stride, width, to + r * kWindowKeys, soon);
+            const T* next = reinterpret_cast<const T*>(reinterpret_cast<uintptr_t>(keys) + static_cast<uintptr_t>(kGranule * stride) * sizeof(T));
+            for (int r = 0; r < rows; ++r) {
+                prefetch(next, stride, width, r, rows);
+                prefetch(from[g], strides[g], width_v, r, rows);
+                scores(w.queries + r * width, keys, stride, width, w.scores + r * kWindowKeys + g * kGranule);
+            }
         }
         E keep[kTileRows];
         for (int r = 0; r < rows; ++r) {

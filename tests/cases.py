@@ -92,7 +92,7 @@ def query_positions(config: Config) -> NDArray[np.int64]:
 def positions_argument(config: Config) -> Any:
     kind, *rest = config.positions
     if kind == "ints":
-        return torch.tensor(rest[0]) if config.seed % 2 else list(rest[0])
+        return torch.tensor(rest[0], dtype=torch.int64) if config.seed % 2 else list(rest[0])
     if kind == "tensor":
         return torch.from_numpy(rest[0])
     return {"none": None, "start": "start", "end": "end"}.get(kind) if kind != "int" else rest[0]

@@ -1,9 +1,23 @@
-"""What every test run says first: which backends it judges."""
+"""What every test run says first, which backends it judges, and fixtures."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
 
 from tests import gate
 
 
 def pytest_report_header() -> str:
     return f"qkv backends: {', '.join(gate.backends())}"
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Small calls in large numbers: waking threads would cost more than the work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -18,6 +18,7 @@ from tests.gate import Question
 from tests.inputs import materialise
 from tests.oracle import visible
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 BASE = Config(seed=41, B=2, Hq=4, Hkv=2, Lq=12, Lk=20, D=16, Dv=16, mask=("causal",), positions=("end",))
 _rng = np.random.default_rng(9)
 

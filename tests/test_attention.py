@@ -882,13 +882,14 @@ def test_data_is_looked_at_in_every_call(door: _Prepared) -> None:
         qkv.attention(q, k, v, mask=qkv.causal(), positions=p + 2**60)
 
 
-def test_caches_are_bounded_and_hold_no_user_tensors(door: _Prepared) -> None:
+def test_caches_are_bounded_and_hold_no_user_tensors(door: _Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
     import gc
     import weakref
 
     from qkv import functional
 
     q, k, v = inputs(Lq=9)
+    monkeypatch.setattr(door, "prepare", lambda problem, given: lambda q, *rest: (q, None), raising=False)
     for n in range(1, 270):
         qkv.attention(q, k, v, mask=qkv.sliding_window(n))
     assert len(functional._FAST) <= 256

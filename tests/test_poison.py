@@ -19,6 +19,7 @@ from tests.inputs import Inputs, materialise
 
 DTYPES = ("f32", "bf16", "f16", "f64")
 POISONS = ("nan", "inf", "huge", "magnet")
+pytestmark = pytest.mark.usefixtures("one_thread")
 PROMISING = [name for name in gate.backends() if name != "sdpa"]
 
 _SIZES = {"B": 2, "Hq": 4, "Hkv": 2, "Lq": 19, "Lk": 70, "D": 16, "Dv": 24, "positions": ("end",)}

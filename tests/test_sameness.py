@@ -17,6 +17,7 @@ from tests.cases import Config, qkv_bias
 from tests.inputs import Inputs, lay, materialise
 from tests.test_poison import bits, results
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 PROMISING = [name for name in gate.backends() if name != "sdpa"]
 
 CALLS = {
@@ -111,7 +112,8 @@ class TestSame:
     def test_strides(self, backend: str, name: str, dtype: str) -> None:
         inputs = inputs_of(name, dtype, backend.startswith("cpu"))
         plain = results(call_of(inputs, EVERY, torch.clone), backend)
-        for layout in ("transposed", "step_rows", "step_dim", "column", "offset", "padded"):
+        layouts = ("transposed", "step_dim", "column", "padded")
+        for layout in (*layouts, "step_rows", "offset") if dtype == "f32" else layouts:
             same(plain, results(call_of(inputs, EVERY, lambda x, to=layout: lay(x, to)), backend))
 
     def test_expanded(self, backend: str, name: str, dtype: str) -> None:
@@ -128,7 +130,7 @@ class TestSame:
     def test_repetition(self, backend: str, name: str, dtype: str) -> None:
         inputs = inputs_of(name, dtype, backend.startswith("cpu"))
         first = results(inputs, backend)
-        for _ in range(3):
+        for _ in range(2):
             same(first, results(inputs, backend))
 
     def test_observed_or_not(self, backend: str, name: str, dtype: str) -> None:

@@ -134,7 +134,8 @@ def choose(problem: Problem, backend: str | None, positions: Tensor | None = Non
     why = tiled.supports(problem)
     if why is not None:
         fix = "Move the tensors to a device with data"
-        raise UnsupportedError(describe(problem.call, "no backend can run this call", why, fix))
+        rule = f"no backend can run this call, because {why}"
+        raise UnsupportedError(describe(problem.call, rule, f"tensors on {problem.device!r}", fix))
     refused = (("cpu", str(cannot)), ("sdpa", lacking or "tiled promises more"), only_by_name)
     return _plan(problem, tiled, "it takes any call on any device", refused, positions)
 
@@ -144,7 +145,8 @@ def _by_name(problem: Problem, name: str, positions: Tensor | None) -> Plan:
     why = chosen if isinstance(chosen, str) else chosen.supports(problem)
     if why is not None or isinstance(chosen, str):
         fix = "Choose another backend, or leave it out and print qkv.plan(...) for what runs"
-        raise UnsupportedError(describe(problem.call, f"backend {name!r} cannot run this call", str(why), fix))
+        rule = f"backend {name!r} cannot run this call, because {why}"
+        raise UnsupportedError(describe(problem.call, rule, f"backend={name!r}", fix))
     others = tuple(
         (other, f"{name!r} was asked for") for other in ("cpu", "sdpa", "tiled", "reference") if other != name
     )

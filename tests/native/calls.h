@@ -94,7 +94,7 @@ inline void add_bias(Random& random, Call& c, bool packed) {
 }
 
 inline void poison(Random& random, Array& x) {
-    if (x.extent == 0) return;
+    if (x.extent == 0 || x.size[3] == 0) return;
     for (int64_t n = random.in(1, 6); n > 0; --n)
         x.set({random.in(0, x.size[0] - 1), random.in(0, x.size[1] - 1), random.in(0, x.size[2] - 1), random.in(0, x.size[3] - 1)},
               random.pick<double>({NAN, INFINITY, -INFINITY}));
@@ -147,14 +147,16 @@ inline void make_inputs(Random& random, Call& c, bool ragged, double size) {
             s.positions = reinterpret_cast<const int64_t*>(slab->data());
             c.positions.push_back(slab);
         }
-        s.k = c.k.extent ? c.k.at(c.k.offset({b, 0, 0, 0})) : c.k.slab->data();
-        s.v = c.v.extent ? c.v.at(c.v.offset({b, 0, 0, 0})) : c.v.slab->data();
+        // An empty tensor has no address.
+        s.k = c.k.extent ? c.k.at(c.k.offset({b, 0, 0, 0})) : nullptr;
+        s.v = c.v.extent ? c.v.at(c.v.offset({b, 0, 0, 0})) : nullptr;
         c.sequences.push_back(s);
     }
 }
 
-inline void lower_mask(Call& c, Guard guard) {
+inline void lower_mask(Call& c, Guard guard, bool roomy = false) {
     c.lowered = {};
+    c.lowered.roomy = roomy;
     lower(c.mask, c.lowered, guard);
     // The words too lie in memory of their exact size.
     auto slab = std::make_shared<Slab>(static_cast<int64_t>(c.lowered.words.size()) * 8, guard, 0);
@@ -188,8 +190,8 @@ inline void make_call(Random& random, Call& c, double budget, const std::string&
     a.size = sizeof a;
     a.q_type = a.kv_type = c.type;
     a.Hq = c.z.Hq, a.Hkv = c.z.Hkv, a.D = c.z.D, a.Dv = c.z.Dv;
-    a.q = c.q.slab->data();
-    a.out = c.out.slab->data();
+    a.q = c.q.extent ? c.q.slab->data() : nullptr;
+    a.out = c.out.extent ? c.out.slab->data() : nullptr;
     for (size_t d = 0; d < 4; ++d) a.q_stride[d] = c.q.stride[d], a.out_stride[d] = c.out.stride[d];
     for (size_t d = 0; d < 3; ++d) a.k_stride[d] = c.k.stride[d + 1], a.v_stride[d] = c.v.stride[d + 1];
     if (c.lse.slab) {
@@ -257,6 +259,7 @@ Row<R> define(const Call& c, const qkv::Sequence& s, int64_t h, int64_t i, const
         size *= static_cast<R>(std::fabs(c.a.scale));
         R x = dot * static_cast<R>(c.a.scale);
         if (c.a.softcap > 0) x = static_cast<R>(c.a.softcap) * std::tanh(x / static_cast<R>(c.a.softcap));
+        if (c.a.softcap > 0 && !std::isfinite(size)) size = static_cast<R>(c.a.softcap);  // an infinite score, capped
         const R add = bias_of<R>(c, w, size);
         if (add == -infinity) continue;
         x += add;
@@ -305,8 +308,10 @@ inline std::string untouched(const Array& x, const std::vector<bool>& used, cons
     return "";
 }
 
+// `loose`: the largest error in proportion to the rule among those that a longer sum explains (the rule has no term for the
+// number of keys, which shows when the weights are flat and the scores small).
 template <class R>
-std::string compare(const Call& c) {
+std::string compare(const Call& c, double& loose) {
     const Sizes& z = c.z;
     const Limits limit = limits(c.type);
     std::vector<bool> used(static_cast<size_t>(c.out.extent)), used_lse(static_cast<size_t>(c.lse.slab ? c.lse.extent : 0));
@@ -327,12 +332,16 @@ std::string compare(const Call& c) {
                         used[static_cast<size_t>(e)] = true;
                         const R got = decode(c.type, c.out.at(e)), want = row.out[static_cast<size_t>(d)];
                         const R bound = row.seen ? relative * row.weight[static_cast<size_t>(d)] + limit.tiny * (1 + row.largest) : 0;
-                        bool ok = std::fabs(got - want) <= bound;
+                        const R error = std::fabs(got - want), keys_seen = static_cast<R>(s.k_count);
+                        const R sums = std::min<R>(keys_seen, 192) / 8 + std::sqrt(keys_seen) / 2;
+                        const R longer = bound + limit.eps_acc * sums * row.weight[static_cast<size_t>(d)];
+                        bool ok = error <= (row.seen ? longer : 0);
+                        if (ok && error > bound) loose = std::max(loose, static_cast<double>(error / bound));
                         if (row.nan) ok = got != got;
                         else if (!std::isfinite(want)) ok = !std::isfinite(got);
                         if (!ok && !row.unspecified) {
-                            std::snprintf(text, sizeof text, "out[%ld, %ld, %ld, %ld] = %.9g, wanted %.9g within %.3g", long(s.batch), long(h), long(i), long(d),
-                                          double(got), double(want), double(bound));
+                            std::snprintf(text, sizeof text, "out[%ld, %ld, %ld, %ld] = %.9g, wanted %.9g: off by %.3g, allowed %.3g", long(s.batch), long(h), long(i),
+                                          long(d), double(got), double(want), double(error), double(bound));
                             return text;
                         }
                     }
@@ -343,8 +352,8 @@ std::string compare(const Call& c) {
                     const R bound = 4 * limit.eps_acc * (1 + row.spread + std::fabs(row.lse));
                     const bool ok = row.nan ? got != got : std::isfinite(row.lse) ? std::fabs(got - row.lse) <= bound : got == row.lse;
                     if (!ok) {
-                        std::snprintf(text, sizeof text, "lse[%ld, %ld, %ld] = %.9g, wanted %.9g within %.3g", long(s.batch), long(h), long(i), double(got),
-                                      double(row.lse), double(bound));
+                        std::snprintf(text, sizeof text, "lse[%ld, %ld, %ld] = %.9g, wanted %.9g: off by %.3g, allowed %.3g", long(s.batch), long(h), long(i), double(got),
+                                      double(row.lse), double(std::fabs(got - row.lse)), double(bound));
                         return text;
                     }
                 }
@@ -354,7 +363,7 @@ std::string compare(const Call& c) {
     return fault;
 }
 
-inline std::string check(const Call& c) { return c.type == Type::f64 ? compare<long double>(c) : compare<double>(c); }
+inline std::string check(const Call& c, double& loose) { return c.type == Type::f64 ? compare<long double>(c, loose) : compare<double>(c, loose); }
 
 inline void* open_scratch(size_t bytes) {
     void* at = qkv::scratch_memory(bytes);

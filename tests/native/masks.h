@@ -90,10 +90,11 @@ struct Lowered {
     std::vector<int64_t> words;
     std::vector<qkv::Operand> operands;
     std::vector<std::shared_ptr<Slab>> memory;
+    bool roomy = false;  // flags lie in as many bytes as integers would: a changed program may take one operand for another
 };
 
 inline int64_t add_operand(Lowered& to, const std::vector<int64_t>& table, bool bytes, Guard guard) {
-    auto slab = std::make_shared<Slab>(static_cast<int64_t>(table.size()) * (bytes ? 1 : 8), guard, 0);
+    auto slab = std::make_shared<Slab>(static_cast<int64_t>(table.size()) * (bytes && !to.roomy ? 1 : 8), to.roomy ? Guard::heap : guard, 0);
     for (size_t i = 0; i < table.size(); ++i) {
         if (bytes)
             slab->data()[i] = static_cast<char>(table[i]);

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qkv.numerics import dropout_keep, finite, no_autocast, softcap
+from qkv.numerics import dropout_keep, finite, no_autocast, softcap, steady_matmul
 from qkv.scores import ScoreMod, TensorBias, Tile
 from qkv.spec import Inputs, Output, Problem, empty_output, query_positions
 
@@ -18,24 +18,23 @@ from qkv.spec import Inputs, Output, Problem, empty_output, query_positions
 def definition(problem: Problem, inputs: Inputs, rows: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Probabilities p, visibility, out and lse of the query rows `rows`, in float64."""
     at = whole_tile(problem, inputs, rows)
-    q, k, v = (x.to(torch.float64) for x in (inputs.q.index_select(2, rows), inputs.k, inputs.v))
+    q, k, v = (_double(x) for x in (inputs.q.index_select(2, rows), inputs.k, inputs.v))
     k, v = (x.repeat_interleave(problem.group, dim=1)[:, : problem.Hq] for x in (k, v))  # head h reads h // group
 
+    terms = inputs.bias.terms if inputs.bias is not None else ()
     visible = torch.ones(*q.shape[:3], problem.Lk, dtype=torch.bool, device=q.device)
     if problem.mask is not None:
         sizes = dict(B=problem.B, Hq=problem.Hq, Lq=problem.Lq, Lk=problem.Lk)
         visible = visible & problem.mask.visible(at.b, at.h, at.i, at.p, at.j, **sizes)
+    for term in terms:
+        if isinstance(term, TensorBias):  # -inf hides
+            visible = visible & (term.tile(at, q.dtype) != -torch.inf)
+
     s = torch.where(visible, _dots(q, k) * problem.scale, 0.0)
     if problem.softcap is not None:
         s = softcap(s, problem.softcap)
-    for term in inputs.bias.terms if inputs.bias is not None else ():
-        if isinstance(term, ScoreMod):
-            s = term.apply(s, at)
-        else:
-            value = term.tile(at, s.dtype)
-            s = s + value
-            if isinstance(term, TensorBias):
-                visible = visible & (value != -torch.inf)
+    for term in terms:
+        s = term.apply(s, at) if isinstance(term, ScoreMod) else s + term.tile(at, s.dtype)
     visible = visible & (s != -torch.inf)
     s = torch.where(visible, s, -torch.inf)
 
@@ -61,14 +60,19 @@ def definition(problem: Problem, inputs: Inputs, rows: Tensor) -> tuple[Tensor, 
 # NaN * 0 is NaN, so a product would carry it, and its derivative, to all others.
 def _dots(q: Tensor, k: Tensor) -> Tensor:
     """q_i . k_j for all i and j; the mask selects afterwards, element by element."""
-    clean = finite(q) @ finite(k).transpose(-1, -2)
-    raw = (q @ k.transpose(-1, -2)).detach()
+    clean = steady_matmul(finite(q), finite(k), b_t=True)
+    raw = steady_matmul(q, k, b_t=True).detach()
     return clean + torch.where(torch.isfinite(raw), 0.0, raw)
+
+
+def _double(x: Tensor) -> Tensor:
+    """In float64, and dense: strides must not choose the matrix product."""
+    return x.to(torch.float64, copy=True, memory_format=torch.contiguous_format)
 
 
 def _mean(p: Tensor, v: Tensor, visible: Tensor) -> Tensor:
     """sum_j p_ij v_j over the visible keys."""
-    mean, seen = p @ finite(v), visible.to(p.dtype)
+    mean, seen = steady_matmul(p, finite(v)), visible.to(p.dtype)
     for special, number in ((v.isnan(), torch.nan), (v == torch.inf, torch.inf), (v == -torch.inf, -torch.inf)):
         mean = mean + torch.where(seen @ special.to(p.dtype) > 0, number, 0.0)
     return mean
@@ -96,6 +100,8 @@ class ReferenceBackend:
         with no_autocast(problem.device):
             rows = torch.arange(problem.Lq, device=inputs.q.device)
             _, _, out, lse = definition(problem, inputs, rows)
+            if out.requires_grad:
+                out.register_hook(lambda grad: grad if grad is None else _double(grad))
             return Output(empty_output(inputs.q, problem.Dv).copy_(out), lse.to(problem.accumulate))
 
     def tile(self, problem: Problem) -> tuple[int, int]:
