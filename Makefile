@@ -31,6 +31,15 @@ gate: $(VENV)/.installed-dev $(VENV)/.mutants
 bench: $(VENV)/.installed-dev
 	$(BIN)/qkv bench
 
+# The kernels under sanitizers, without Python: random calls, malformed masks, threads, forks. Building takes minutes.
+SECONDS_EACH ?= 60
+sanitize: sanitize-address sanitize-thread
+
+sanitize-%: $(VENV)/.installed-dev
+	$(BIN)/cmake -G Ninja -S tests/native -B build/sanitize/$* -DQKV_STRESS_SANITIZER=$* -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja
+	$(BIN)/cmake --build build/sanitize/$*
+	build/sanitize/$*/stress --seconds $(SECONDS_EACH)
+
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff format $(CODE)
 	$(BIN)/ruff check --fix $(CODE)

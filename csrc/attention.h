@@ -43,7 +43,8 @@ struct Operand {
     int64_t count;  // elements
 };
 
-// One sequence of queries against one sequence of keys. Rows of q, out, lse and bias are counted from q_first.
+// One sequence of queries against one sequence of keys. Rows of q, out and lse are counted from q_first,
+// those of biases, dense masks and positions from the sequence's first query.
 struct Sequence {
     int64_t q_first, q_count;
     int64_t k_count;

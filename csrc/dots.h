@@ -17,6 +17,7 @@ struct PlainDots {
     using V = std::conditional_t<sizeof(E) == 8, VD, VF>;
     using Q = E;
     static constexpr int kStep = V::W;  // elements of a key taken at a time
+    static constexpr int kRunGranules = 4;  // rounding grows with the length of a sum: it is taken in runs of 64 keys
     static constexpr int kPair = 1;
     static constexpr int kDegree = 6;
 };
@@ -28,6 +29,7 @@ struct PairDots {
     using V = VF;
     using Q = bf16;
     static constexpr int kStep = 32;
+    static constexpr int kRunGranules = kGranules;
     static constexpr int kPair = 2;
     static constexpr int kDegree = 5;
 };
@@ -172,11 +174,11 @@ class Dots {
     }
 
     template <int Rows_, int Vectors, bool Careful>
-    static QKV_INLINE void values(const Block& block, const T* const* from, const int64_t* strides, const E* p, const uint32_t* pairs, E* out,
+    static QKV_INLINE void values(const Block& block, int g0, int g1, const T* const* from, const int64_t* strides, const E* p, const uint32_t* pairs, E* out,
                                   int64_t width, int64_t d, const E* keep, int row) {
         V acc[Rows_][Vectors];
         QKV_UNROLL for (int r = 0; r < Rows_; ++r) QKV_UNROLL for (int c = 0; c < Vectors; ++c) acc[r][c] = V::zero();
-        for (int g = 0; g < block.granules; ++g) {
+        for (int g = g0; g < g1; ++g) {
             const T* v = from[g] + d;
             for (int k = 0; k < kGranule; k += M::kPair, v += M::kPair * strides[g]) {
                 const int j = g * kGranule + k;
@@ -212,7 +214,7 @@ class Dots {
         }
         (void)p, (void)pairs, (void)row;
         QKV_UNROLL for (int r = 0; r < Rows_; ++r) {
-            const V old = V::set1(keep[r]);
+            const V old = V::set1(g0 > 0 ? E(1) : keep[r]);
             QKV_UNROLL for (int c = 0; c < Vectors; ++c) {
                 E* at = out + r * width + d + c * W;
                 fma(V::load(at), old, acc[r][c]).store(at);
@@ -226,9 +228,15 @@ class Dots {
         const uint32_t* pairs = w.pairs + row * kWindowKeys / 2;
         E* out = w.out + row * width;
         int64_t d = 0;
-        for (; d + Vectors * W <= width; d += Vectors * W) values<Rows_, Vectors, Careful>(block, from, strides, p, pairs, out, width, d, keep + row, row);
+        const auto columns = [&]<int C>(std::integral_constant<int, C>) {
+            for (int g = 0; g < block.granules; g += M::kRunGranules) {
+                const int end = block.granules < g + M::kRunGranules ? block.granules : g + M::kRunGranules;
+                values<Rows_, C, Careful>(block, g, end, from, strides, p, pairs, out, width, d, keep + row, row);
+            }
+        };
+        for (; d + Vectors * W <= width; d += Vectors * W) columns(std::integral_constant<int, Vectors>{});
         constexpr int kFew = M::kPair;  // vectors that one step of a key fills
-        for (; d < width; d += kFew * W) values<Rows_, kFew, Careful>(block, from, strides, p, pairs, out, width, d, keep + row, row);
+        for (; d < width; d += kFew * W) columns(std::integral_constant<int, kFew>{});
     }
 
     static void step(const Job& job, Work& w, Block& block, bool careful) {
@@ -265,11 +273,10 @@ class Dots {
             keep[r] = first_lane(exp2_poly<6>(V::set1(w.m[r] - m)));
             w.m[r] = now;
             const V factor = V::set1(static_cast<E>(job.factor)), minus = V::set1(-m);
-            const bool large = std::fabs(m) > E(1 << 20);
             V l = V::zero();
             for (int j = 0; j < n; j += W) {
                 const V x = V::load(s + j);
-                const V e = large ? exp2_poly<M::kDegree>(x * factor + minus) : exp2_poly<M::kDegree>(fma(x, factor, minus));
+                const V e = exp2_poly<M::kDegree>(minimum(V::zero(), fma(x, factor, minus)));
                 l = l + e;
                 e.store(s + j);
             }

@@ -390,7 +390,8 @@ bool program_fits(const int64_t* words, int64_t length, int64_t operands) { retu
 
 Status run(const Attention& call);
 Status run(const Attention& call) {
-    if (!program_fits(call.program, call.program_length, call.operand_count)) return Status::bad_program;
+    if (!program_fits(call.program, call.program_length, call.operand_count) || !Program::readable(call, call.program, call.program_length))
+        return Status::bad_program;
     switch (call.q_type) {
         case Type::f32: return Run<Lanes<PlainProducts<float>>, Dots<PlainDots<float>>>(call).go();
         case Type::f64: return Run<Lanes<PlainProducts<double>>, Dots<PlainDots<double>>>(call).go();

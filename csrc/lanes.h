@@ -23,6 +23,7 @@ struct PlainProducts {
     using R = V;
     static constexpr int kPair = 1;
     static constexpr int kDegree = 6;
+    static constexpr int kRunGranules = 4;  // rounding grows with the length of a sum: it is taken in runs of 64 keys
     static constexpr bool kDirect = std::is_same_v<T, E>;  // K and V may be read where they lie
     static QKV_INLINE V broadcast_key(const K* p) { return V::set1(*p); }
     static QKV_INLINE V broadcast_value(const U* p) { return V::set1(*p); }
@@ -48,6 +49,7 @@ struct PairProducts {
     using R = PairRegister;
     static constexpr int kPair = 2;
     static constexpr int kDegree = 5;
+    static constexpr int kRunGranules = kGranules;  // float's rounding is far below bfloat16's
     static constexpr bool kDirect = true;
     static QKV_INLINE R broadcast_key(const K* p) { return {_mm512_set1_epi32(cast_bits<int>(*reinterpret_cast<const Two*>(p)))}; }
     static QKV_INLINE R broadcast_value(const U* p) { return {_mm512_set1_epi32(static_cast<int>(*p))}; }
@@ -337,11 +339,12 @@ class Lanes {
     }
 
     template <int Z, int Columns, bool Careful>
-    static QKV_INLINE void values(const Block& block, const U* const* from, const int64_t* strides, const E* p, E* out, const V* keep, bool first, int64_t d) {
+    static QKV_INLINE void values(const Block& block, int g0, int g1, const U* const* from, const int64_t* strides, const E* p, E* out, const V* keep,
+                                  bool first, int64_t d) {
         constexpr int n = Z * W;
         V acc[Columns][Z];
         QKV_UNROLL for (int c = 0; c < Columns; ++c) QKV_UNROLL for (int z = 0; z < Z; ++z) acc[c][z] = V::zero();
-        for (int g = 0; g < block.granules - QKV_MUTANT(last_granule); ++g) {
+        for (int g = g0; g < g1; ++g) {
             const U* v = from[g] + d;
             for (int k = 0; k < kGranule; k += M::kPair, v += strides[g]) {
                 const int j = g * kGranule + k;
@@ -361,7 +364,7 @@ class Lanes {
         }
         QKV_UNROLL for (int c = 0; c < Columns; ++c) QKV_UNROLL for (int z = 0; z < Z; ++z) {
             E* at = out + (d + c) * n + z * W;
-            (first ? acc[c][z] : fma(V::load(at), keep[z], acc[c][z])).store(at);
+            (first ? acc[c][z] : g0 > 0 ? V::load(at) + acc[c][z] : fma(V::load(at), keep[z], acc[c][z])).store(at);
         }
     }
 
@@ -369,8 +372,15 @@ class Lanes {
     static QKV_INLINE void all_values(const Block& block, const U* const* from, const int64_t* strides, const E* p, E* out, const V* keep, bool first, int64_t Dv) {
         constexpr int kColumns = columns_at_once(Z);
         int64_t d = 0;
-        for (; d + kColumns <= Dv; d += kColumns) values<Z, kColumns, Careful>(block, from, strides, p, out, keep, first, d);
-        for (; d < Dv; ++d) values<Z, 1, Careful>(block, from, strides, p, out, keep, first, d);
+        const int granules = block.granules - QKV_MUTANT(last_granule);
+        const auto columns = [&]<int C>(std::integral_constant<int, C>) {
+            for (int g = 0; g < granules || g == 0; g += M::kRunGranules) {
+                const int end = granules < g + M::kRunGranules ? granules : g + M::kRunGranules;
+                values<Z, C, Careful>(block, g, end, from, strides, p, out, keep, first && g == 0, d);
+            }
+        };
+        for (; d + kColumns <= Dv; d += kColumns) columns(std::integral_constant<int, kColumns>{});
+        for (; d < Dv; ++d) columns(std::integral_constant<int, 1>{});
     }
 
     // Where the keys and values of the block lie, converting those that cannot be multiplied as they are.
@@ -455,7 +465,6 @@ class Lanes {
         // New maximum; the state so far counts `keep` times as much.
         const V factor = V::set1(static_cast<E>(job.factor));
         V m[Z], keep[Z], l[Z];
-        bool large = false;
         QKV_UNROLL for (int z = 0; z < Z; ++z) {
             const V old = V::load(s.m + z * W);
             V now = maximum(old, top[z] * factor);
@@ -464,14 +473,9 @@ class Lanes {
             keep[z] = exp2_poly<6>(old - m[z]);
             if (QKV_MUTANT(rescale_forgotten)) keep[z] = V::set1(1);
             now.store(s.m + z * W);
-            large |= any_greater(absolute(m[z]), V::set1(E(1 << 20))) && any_greater(V::set1(kLargest), absolute(m[z]));
             l[z] = V::zero();
         }
-        // fma(s, factor, -m) may exceed 0 by an ulp of m: harmless unless m is huge, and then the product is rounded first.
-        if (large)
-            exponentials<Z, true>(work.scores, block.keys(), factor, m, l);
-        else
-            exponentials<Z, false>(work.scores, block.keys(), factor, m, l);
+        exponentials<Z>(work.scores, block.keys(), factor, m, l);
         QKV_UNROLL for (int z = 0; z < Z; ++z) fma(V::load(s.l + z * W), keep[z], l[z]).store(s.l + z * W);
 
         if (careful)
@@ -483,29 +487,39 @@ class Lanes {
     }
 
 
-    template <int Z, bool Large>
+    template <int Z>
     static QKV_INLINE void exponentials(E* scores_at, int keys, V factor, const V* m, V* l) {
         constexpr int n = Z * W;
         const auto e = [&](const E* at, int z) {
             const V x = V::load(at + z * W);
-            if constexpr (Large) return exp2_poly<M::kDegree>(x * factor - m[z]);
-            return exp2_poly<M::kDegree>(fma(x, factor, V::zero() - m[z]));
+            // The fused product may exceed 0 by an ulp of m, which is much where m is huge. (A NaN stays: it is second.)
+            return exp2_poly<M::kDegree>(minimum(V::zero(), fma(x, factor, V::zero() - m[z])));
         };
         if constexpr (M::kPair == 2) {
             Q* to = reinterpret_cast<Q*>(scores_at);
-            for (int j = 0; j < keys; j += 2)
-                QKV_UNROLL for (int z = 0; z < Z; ++z) {
-                    const V even = e(scores_at + j * n, z), odd = e(scores_at + (j + 1) * n, z);
-                    l[z] = l[z] + (even + odd);
-                    store_pair(to + j / 2 * n + z * W, even, odd);
-                }
+            for (int from = 0; from < keys; from += kGranule) {
+                V part[Z];
+                QKV_UNROLL for (int z = 0; z < Z; ++z) part[z] = V::zero();
+                for (int j = from; j < from + kGranule; j += 2)
+                    QKV_UNROLL for (int z = 0; z < Z; ++z) {
+                        const V even = e(scores_at + j * n, z), odd = e(scores_at + (j + 1) * n, z);
+                        part[z] = part[z] + (even + odd);
+                        store_pair(to + j / 2 * n + z * W, even, odd);
+                    }
+                QKV_UNROLL for (int z = 0; z < Z; ++z) l[z] = l[z] + part[z];
+            }
         } else {
-            for (int j = 0; j < keys; ++j)
-                QKV_UNROLL for (int z = 0; z < Z; ++z) {
-                    const V x = e(scores_at + j * n, z);
-                    l[z] = l[z] + x;
-                    x.store(scores_at + j * n + z * W);
-                }
+            for (int from = 0; from < keys; from += kGranule) {
+                V part[Z];
+                QKV_UNROLL for (int z = 0; z < Z; ++z) part[z] = V::zero();
+                for (int j = from; j < from + kGranule; ++j)
+                    QKV_UNROLL for (int z = 0; z < Z; ++z) {
+                        const V x = e(scores_at + j * n, z);
+                        part[z] = part[z] + x;
+                        x.store(scores_at + j * n + z * W);
+                    }
+                QKV_UNROLL for (int z = 0; z < Z; ++z) l[z] = l[z] + part[z];
+            }
         }
     }
     static QKV_INLINE void store_pair(Q* to, V even, V odd) {

@@ -173,7 +173,8 @@ def _plant(config: Config, rng: Rng, call: Call, q: Array, k: Array, used: Array
             keys = own if len(own) and chance(rng, 0.4) else common if len(common) else seen
         if len(keys):
             key = k[b, g, pick(rng, *keys)]
-            q[b, h, i] = key * (pick(rng, 10.0, 18.0, 30.0) / (scale * max(key @ key, 1e-6)))
+            # half of the row stays as drawn: in no real row do all products have one sign, which rounds worst of all
+            q[b, h, i] = q[b, h, i] / 2 + key * (pick(rng, 12.0, 20.0, 32.0) / (scale * max(key @ key, 1e-6)))
 
 
 def _bias_values(config: Config, rng: Rng, spec: Spec) -> torch.Tensor | None:

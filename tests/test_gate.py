@@ -13,7 +13,7 @@ from tests.cases import CASES, Config
 from tests.generator import random_config
 from tests.inputs import Inputs, materialise
 
-FIXED, FRESH = 160, 40  # random configurations: the same in every run, and new ones
+FIXED, FRESH = 240, 60  # random configurations: the same in every run, and new ones
 
 
 def test_every_backend_this_machine_can_run_is_there() -> None:

@@ -121,7 +121,7 @@ class CpuBackend:
         call = module.Prepared(
             self.isa, _TYPES[p.dtype], [p.B, p.Hq, p.Hkv, p.Lq, p.Lk, p.D, p.Dv],
             list(q.stride()), list(k.stride()), list(v.stride()), list(strides),
-            p.scale, p.softcap or 0.0, list(words), [(t.data_ptr(), t.numel()) for t in operands],
+            p.scale, p.softcap or 0.0, list(words), [(t.data_ptr(), _extent(t)) for t in operands],
             bias, [] if sinks is None else [_TYPES[sinks.dtype], sinks.stride(0)], offsets,
         )  # fmt: skip
         return _executor(call, operands, size, strides, p)
@@ -161,6 +161,11 @@ def _executor(
 
     execute.operands = operands  # type: ignore[attr-defined]
     return execute
+
+
+def _extent(t: Tensor) -> int:
+    """Elements from the first to the last that a tensor of any strides reaches."""
+    return 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) if t.numel() else 0
 
 
 def _bias(kind: str, term: Tensor) -> list[int]:

@@ -140,7 +140,8 @@ def build(case: Case, sets: int = 1, seed: int = 0) -> Inputs:
 def _sample_rows(case: Case, g: torch.Generator, count: int = 8) -> list[tuple[int, int, int]]:
     picks = {(0, 0, 0), (case.B - 1, case.Hq - 1, case.Lq - 1)}
     for _ in range(count - 2):
-        picks.add(tuple(int(torch.randint(n, (), generator=g)) for n in (case.B, case.Hq, case.Lq)))
+        b, h, i = (int(torch.randint(n, (), generator=g)) for n in (case.B, case.Hq, case.Lq))
+        picks.add((b, h, i))
     return sorted(picks)
 
 

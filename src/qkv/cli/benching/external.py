@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -167,13 +168,13 @@ class OnnxRuntime:
         names: list[str],
         outputs: list[str],
         attributes: dict[str, int],
-        shapes: dict[str, tuple[int, ...]],
+        shapes: Mapping[str, tuple[int, ...]],
     ) -> Any:
         from onnx import TensorProto, helper
 
         element = TensorProto.FLOAT if case.dtype == "f32" else TensorProto.FLOAT16
         tokens = 1 if case.Lq == 1 else case.Lk
-        known = {
+        known: dict[str, tuple[int, ...]] = {
             "q": (case.B, case.Lq, case.Hq * case.D),
             "k": (case.B, tokens, case.Hkv * case.D),
             "v": (case.B, tokens, case.Hkv * case.D),

@@ -118,7 +118,7 @@ class _Memory:
         base = lib.ggml_new_tensor_4d(self.context, kind, t.numel() + 64 // size, 1, 1, 1)
         offset = -lib.ggml_get_data(base) % 64
         strides = [t.stride(d) * size for d in (2, 1, 0)]
-        made = lib.ggml_view_4d(self.context, base, *reversed(t.shape), *strides, offset)
+        made: int = lib.ggml_view_4d(self.context, base, *reversed(t.shape), *strides, offset)
         ctypes.memmove(lib.ggml_get_data(made), t.data_ptr(), t.nbytes)
         return made
 

@@ -93,7 +93,7 @@ def _extra(case: Case, backend: str | None) -> int:
         call = ours.prepare(build(case)).calls[0]
         Path("/proc/self/clear_refs").write_text("5")  # resets the peak
         before = _status("VmRSS")
-        out = call()
+        out: torch.Tensor = call()
         return max(0, _status("VmHWM") - before - out.nbytes)
 
 

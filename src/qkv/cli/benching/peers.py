@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Protocol
@@ -30,7 +30,7 @@ class Unavailable(Exception):
 class Prepared:
     """Calls that are ready to be timed, and how to see a call's result as (B, Hq, Lq, Dv)."""
 
-    calls: list[Callable[[], Any]]
+    calls: Sequence[Callable[[], Any]]
     read: Callable[[Any], Tensor]
     note: str = ""
 
@@ -75,7 +75,8 @@ class Qkv:
         mask, backend = masks[case.mask](), self.backend
 
         def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return qkv.attention(q, k, v, mask=mask, backend=backend)
+            out: Tensor = qkv.attention(q, k, v, mask=mask, backend=backend)  # no pair: return_lse is not set
+            return out
 
         plan = qkv.plan(inputs.q, *inputs.sets[0], mask=mask, backend=backend)
         return _torch_calls(inputs, call, note=f"{plan.backend}, {plan.note}" if plan.note else plan.backend)

@@ -80,7 +80,7 @@ def _prefill() -> Iterator[Row]:
 def _sparse() -> Iterator[Row]:
     for dtype in ("f32", "bf16"):
         case = Case(dtype, 2048, 2048, Hkv=2, mask="causal")
-        peers = ("sdpa", "onnxruntime") if dtype == "f32" else ("sdpa", "onnxruntime f16")
+        peers: tuple[str, ...] = ("sdpa", "onnxruntime") if dtype == "f32" else ("sdpa", "onnxruntime f16")
         yield Row(
             f"gqa 8/2 causal 2048 d128 {dtype}",
             case,
