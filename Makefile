@@ -15,7 +15,7 @@ demo: $(VENV)/.installed
 	@$(BIN)/qkv demo
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check $(CODE)

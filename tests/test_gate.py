@@ -47,7 +47,7 @@ def test_random_configurations(kind: str, capsys: pytest.CaptureFixture[str]) ->
 def definition(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     """Attention by torch in float64, with autograd: slow, quadratic and unlike the oracle in every line."""
     c, call = inputs.config, inputs.oracle
-    leaves = {name: x.detach().double().nan_to_num(0, 0, 0) for name, x in inputs.leaves.items() if name in "qkv"}
+    leaves = {name: x.double() for name, x in zip("qkv", inputs.clean(), strict=True)}
     leaves |= {
         n: x.detach().double().nan_to_num(0, None, -torch.inf) for n, x in inputs.leaves.items() if n not in "qkv"
     }
