@@ -12,6 +12,7 @@ import argparse
 import importlib.util
 import multiprocessing
 import multiprocessing.connection
+import os
 import sys
 import time
 from collections import defaultdict
@@ -354,6 +355,11 @@ def run(configs: int, seed: int, names: tuple[str, ...], processes: int, show: C
     return statistics
 
 
+def fresh_seed() -> int:
+    """A new seed each run; QKV_SEED fixes it, so that a run can be repeated as a whole."""
+    return int(os.environ.get("QKV_SEED", int(time.time()) % 10_000_000 * 100))
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.gate", description="Judge qkv against its oracle.")
     parser.add_argument("--configs", type=int, default=2000)
@@ -369,7 +375,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     if args.replay is not None:
         return replay(args.replay, names)
-    seed = int(time.time()) % 10_000_000 * 100 if args.seed is None else args.seed
+    seed = fresh_seed() if args.seed is None else args.seed
     print(f"gate: {args.configs} configurations from seed {seed} on {', '.join(names)}")
     wide = sys.stdout.isatty()
     statistics = run(

@@ -79,13 +79,16 @@ def _sizes(rng: Rng) -> dict[str, int]:
         B, Hkv, group = 1, 1, pick(rng, 1, 2)
         Lq = Lk = upto(rng, 300, 130)
     else:
-        Lq, Lk = pick(rng, 1, 1, 1, 2, 3, 5), pick(rng, _length(rng, 300), pick(rng, *FAR_EDGES), upto(rng, 1100, 1))
+        Lq = pick(rng, 1, 1, 1, 2, 3, 5, 11)
+        Lk = pick(rng, _length(rng, 300), pick(rng, *FAR_EDGES), upto(rng, 1100, 1), pick(rng, 1537, 2049, 3000))
         group = pick(rng, group, 1, 4, 6, 11, 16)
-    budget = 480 if profile != "tiny" else 300
+    budget = 640 if profile != "tiny" else 300
     while B * Hkv * group * Lq > budget and (B > 1 or Hkv > 1 or group > 1):
         B, Hkv, group = (B - 1, Hkv, group) if B > 1 else (B, Hkv - 1, group) if Hkv > 1 else (B, Hkv, group - 1)
     D = _head_dim(rng, 128 if Lk * Hkv * B > 600 else 256)
     Dv = D if chance(rng, 0.8) else _head_dim(rng, 128 if Lk > 300 else 256)
+    if B * Hkv == 1 and chance(rng, 0.05):  # the widths of absorbed latent attention
+        D, Dv = 576, 512
     sizes = {"B": B, "Hq": Hkv * group, "Hkv": Hkv, "Lq": Lq, "Lk": Lk, "D": D, "Dv": Dv}
     if profile == "empty":
         for key in {"B": ["B"], "H": ["Hq", "Hkv"]}.get(gone := pick(rng, "B", "H", "Lq", "Lk", "Lk", "Dv"), [gone]):

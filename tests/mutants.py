@@ -147,9 +147,9 @@ def main(arguments: list[str] | None = None) -> int:
 
     def tell(trial: Trial) -> None:
         trials.append(trial)
-        name = trial.name or "(no mistake)"
+        name = trial.name.split(":")[0] or "(no mistake)"
         result = "survived" if trial.seed is None else f"killed by {_named(trial.seed, asked, trial.asked)}"
-        print(f"{trial.kind:<7} {name:<28} {result:<34} {trial.fault[:90]}", flush=True)
+        print(f"{trial.kind:<7} {name:<20} {result:<36} {trial.fault[:90]}", flush=True)
 
     if args.only != "native":
         for bug in ("", *PYTHON_MUTANTS):
