@@ -109,11 +109,15 @@ def judge_gradients(config: Config, inputs: Inputs, truth: Result, grads: dict[s
 
 def gradient_bound(config: Config, grad: Grad, e: float, tiny: float, inputs: Inputs) -> Array:
     """A gradient to which nothing contributes has bound 0: it must be exactly 0."""
-    read = (inputs.oracle.q, inputs.oracle.k[~inputs.hidden])
-    sizes = [abs(x[np.isfinite(x)]).max(initial=0) for x in read]
-    floor = tiny * (1 + abs(config.real_scale) * max(1.0, *sizes))
-    bound = 2 * e * grad.plain + 8 * eps_acc(DTYPES[config.dtype]) * grad.weighted
-    return np.where(grad.weighted == 0, 0, bound + floor)
+    accumulate = torch.float64 if config.dtype == "f64" else torch.float32
+    call = inputs.oracle
+    tensors = (call.q, call.k[~inputs.hidden], call.v[~inputs.hidden], numbers(inputs.dout), numbers(inputs.dlse))
+    q, k, v, dout, dlse = (abs(x[np.isfinite(x)]).max(initial=0) for x in tensors)
+    reach = 1 + abs(config.real_scale) * max(1.0, q, k)
+    # weights below the smallest number of the accumulation may be lost, each times what it would have multiplied
+    lost = reach * (1 + 2 * config.Dv * v * dout + dlse) * (1 + max(config.Lq * config.group, config.Lk))
+    bound = 2 * e * grad.plain + 8 * eps(accumulate) * grad.weighted + tiny * reach + TINY[accumulate] * lost
+    return np.where(grad.weighted == 0, 0, bound)
 
 
 # ------------------------------------------------------------------------------------------- beside naive PyTorch

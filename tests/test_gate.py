@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -32,8 +35,9 @@ def test_random_configurations(kind: str, capsys: pytest.CaptureFixture[str]) ->
     seed, count = (0, FIXED) if kind == "fixed" else (gate.fresh_seed(), FRESH)
 
     def show(line: str) -> None:
-        with capsys.disabled():
-            print(f"\r  {line}", end="", flush=True)
+        if sys.__stdout__.isatty() or line.startswith(f"{count}/"):
+            with capsys.disabled():
+                print(f"\r  {line}", end="", flush=True)
 
     statistics = gate.run(count, seed, gate.backends(), 2, show)
     faults = [f"{backend}: {fault}   (python -m tests.gate --replay {at})" for at, backend, fault in statistics.faults]
@@ -87,7 +91,9 @@ def definition(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor, dict[str, to
 def test_oracle_agrees_with_autograd_of_the_definition() -> None:
     """Over configurations without dead rows and NaN, which autograd through a softmax does not have."""
     checked = 0
-    for seed in range(100):
+    for seed in itertools.count():
+        if checked == 40:
+            break
         config = random_config(seed)
         if (
             config.visible_nan
@@ -102,11 +108,11 @@ def test_oracle_agrees_with_autograd_of_the_definition() -> None:
             continue
         checked += 1
         out, lse, grads = definition(inputs)
-        pairs = [(out, truth.out, abs(truth.out)), (lse, truth.lse, truth.spread)]
-        pairs += [(g, truth.grads[n].value, truth.grads[n].weighted) for n, g in grads.items()]
+        pairs = [(out, truth.out, abs(truth.out)), (lse, truth.lse, abs(truth.lse))]
+        pairs += [(g, truth.grads[n].value, truth.grads[n].plain) for n, g in grads.items()]
+        rounding = 1e-14 * (1 + truth.spread.max())
         for got, want, size in pairs:
-            assert abs(judge.numbers(got) - want).max(initial=0) <= 1e-12 * (1 + size.max(initial=0)), str(config)
-    assert checked >= 40
+            assert abs(judge.numbers(got) - want).max(initial=0) <= rounding * (1 + size.max(initial=0)), str(config)
 
 
 def test_configurations_replay() -> None:

@@ -60,7 +60,10 @@ def definition(problem: Problem, inputs: Inputs, rows: Tensor) -> tuple[Tensor, 
 # NaN * 0 is NaN, so a product would carry it, and its derivative, to all others.
 def _dots(q: Tensor, k: Tensor) -> Tensor:
     """q_i . k_j for all i and j; the mask selects afterwards, element by element."""
-    clean = steady_matmul(finite(q), finite(k), b_t=True)
+    # Long dot products are added up in runs: rounding grows with the run.
+    clean = q.new_zeros(())
+    for a, b in zip(finite(q).split(128, -1), finite(k).split(128, -1), strict=True):
+        clean = clean + steady_matmul(a, b, b_t=True)
     raw = steady_matmul(q, k, b_t=True).detach()
     return clean + torch.where(torch.isfinite(raw), 0.0, raw)
 

@@ -28,6 +28,8 @@ class SdpaBackend:
             "score terms": bool(p.bias),
             "dropout that is the same for every tiling": p.dropout_p > 0,
             "empty dimensions": 0 in (p.B, p.Hq, p.Lq, p.Lk, p.Dv),
+            # Its CPU kernel scales the -inf of hidden scores too: negative makes them +inf (torch 2.13).
+            "causal mask with a scale that is not positive": p.mask is not None and p.scale <= 0,
             "grouped heads before torch 2.5": p.group > 1 and not _GROUPED,
         }
         missing = [name for name, wanted in lacks.items() if wanted]
