@@ -168,8 +168,14 @@ class Dots {
             return base + j * stride;
         }
         step_to = width;
+        const int64_t rows = lower(kGranule, keys - j);
+        if (stride_d == 1 && D == width) {
+            for (int64_t i = 0; i < rows; ++i) std::memcpy(copy + i * width, base + (j + i) * stride, sizeof(T) * static_cast<size_t>(D));
+            std::memset(static_cast<void*>(copy + rows * width), 0, sizeof(T) * static_cast<size_t>((kGranule - rows) * width));
+            return copy;
+        }
         for (int i = 0; i < kGranule; ++i)
-            for (int64_t d = 0; d < width; ++d) copy[i * width + d] = j + i < keys && d < D ? base[(j + i) * stride + d * stride_d] : T{};
+            for (int64_t d = 0; d < width; ++d) copy[i * width + d] = i < rows && d < D ? base[(j + i) * stride + d * stride_d] : T{};
         return copy;
     }
 
