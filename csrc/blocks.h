@@ -113,7 +113,6 @@ struct Job {
     double factor;    // from the stored score to the exponent of 2
     bool negate;      // q's sign is flipped: the scale is negative
     int64_t group;
-    int64_t Dv_read;  // values are the first Dv columns of the keys when v == k (read once)
 };
 
 // Which rows a tile holds: heads and query indices of one sequence and one key/value head.

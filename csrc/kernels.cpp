@@ -65,7 +65,7 @@ struct Run {
     int64_t states = 1;
     bool any_dots = false, any_lanes = false;
 
-    explicit Run(const Attention& call) : a(call), job{&call, Program(call.program, call.program_length, call.operands), false, 0, false, 0, 0} {
+    explicit Run(const Attention& call) : a(call), job{&call, Program(call.program, call.program_length, call.operands), false, 0, false, 0} {
         job.group = a.Hkv > 0 ? a.Hq / a.Hkv : 0;
         const double factor = a.scale * kLog2e / (QKV_MUTANT(scale_by_d) ? std::sqrt(static_cast<double>(a.D)) : 1);
         job.transform = a.softcap > 0 || a.bias_count > 0 || !(std::fabs(factor) > 1e-30 && std::fabs(factor) < 1e30);

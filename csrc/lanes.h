@@ -441,7 +441,6 @@ class Lanes {
 
     template <int Z>
     static void step(const Job& job, State& s, Work& work, Block& block, bool careful) {
-        constexpr int n = Z * W;
         const Attention& a = *job.call;
         const K* keys[kGranules];
         const U* from[kGranules];
@@ -483,7 +482,6 @@ class Lanes {
         else
             all_values<Z, false>(block, from, value_strides, work.scores, s.out, keep, !s.any, a.Dv);
         s.any = true;
-        (void)n;
     }
 
 
