@@ -39,8 +39,8 @@ struct Block {
     int keys() const { return granules * kGranule; }
 };
 
-// Calls visit(block) for the visible granules in [k0, k1), in order; k0 is a multiple of kGranule.
-template <class Visit>
+// Calls visit(block) for the visible granules in [k0, k1), in order and up to Most at a time; k0 is a multiple of kGranule.
+template <int Most = kGranules, class Visit>
 inline void walk(const Program& program, const Rows& rows, int64_t k0, int64_t k1, Scratch& scratch, Block& block, Visit visit) {
     const uint64_t every = rows.count == 64 ? ~UINT64_C(0) : (UINT64_C(1) << rows.count) - 1;
     Bounds bounds;
@@ -57,7 +57,7 @@ inline void walk(const Program& program, const Rows& rows, int64_t k0, int64_t k
         for (int j = 0; j < kGranule; ++j) to[j] = words == nullptr ? every : words[j];
         block.masked |= words != nullptr && !QKV_MUTANT(mask_ignored);
         block.key[block.granules++] = key;
-        if (block.granules == kGranules) {
+        if (block.granules == Most) {
             visit(block);
             block.granules = 0;
             block.masked = false;

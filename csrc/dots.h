@@ -44,6 +44,7 @@ class Dots {
     using Q = typename M::Q;
     static constexpr int W = V::W;
     static constexpr int kTileRows = 16;
+    static constexpr int kStepGranules = 8;  // divides a chunk: all steps of a long call are as long as each other
 
     struct Work {
         Scratch scratch;
@@ -57,13 +58,13 @@ class Dots {
         T* keys;     // rows that cannot be loaded where they lie: [kWindowKeys][padded D]
         T* values;   // likewise [kWindowKeys][padded Dv]
         E m[kTileRows], l[kTileRows];
-        bool masked, any;
+        bool masked;
     };
 
     static int64_t padded(int64_t D) { return (D + M::kStep - 1) / M::kStep * M::kStep; }
 
     static void reset(const Attention& a, Work& w) {
-        w.masked = w.any = false;
+        w.masked = false;
         for (int r = 0; r < kTileRows; ++r) {
             w.m[r] = -static_cast<E>(INFINITY);
             w.l[r] = 0;
@@ -91,15 +92,17 @@ class Dots {
     }
 
     static void run(const Job& job, Work& w, int64_t k0, int64_t k1, bool careful) {
-        walk(job.program, w.tile.rows, k0, k1, w.scratch, w.block, [&](Block& block) { step(job, w, block, careful); });
+        walk<kStepGranules>(job.program, w.tile.rows, k0, k1, w.scratch, w.block, [&](Block& block) { step(job, w, block, careful); });
     }
 
     static bool spoiled(const Attention& a, const Work& w) {
         if (!w.masked || QKV_MUTANT(poison_passes)) return false;
         const int64_t width = padded(a.Dv);
-        for (int r = 0; r < w.tile.rows.count; ++r)
-            for (int64_t d = 0; d < a.Dv; ++d)
-                if (!finite(w.out[r * width + d])) return true;
+        for (int r = 0; r < w.tile.rows.count; ++r) {
+            V nothing = V::zero();  // 0 times everything: NaN where something is not finite
+            for (int64_t d = 0; d < width; d += W) nothing = fma(V::load(w.out + r * width + d), V::zero(), nothing);
+            if (sum(nothing) != 0) return true;
+        }
         return false;
     }
 
@@ -138,26 +141,40 @@ class Dots {
             return fma(V::load(k), V::load(q), acc);
     }
 
-    static QKV_INLINE void scores(const Q* q, const T* keys, int64_t stride, int64_t width, E* to) {
-        for (int g = 0; g < kGranule; g += kKeys) {
+    // One granule's scores for `Rows_` rows of queries (1 or 2), keys in the order of memory. Past `live` there are no keys.
+    template <int Rows_>
+    static QKV_INLINE void scores(const Q* q, int64_t next_row, const T* keys, int64_t stride, int64_t width, int live, E* to) {
+        constexpr int kAtOnce = kKeys / Rows_;
+        for (int g = 0; g < kGranule; g += kAtOnce) {
             V acc[kKeys];
-            QKV_UNROLL for (int k = 0; k < kKeys; ++k) acc[k] = V::zero();
-            for (int64_t d = 0; d < width; d += M::kStep)
-                QKV_UNROLL for (int k = 0; k < kKeys; ++k) acc[k] = multiply(q + d, keys + (g + k) * stride + d, acc[k]);
-            sums(acc).store(to + g);
+            QKV_UNROLL for (int k = 0; k < kAtOnce; ++k) {
+                V x[Rows_];
+                QKV_UNROLL for (int r = 0; r < Rows_; ++r) x[r] = V::zero();
+                const int64_t end = g + k < live ? width : 0;
+                for (int64_t d = 0; d < end; d += M::kStep)
+                    QKV_UNROLL for (int r = 0; r < Rows_; ++r) x[r] = multiply(q + r * next_row + d, keys + (g + k) * stride + d, x[r]);
+                QKV_UNROLL for (int r = 0; r < Rows_; ++r) acc[r * kAtOnce + k] = x[r];
+            }
+            if constexpr (Rows_ == 1) {
+                sums(acc).store(to + g);
+            } else {
+                E both[W];
+                sums(acc).store(both);
+                QKV_UNROLL for (int r = 0; r < Rows_; ++r) std::memcpy(to + r * kWindowKeys + g, both + r * kAtOnce, sizeof(E) * kAtOnce);
+            }
         }
     }
 
-    // Asks for part `part` of `parts` of a granule's rows, in the order of memory. Between them the passes over the rows of
-    // queries fetch a granule, so that the requests do not pile up. A hint only: the address need not exist.
-    static QKV_INLINE void prefetch(const T* first, int64_t stride, int64_t width, int part, int parts) {
+    // Asks for parts [part, end) of `parts` of a granule's rows, in the order of memory. Between them the passes over the rows
+    // of queries fetch a granule, so that the requests do not pile up. A hint only: the address need not exist.
+    static QKV_INLINE void prefetch(const T* first, int64_t stride, int64_t width, int part, int end, int parts) {
 #if defined(__GNUC__)
         const uintptr_t base = reinterpret_cast<uintptr_t>(first);
-        for (int i = kGranule * part / parts; i < kGranule * (part + 1) / parts; ++i)
+        for (int i = kGranule * part / parts; i < kGranule * end / parts; ++i)
             for (uintptr_t o = 0; o < static_cast<uintptr_t>(width) * sizeof(T); o += 64)
                 __builtin_prefetch(reinterpret_cast<const void*>(base + static_cast<uintptr_t>(i * stride) * sizeof(T) + o));
 #else
-        (void)first, (void)stride, (void)width, (void)part, (void)parts;
+        (void)first, (void)stride, (void)width, (void)part, (void)end, (void)parts;
 #endif
     }
 
@@ -167,26 +184,30 @@ class Dots {
             step_to = stride;
             return base + j * stride;
         }
+        // Rows past the end are not read, but for the second of a pair.
         step_to = width;
         const int64_t rows = lower(kGranule, keys - j);
-        if (stride_d == 1 && D == width) {
-            for (int64_t i = 0; i < rows; ++i) std::memcpy(copy + i * width, base + (j + i) * stride, sizeof(T) * static_cast<size_t>(D));
-            std::memset(static_cast<void*>(copy + rows * width), 0, sizeof(T) * static_cast<size_t>((kGranule - rows) * width));
-            return copy;
+        for (int64_t i = 0; i < rows; ++i) {
+            const T* from = base + (j + i) * stride;
+            T* to = copy + i * width;
+            if (stride_d == 1)
+                std::memcpy(to, from, sizeof(T) * static_cast<size_t>(D));
+            else
+                for (int64_t d = 0; d < D; ++d) to[d] = from[d * stride_d];
+            std::memset(static_cast<void*>(to + D), 0, sizeof(T) * static_cast<size_t>(width - D));
         }
-        for (int i = 0; i < kGranule; ++i)
-            for (int64_t d = 0; d < width; ++d) copy[i * width + d] = i < rows && d < D ? base[(j + i) * stride + d * stride_d] : T{};
+        if (rows % M::kPair != 0) std::memset(static_cast<void*>(copy + rows * width), 0, sizeof(T) * static_cast<size_t>(width));
         return copy;
     }
 
     template <int Rows_, int Vectors, bool Careful>
-    static QKV_INLINE void values(const Block& block, int g0, int g1, const T* const* from, const int64_t* strides, const E* p, const uint32_t* pairs, E* out,
+    static QKV_INLINE void values(const Block& block, int g0, int g1, const T* const* from, const int64_t* strides, const int* live, const E* p, const uint32_t* pairs, E* out,
                                   int64_t width, int64_t d, const E* keep, int row) {
         V acc[Rows_][Vectors];
         QKV_UNROLL for (int r = 0; r < Rows_; ++r) QKV_UNROLL for (int c = 0; c < Vectors; ++c) acc[r][c] = V::zero();
         for (int g = g0; g < g1; ++g) {
             const T* v = from[g] + d;
-            for (int k = 0; k < kGranule; k += M::kPair, v += M::kPair * strides[g]) {
+            for (int k = 0; k < live[g]; k += M::kPair, v += M::kPair * strides[g]) {
                 const int j = g * kGranule + k;
 #if defined(QKV_ISA_AVX512BF16)
                 if constexpr (M::kPair == 2) {
@@ -229,7 +250,7 @@ class Dots {
     }
 
     template <int Rows_, int Vectors, bool Careful>
-    static void all_values(const Block& block, const T* const* from, const int64_t* strides, Work& w, const E* keep, int row, int64_t width) {
+    static void all_values(const Block& block, const T* const* from, const int64_t* strides, const int* live, Work& w, const E* keep, int row, int64_t width) {
         const E* p = w.scores + row * kWindowKeys;
         const uint32_t* pairs = w.pairs + row * kWindowKeys / 2;
         E* out = w.out + row * width;
@@ -237,7 +258,7 @@ class Dots {
         const auto columns = [&]<int C>(std::integral_constant<int, C>) {
             for (int g = 0; g < block.granules; g += M::kRunGranules) {
                 const int end = block.granules < g + M::kRunGranules ? block.granules : g + M::kRunGranules;
-                values<Rows_, C, Careful>(block, g, end, from, strides, p, pairs, out, width, d, keep + row, row);
+                values<Rows_, C, Careful>(block, g, end, from, strides, live, p, pairs, out, width, d, keep + row, row);
             }
         };
         for (; d + Vectors * W <= width; d += Vectors * W) columns(std::integral_constant<int, Vectors>{});
@@ -254,15 +275,23 @@ class Dots {
         const T* v = static_cast<const T*>(sequence.v) + w.tile.kv_head * a.v_stride[0];
         const T* from[kGranules];
         int64_t strides[kGranules];
+        int live[kGranules];
         for (int g = 0; g < block.granules; ++g) {
+            live[g] = static_cast<int>(lower(kGranule, sequence.k_count - block.key[g]));
             int64_t stride;
             const T* keys = resident(k, a.k_stride[1], a.k_stride[2], a.D, block.key[g], sequence.k_count, w.keys + g * kGranule * width, stride);
             from[g] = resident(v, a.v_stride[1], a.v_stride[2], a.Dv, block.key[g], sequence.k_count, w.values + g * kGranule * width_v, strides[g]);
             const T* next = reinterpret_cast<const T*>(reinterpret_cast<uintptr_t>(keys) + static_cast<uintptr_t>(kGranule * stride) * sizeof(T));
-            for (int r = 0; r < rows; ++r) {
-                prefetch(next, stride, width, r, rows);
-                prefetch(from[g], strides[g], width_v, r, rows);
-                scores(w.queries + r * width, keys, stride, width, w.scores + r * kWindowKeys + g * kGranule);
+            for (int r = 0, two = 0; r < rows; r += 1 + two) {
+                two = r + 1 < rows;
+                prefetch(next, stride, width, r, r + 1 + two, rows);
+                if (rows > 1) prefetch(from[g], strides[g], width_v, r, r + 1 + two, rows);  // one row keeps up without
+                const Q* q = w.queries + r * width;
+                E* to = w.scores + r * kWindowKeys + g * kGranule;
+                if (two)
+                    scores<2>(q, width, keys, stride, width, live[g], to);
+                else
+                    scores<1>(q, width, keys, stride, width, live[g], to);
             }
         }
         E keep[kTileRows];
@@ -296,14 +325,14 @@ class Dots {
         }
         w.masked |= block.masked;
         if (careful) {
-            for (int r = 0; r < rows; ++r) all_values<1, 2, true>(block, from, strides, w, keep, r, width_v);
+            for (int r = 0; r < rows; ++r) all_values<1, 2, true>(block, from, strides, live, w, keep, r, width_v);
             return;
         }
         constexpr bool kWide = W * sizeof(E) == 64;
         int r = 0;
-        for (; r + 4 <= rows; r += 4) all_values<4, kWide ? 4 : 2, false>(block, from, strides, w, keep, r, width_v);
-        for (; r + 2 <= rows; r += 2) all_values<2, kWide ? 8 : 4, false>(block, from, strides, w, keep, r, width_v);
-        for (; r < rows; ++r) all_values<1, kWide ? 8 : 4, false>(block, from, strides, w, keep, r, width_v);
+        for (; r + 4 <= rows; r += 4) all_values<4, kWide ? 4 : 2, false>(block, from, strides, live, w, keep, r, width_v);
+        for (; r + 2 <= rows; r += 2) all_values<2, kWide ? 8 : 4, false>(block, from, strides, live, w, keep, r, width_v);
+        for (; r < rows; ++r) all_values<1, kWide ? 8 : 4, false>(block, from, strides, live, w, keep, r, width_v);
     }
 
     static QKV_INLINE E first_lane(V x) {

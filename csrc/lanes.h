@@ -93,6 +93,7 @@ class Lanes {
     static_assert(kTileRows <= kMaxRows);
     // Wide register files hold 8 keys x 3 vectors of scores; 16 registers hold 4 x 3.
     static constexpr int keys_at_once(int vectors) { return W * sizeof(E) == 64 || vectors == 1 ? 8 : 4; }
+    static constexpr int kFewKeys = 2;  // at the end of the keys
     static constexpr int columns_at_once(int vectors) { return W * sizeof(E) == 64 ? 8 : vectors == 1 ? 8 : 4; }
     // Products are summed in runs of this many before they are added up: rounding grows with the run.
     static constexpr int kRun = 128;
@@ -179,9 +180,14 @@ class Lanes {
     static bool spoiled(const Attention& a, const State& s) {
         if (!s.masked || QKV_MUTANT(poison_passes)) return false;
         const int n = s.vectors * W;
+        V nothing[kMaxVectors];  // 0 times everything: NaN where something is not finite
+        for (int z = 0; z < s.vectors; ++z) nothing[z] = V::zero();
+        for (int64_t d = 0; d < a.Dv; ++d)
+            for (int z = 0; z < s.vectors; ++z) nothing[z] = fma(V::load(s.out + d * n + z * W), V::zero(), nothing[z]);
+        E lanes[kTileRows];
+        for (int z = 0; z < s.vectors; ++z) nothing[z].store(lanes + z * W);
         for (int r = 0; r < s.tile.rows.count; ++r)
-            for (int64_t d = 0; d < a.Dv; ++d)
-                if (!finite(s.out[d * n + r])) return true;
+            if (lanes[r] != 0) return true;
         return false;
     }
 
@@ -298,13 +304,19 @@ class Lanes {
     }
 
     template <int Z, bool Masked, bool Max>
-    static QKV_INLINE void all_scores(const State& s, const Block& block, const K* const* keys, const int64_t* strides, int64_t u, E* to, V* top) {
+    static QKV_INLINE void all_scores(const State& s, const Block& block, const K* const* keys, const int64_t* strides, const int* live, int64_t u, E* to, V* top) {
         constexpr int kKeys = keys_at_once(Z);
-        for (int g = 0; g < block.granules; ++g)
-            for (int k = 0; k < kGranule; k += kKeys) {
+        for (int g = 0; g < block.granules; ++g) {
+            const auto few = [&]<int Keys>(std::integral_constant<int, Keys>, int k) {
                 const int j = g * kGranule + k;
-                scores<Z, kKeys, Masked, Max>(s.queries, keys[g] + k * strides[g], strides[g], u, to + j * Z * W, block.words + j, top);
-            }
+                scores<Z, Keys, Masked, Max>(s.queries, keys[g] + k * strides[g], strides[g], u, to + j * Z * W, block.words + j, top);
+            };
+            int k = 0;
+            for (; k + kKeys <= live[g]; k += kKeys) few(std::integral_constant<int, kKeys>{}, k);
+            for (; k < live[g]; k += kFewKeys) few(std::integral_constant<int, kFewKeys>{}, k);
+            for (E* at = to + (g * kGranule + k) * Z * W; k < kGranule; ++k)
+                QKV_UNROLL for (int z = 0; z < Z; ++z, at += W) V::set1(-static_cast<E>(INFINITY)).store(at);
+        }
     }
 
     // The scores as the definition has them: scale, softcap, bias, mask.
@@ -339,14 +351,14 @@ class Lanes {
     }
 
     template <int Z, int Columns, bool Careful>
-    static QKV_INLINE void values(const Block& block, int g0, int g1, const U* const* from, const int64_t* strides, const E* p, E* out, const V* keep,
+    static QKV_INLINE void values(const Block& block, int g0, int g1, const U* const* from, const int64_t* strides, const int* live, const E* p, E* out, const V* keep,
                                   bool first, int64_t d) {
         constexpr int n = Z * W;
         V acc[Columns][Z];
         QKV_UNROLL for (int c = 0; c < Columns; ++c) QKV_UNROLL for (int z = 0; z < Z; ++z) acc[c][z] = V::zero();
         for (int g = g0; g < g1; ++g) {
             const U* v = from[g] + d;
-            for (int k = 0; k < kGranule; k += M::kPair, v += strides[g]) {
+            for (int k = 0; k < live[g]; k += M::kPair, v += strides[g]) {
                 const int j = g * kGranule + k;
                 const Q* w = reinterpret_cast<const Q*>(p) + j / M::kPair * n;
                 typename M::R b[Z];
@@ -369,14 +381,14 @@ class Lanes {
     }
 
     template <int Z, bool Careful>
-    static QKV_INLINE void all_values(const Block& block, const U* const* from, const int64_t* strides, const E* p, E* out, const V* keep, bool first, int64_t Dv) {
+    static QKV_INLINE void all_values(const Block& block, const U* const* from, const int64_t* strides, const int* live, const E* p, E* out, const V* keep, bool first, int64_t Dv) {
         constexpr int kColumns = columns_at_once(Z);
         int64_t d = 0;
         const int granules = block.granules - QKV_MUTANT(last_granule);
         const auto columns = [&]<int C>(std::integral_constant<int, C>) {
             for (int g = 0; g < granules || g == 0; g += M::kRunGranules) {
                 const int end = granules < g + M::kRunGranules ? granules : g + M::kRunGranules;
-                values<Z, C, Careful>(block, g, end, from, strides, p, out, keep, first && g == 0, d);
+                values<Z, C, Careful>(block, g, end, from, strides, live, p, out, keep, first && g == 0, d);
             }
         };
         for (; d + kColumns <= Dv; d += kColumns) columns(std::integral_constant<int, kColumns>{});
@@ -394,12 +406,13 @@ class Lanes {
         for (int g = 0; g < block.granules; ++g) {
             const int64_t j = block.key[g];
             const bool whole = j + kGranule <= sequence.k_count;
+            const int rows = whole ? kGranule : static_cast<int>(sequence.k_count - j + kFewKeys - 1) / kFewKeys * kFewKeys;
             if (M::kDirect && whole && (a.k_stride[2] == 1 || QKV_MUTANT(stride_ignored)) && a.D % M::kPair == 0) {
                 keys[g] = reinterpret_cast<const K*>(k + j * a.k_stride[1]);
                 key_strides[g] = a.k_stride[1];
             } else {
                 K* to = work.keys + g * kGranule * D2;
-                for (int i = 0; i < kGranule; ++i) convert_row(j + i < sequence.k_count ? k + (j + i) * a.k_stride[1] : nullptr, a.k_stride[2], a.D, D2, to + i * D2);
+                for (int i = 0; i < rows; ++i) convert_row(j + i < sequence.k_count ? k + (j + i) * a.k_stride[1] : nullptr, a.k_stride[2], a.D, D2, to + i * D2);
                 keys[g] = to;
                 key_strides[g] = D2;
             }
@@ -409,7 +422,7 @@ class Lanes {
                     values_at[g] = work.pairs + (j - work.pairs_first) / 2 * a.Dv;
                 } else {
                     U* to = work.values + g * kGranule / 2 * a.Dv;
-                    interleave(v, a.v_stride[1], a.v_stride[2], sequence.k_count, j, kGranule, a.Dv, to);
+                    interleave(v, a.v_stride[1], a.v_stride[2], sequence.k_count, j, rows, a.Dv, to);
                     values_at[g] = to;
                 }
             } else if (M::kDirect && whole && a.v_stride[2] == 1) {
@@ -418,7 +431,7 @@ class Lanes {
             } else {
                 U* to = work.values + g * kGranule * a.Dv;
                 if constexpr (M::kPair == 1)
-                    for (int i = 0; i < kGranule; ++i)
+                    for (int i = 0; i < rows; ++i)
                         convert_row(j + i < sequence.k_count ? v + (j + i) * a.v_stride[1] : nullptr, a.v_stride[2], a.Dv, a.Dv, to + i * a.Dv);
                 values_at[g] = to;
                 value_strides[g] = a.Dv;
@@ -445,18 +458,20 @@ class Lanes {
         const K* keys[kGranules];
         const U* from[kGranules];
         int64_t key_strides[kGranules], value_strides[kGranules];
+        int live[kGranules];  // keys of each granule: fewer than 16 at the end
+        for (int g = 0; g < block.granules; ++g) live[g] = static_cast<int>(lower(kGranule, s.tile.sequence->k_count - block.key[g]));
         gather(job, s, work, block, keys, key_strides, from, value_strides);
         const V lowest = V::set1(-static_cast<E>(INFINITY));
         V top[Z];
         QKV_UNROLL for (int z = 0; z < Z; ++z) top[z] = lowest;
         const int64_t u = units(a.D);
         if (job.transform) {
-            all_scores<Z, false, false>(s, block, keys, key_strides, u, work.scores, top);
+            all_scores<Z, false, false>(s, block, keys, key_strides, live, u, work.scores, top);
             transform<Z>(job, s, work, block, top);
         } else if (block.masked) {
-            all_scores<Z, true, true>(s, block, keys, key_strides, u, work.scores, top);
+            all_scores<Z, true, true>(s, block, keys, key_strides, live, u, work.scores, top);
         } else {
-            all_scores<Z, false, true>(s, block, keys, key_strides, u, work.scores, top);
+            all_scores<Z, false, true>(s, block, keys, key_strides, live, u, work.scores, top);
         }
 
         s.masked |= block.masked;
@@ -478,9 +493,9 @@ class Lanes {
         QKV_UNROLL for (int z = 0; z < Z; ++z) fma(V::load(s.l + z * W), keep[z], l[z]).store(s.l + z * W);
 
         if (careful)
-            all_values<Z, true>(block, from, value_strides, work.scores, s.out, keep, !s.any, a.Dv);
+            all_values<Z, true>(block, from, value_strides, live, work.scores, s.out, keep, !s.any, a.Dv);
         else
-            all_values<Z, false>(block, from, value_strides, work.scores, s.out, keep, !s.any, a.Dv);
+            all_values<Z, false>(block, from, value_strides, live, work.scores, s.out, keep, !s.any, a.Dv);
         s.any = true;
     }
 
