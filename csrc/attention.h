@@ -99,6 +99,31 @@ struct Attention {
     int32_t threads;
 };
 
+// A call's gradients: of sum(out * d_out) + sum(lse * d_lse), from the call's own results.
+//     delta_i = d_out_i . out_i - d_lse_i      p_ij = exp(s_ij - lse_i)      ds_ij = p_ij (d_out_i . v_j - delta_i)
+// d_bias += ds; dx = ds through the softcap; d_q = scale sum_j dx_ij k_j, d_k = scale sum_i dx_ij q_i, d_v = sum_i p_ij d_out_i.
+struct BiasGradient {
+    void* data;          // doubles (wide) or the accumulation type, zeroed by the caller; null: not wanted
+    int64_t stride[4];   // like the bias term's own
+    int32_t wide;
+};
+
+struct Backward {
+    uint64_t size;       // sizeof(Backward) of the caller
+    Attention call;      // as it was run, with its out and lse
+    const void* d_out;
+    int64_t d_out_stride[4];
+    const void* d_lse;   // laid out like lse, or null: zero
+    void* d_q;           // null where not wanted, as the next two
+    int64_t d_q_stride[4];
+    void* d_k;
+    int64_t d_k_stride[4];   // b h j d
+    void* d_v;
+    int64_t d_v_stride[4];
+    const BiasGradient* d_bias;  // one for each of call.bias, or null
+    double* d_sinks;             // (Hq,), or null
+};
+
 // The instruction sets of this build that this machine can run, best first, as a comma-separated list.
 const char* instruction_sets();
 
@@ -107,5 +132,6 @@ bool program_fits(const int64_t* words, int64_t length, int64_t operands);
 
 // Runs on the named instruction set (null or "": the best).
 Status attention(const Attention& call, const char* instruction_set);
+Status backward(const Backward& call, const char* instruction_set);
 
 }  // namespace qkv

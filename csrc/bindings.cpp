@@ -83,6 +83,40 @@ class Prepared {
         go(q, k, v, out, lse, threads, sinks, positions, position_rows, terms);
     }
 
+    // Addresses of what the call was given and gave, its gradients' addresses and strides; d_lse, d_sinks and single gradients
+    // may be 0. d_bias: (address, 4 strides, wide) of each term.
+    void backward(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t out, uintptr_t lse, int threads, uintptr_t sinks, uintptr_t positions,
+                  int64_t position_rows, const std::vector<uintptr_t>& bias, uintptr_t d_out, const Integers& d_out_stride, uintptr_t d_lse,
+                  const std::vector<uintptr_t>& to, const std::vector<Integers>& strides, const std::vector<Integers>& d_bias, uintptr_t d_sinks) const {
+        require((sinks != 0) == has_sinks_, "sinks were prepared otherwise");
+        require(bias.size() == bias_.size() && d_bias.size() == bias_.size(), "bias was prepared otherwise");
+        require(positions == 0 || position_rows == 1 || position_rows == B_, "positions must have 1 or B rows");
+        require(to.size() == 3 && strides.size() == 3 && d_out_stride.size() == 4, "gradients of q, k and v must be three, strides four each");
+        for (const Integers& s : strides) require(s.size() == 4, "strides must be four each");
+        std::vector<Bias> terms = bias_;
+        std::vector<BiasGradient> gradients;
+        for (size_t i = 0; i < terms.size(); ++i) {
+            terms[i].data = pointer(bias[i]);
+            const Integers& d = d_bias[i];
+            require(d.size() == 6, "a bias gradient must be (address, 4 strides, wide)");
+            gradients.push_back({pointer(static_cast<uintptr_t>(d[0])), {d[1], d[2], d[3], d[4]}, static_cast<int32_t>(d[5] || a_.q_type == Type::f64)});
+        }
+        Backward call{};
+        call.size = sizeof(Backward);
+        call.d_out = pointer(d_out), call.d_lse = pointer(d_lse);
+        call.d_q = pointer(to[0]), call.d_k = pointer(to[1]), call.d_v = pointer(to[2]);
+        for (size_t i = 0; i < 4; ++i) {
+            call.d_out_stride[i] = d_out_stride[i];
+            call.d_q_stride[i] = strides[0][i], call.d_k_stride[i] = strides[1][i], call.d_v_stride[i] = strides[2][i];
+        }
+        call.d_bias = gradients.empty() ? nullptr : gradients.data();
+        call.d_sinks = static_cast<double*>(pointer(d_sinks));
+        with_call(q, k, v, out, lse, threads, sinks, positions, position_rows, terms, [&](const Attention& forward) {
+            call.call = forward;
+            return qkv::backward(call, isa_.c_str());
+        });
+    }
+
   private:
     static void check(Status status) {
         switch (status) {
@@ -95,6 +129,12 @@ class Prepared {
 
     void go(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t out, uintptr_t lse, int threads, uintptr_t sinks, uintptr_t positions, int64_t position_rows,
             const std::vector<Bias>& bias) const {
+        with_call(q, k, v, out, lse, threads, sinks, positions, position_rows, bias, [&](const Attention& call) { return attention(call, isa_.c_str()); });
+    }
+
+    template <class Run>
+    void with_call(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t out, uintptr_t lse, int threads, uintptr_t sinks, uintptr_t positions,
+                   int64_t position_rows, const std::vector<Bias>& bias, Run run) const {
         std::array<Sequence, 16> few;
         std::vector<Sequence> many;
         Sequence* sequences = few.data();
@@ -122,7 +162,7 @@ class Prepared {
         call.sinks = pointer(sinks);
         call.bias = bias.data();
         call.threads = threads;
-        check(attention(call, isa_.c_str()));
+        check(run(call));
     }
 
     std::string isa_;
@@ -161,5 +201,6 @@ NB_MODULE(QKV_MODULE, m) {
         .def(nb::init<std::string, int, const qkv::Integers&, const qkv::Integers&, const qkv::Integers&, const qkv::Integers&, const qkv::Integers&, double, double,
                       qkv::Integers, const std::vector<std::tuple<uintptr_t, int64_t>>&, const std::vector<qkv::Integers>&, const qkv::Integers&, qkv::Integers>())
         .def("run", &Prepared::run, nb::call_guard<nb::gil_scoped_release>())
-        .def("run_full", &Prepared::run_full, nb::call_guard<nb::gil_scoped_release>());
+        .def("run_full", &Prepared::run_full, nb::call_guard<nb::gil_scoped_release>())
+        .def("backward", &Prepared::backward, nb::call_guard<nb::gil_scoped_release>());
 }

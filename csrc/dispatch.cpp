@@ -14,6 +14,7 @@ int mutant = 0;
 #define QKV_DECLARE(isa)                     \
     namespace isa {                          \
     Status run(const Attention& call);       \
+    Status run_backward(const Backward& call); \
     }
 #ifdef QKV_WITH_AVX512BF16
 QKV_DECLARE(avx512bf16)
@@ -34,19 +35,20 @@ namespace {
 struct Entry {
     const char* name;
     Status (*run)(const Attention&);
+    Status (*run_backward)(const Backward&);
     bool (*supported)();
 };
 
 const Entry kEntries[] = {
 #ifdef QKV_WITH_AVX512BF16
-    {"avx512bf16", avx512bf16::run,
+    {"avx512bf16", avx512bf16::run, avx512bf16::run_backward,
      [] {
          return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                 __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
      }},
 #endif
 #ifdef QKV_WITH_AVX512
-    {"avx512", avx512::run,
+    {"avx512", avx512::run, avx512::run_backward,
      [] {
          return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
                 __builtin_cpu_supports("avx512dq");
@@ -54,9 +56,9 @@ const Entry kEntries[] = {
 #endif
 #ifdef QKV_WITH_AVX2
     // Every processor with AVX2 has F16C.
-    {"avx2", avx2::run, [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
+    {"avx2", avx2::run, avx2::run_backward, [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
 #endif
-    {"portable", portable::run, [] { return true; }},
+    {"portable", portable::run, portable::run_backward, [] { return true; }},
 };
 
 bool supported(const Entry& entry) { return entry.supported(); }
@@ -79,20 +81,43 @@ const char* instruction_sets() {
 
 bool program_fits(const int64_t* words, int64_t length, int64_t operands) { return portable::program_fits(words, length, operands); }
 
-Status attention(const Attention& call, const char* instruction_set) {
+namespace {
+
+Status acceptable(const Attention& call) {
     if (call.size != sizeof(Attention)) return Status::bad_struct;
     if (call.kv_type != call.q_type || call.k_scale != nullptr || call.v_scale != nullptr || call.dropout_key != 0 || call.row_max != nullptr)
         return Status::unsupported;
     if (call.D < 1 || call.Hkv < 0 || call.Hq < 0 || (call.Hkv > 0 && call.Hq % call.Hkv != 0)) return Status::unsupported;
     for (int64_t i = 0; i < call.sequence_count; ++i)
         if (call.sequences[i].pages != nullptr) return Status::unsupported;
+    return Status::ok;
+}
+
+const Entry* find(const char* instruction_set) {
     const bool best = instruction_set == nullptr || instruction_set[0] == 0;
     for (const Entry& entry : kEntries)
-        if ((best || std::strcmp(entry.name, instruction_set) == 0) && supported(entry)) {
-            if (call.Hkv == 0 || call.Hq == 0 || call.sequence_count == 0) return Status::ok;
-            return entry.run(call);
-        }
-    return Status::unsupported;
+        if ((best || std::strcmp(entry.name, instruction_set) == 0) && supported(entry)) return &entry;
+    return nullptr;
+}
+
+}  // namespace
+
+Status attention(const Attention& call, const char* instruction_set) {
+    const Status status = acceptable(call);
+    if (status != Status::ok) return status;
+    const Entry* entry = find(instruction_set);
+    if (entry == nullptr) return Status::unsupported;
+    return call.Hkv == 0 || call.Hq == 0 || call.sequence_count == 0 ? Status::ok : entry->run(call);
+}
+
+Status backward(const Backward& call, const char* instruction_set) {
+    if (call.size != sizeof(Backward)) return Status::bad_struct;
+    const Status status = acceptable(call.call);
+    if (status != Status::ok) return status;
+    if (call.d_out == nullptr || call.call.lse == nullptr || call.call.out == nullptr) return Status::unsupported;
+    const Entry* entry = find(instruction_set);
+    if (entry == nullptr) return Status::unsupported;
+    return call.call.Hkv == 0 || call.call.Hq == 0 || call.call.sequence_count == 0 ? Status::ok : entry->run_backward(call);
 }
 
 }  // namespace qkv

@@ -3,6 +3,7 @@
 // A sequence's rows (all query heads of a key/value head) are cut into tiles. Many rows: one task a tile, over all keys.
 // Few rows: one task a chunk of keys, over all rows; the chunks' results are merged in order. What is cut how depends on the
 // sequence alone, never on its neighbours in the batch or the number of threads, and so do the bits of the result.
+#include "arena.h"
 #include "dots.h"
 #include "lanes.h"
 #include "pool.h"
@@ -11,22 +12,10 @@ namespace qkv {
 namespace QKV_ISA {
 namespace {
 
-constexpr int64_t kAlign = 64;
 constexpr bool kWideRegisters = VF::W == 16;
 constexpr int64_t kDotRows = kWideRegisters ? 10 : VF::W == 8 ? 6 : 3;  // up to here, dot products beat lanes
 constexpr int64_t kShortTiles = 4;                                       // up to here, keys are cut into chunks
 constexpr double kSerialFlops = 2e5;                                     // below, waking a thread costs more than it saves
-
-struct Arena {
-    char* base;
-    int64_t used = 0;
-    template <class P>
-    P* take(int64_t count) {
-        P* at = reinterpret_cast<P*>(base + used);
-        used += (static_cast<int64_t>(sizeof(P)) * count + kAlign - 1) / kAlign * kAlign;
-        return at;
-    }
-};
 
 // How one sequence is cut.
 struct Cut {
@@ -96,7 +85,7 @@ struct Run {
         return c;
     }
 
-    static int64_t up(int64_t bytes) { return (bytes + kAlign - 1) / kAlign * kAlign; }
+    static int64_t up(int64_t bytes) { return Arena::up(bytes); }
 
     int64_t lanes_bytes() const {
         const int64_t n = L::kTileRows, u = L::units(a.D);

@@ -31,7 +31,23 @@
     X(dots_rescale, "dots: the sum of weights is not rescaled")                         \
     X(dots_rows, "dots: every second row takes its neighbour's weights")                \
     X(negative_scale, "the sign of the scale is lost")                                  \
-    X(stride_ignored, "a last dimension with a stride is read as if it had none")
+    X(stride_ignored, "a last dimension with a stride is read as if it had none")       \
+    X(back_delta, "backward: the share of the softmax's sum is forgotten")              \
+    X(back_lse, "backward: the gradient of lse is ignored")                             \
+    X(back_head_map, "backward: query heads are dealt to key/value heads in turn")      \
+    X(back_scale, "backward: dK is not scaled")                                         \
+    X(back_mask, "backward: partly visible granules count as visible")                  \
+    X(back_softcap, "backward: the softcap's slope is 1")                               \
+    X(back_poison, "backward: what is hidden may hold NaN and reach gradients")         \
+    X(back_last_keys, "backward: the last 16 keys of a step give no dQ")                \
+    X(back_relative, "backward: the relative table's gradient lands one entry late")    \
+    X(back_bias_last, "backward: a broadcast bias gets the last gradient, not the sum") \
+    X(back_sink, "backward: a sink's gradient counts twice")                            \
+    X(back_order, "backward: a chunk's dQ replaces those before it")                    \
+    X(back_one_head, "backward: a group's first head alone gives dK and dV")            \
+    X(back_tail, "backward: the last tile of queries is left out")                      \
+    X(back_alibi, "backward: alibi's gradient counts keys of the future as negative")   \
+    X(back_dv_ds, "backward: dV is weighted by the unmasked score's gradient")
 
 namespace qkv {
 enum Mutant : int {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 from importlib import import_module
-from typing import Protocol, TypeAlias
+from typing import NamedTuple, Protocol, TypeAlias
 
 from torch import Tensor
 
@@ -18,6 +18,16 @@ Execute: TypeAlias = Callable[
 ]
 
 
+class Gradients(NamedTuple):
+    """Gradients in the shapes and dtypes of the inputs; bias has one entry a tensor of the bias."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    sinks: Tensor | None
+    bias: tuple[Tensor, ...]
+
+
 class Backend(Protocol):
     """One way to compute attention.
 
@@ -26,13 +36,15 @@ class Backend(Protocol):
     * ``prepare(problem, inputs) -> Execute``: do per call only what depends on data pointers. The plan cache keeps the
       callable for calls with the same shapes, strides, dtypes, device, mask and options, and the same answer to "does v
       start where k starts". It must not keep a tensor of `inputs` alive, and is called from any thread.
+    * ``backward(problem, inputs, output, d_out, d_lse) -> Gradients`` and ``backward_supports(problem)`` (None, or the
+      reason why not): gradients by kernels of its own. Without them they come from `tiled` and the saved lse.
     * ``missing``: a reason, if the whole backend is not installed here (str or None).
     * ``untuned(problem)``: a reason, if it can run but PyTorch's own kernel is better on this machine (str or None).
     """
 
     name: str
     differentiable: bool
-    """True: autograd can go through `run` itself. False: gradients come from `tiled`'s backward and the saved lse."""
+    """True: autograd can go through `run` itself. False: gradients come from a backward pass and the saved lse."""
 
     def supports(self, problem: Problem) -> str | None:
         """None if it can run the problem, else the reason why not."""

@@ -1,4 +1,4 @@
-"""The native kernels of csrc/: prefill and decode on the CPU, forward.
+"""The native kernels of csrc/: prefill, decode and gradients on the CPU.
 
 Everything that depends on sizes, strides, dtypes and the mask is prepared once; a call then passes addresses.
 """
@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qkv.backends.base import ISAS, Execute
+from qkv.backends.base import ISAS, Execute, Gradients
 from qkv.spec import Inputs, Output, Problem, dense_strides
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 _BIAS_KINDS = {"tensor": 0, "alibi": 1, "relative": 2}
 # Rows of a tile by instruction set: three vectors of queries.
 _TILE_ROWS = {"avx512bf16": 48, "avx512": 48, "avx2": 24, "portable": 12}
+_MAX_TERMS = 16  # of a bias that the backward kernel takes (csrc/backward.h)
 _GRANULE = 16  # keys that are visited or skipped together (csrc/blocks.h)
 
 
@@ -99,11 +100,15 @@ class CpuBackend:
         return Output(*execute(inputs.q, inputs.k, inputs.v, inputs.positions, terms, inputs.sinks, problem.needs_lse))
 
     def prepare(self, problem: Problem, inputs: Inputs) -> Execute | None:
+        if inputs.q.is_neg() or inputs.k.is_neg() or inputs.v.is_neg():
+            return None
+        return _executor(*self._prepared(problem, inputs), problem)
+
+    def _prepared(self, p: Problem, inputs: Inputs) -> tuple[Any, tuple[Tensor, ...], tuple[int, ...], tuple[int, ...]]:
+        """The native call, what it must keep alive, and the size and strides of its output."""
         module = self.module
         assert not isinstance(module, str)
-        p, q, k, v = problem, inputs.q, inputs.k, inputs.v
-        if q.is_neg() or k.is_neg() or v.is_neg():
-            return None
+        q, k, v = inputs.q, inputs.k, inputs.v
         size = (p.B, p.Hq, p.Lq, p.Dv)
         strides = dense_strides(size, q.stride())
         words: list[int] = []
@@ -124,7 +129,53 @@ class CpuBackend:
             p.scale, p.softcap or 0.0, list(words), [(t.data_ptr(), _extent(t)) for t in operands],
             bias, [] if sinks is None else [_TYPES[sinks.dtype], sinks.stride(0)], offsets,
         )  # fmt: skip
-        return _executor(call, operands, size, strides, p)
+        return call, operands, size, strides
+
+    def backward_supports(self, problem: Problem) -> str | None:
+        """None if `backward` can run the problem, else the reason why not."""
+        if len(problem.bias) > _MAX_TERMS:
+            return f"it differentiates at most {_MAX_TERMS} score terms"
+        return self.supports(problem)
+
+    def backward(self, problem: Problem, inputs: Inputs, output: Output, d_out: Tensor, d_lse: Tensor) -> Gradients:
+        """Gradients of sum(out * d_out) + sum(lse * d_lse)."""
+        p = problem
+        q, k, v, d_out = (t.resolve_neg() for t in (inputs.q, inputs.k, inputs.v, d_out))
+        out, lse = output.out, output.lse
+        assert lse is not None
+        inputs = Inputs(q, k, v, inputs.positions, inputs.bias, inputs.sinks, inputs.seed)
+        call, operands, size, strides = self._prepared(p, inputs)
+        if out.stride() != strides:
+            out = torch.empty_strided(size, strides, dtype=out.dtype).copy_(out)
+        lse, d_lse = lse.contiguous(), d_lse.to(lse.dtype).contiguous()
+        to = [torch.empty_strided(t.shape, dense_strides(t.shape, t.stride()), dtype=t.dtype) for t in (q, k, v)]
+        terms = inputs.bias.terms if inputs.bias is not None else ()
+        tensors = inputs.bias.tensors() if inputs.bias is not None else ()
+        buffers = [buffer for term in terms for buffer in term.new_gradients(p.accumulate)]
+        sinks = inputs.sinks
+        d_sinks = None if sinks is None else torch.zeros(p.Hq, dtype=torch.float64)
+        where = None if inputs.positions is None else inputs.positions.contiguous()
+        to_bias = [
+            [b.data_ptr(), *_bias(spec.kind, b)[2:6], int(b.dtype == torch.float64)]
+            for spec, b in zip(p.bias, buffers, strict=True)
+        ]
+        call.backward(
+            q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), lse.data_ptr(), torch.get_num_threads(),
+            0 if sinks is None else sinks.data_ptr() or 1,
+            0 if where is None else where.data_ptr(), 0 if where is None else where.shape[0],
+            [t.data_ptr() for t in tensors], d_out.data_ptr(), list(d_out.stride()), d_lse.data_ptr(),
+            [t.data_ptr() for t in to], [list(t.stride()) for t in to],
+            to_bias,
+            0 if d_sinks is None else d_sinks.data_ptr(),
+        )  # fmt: skip
+        del operands  # until here the mask's tensors had to live
+        return Gradients(
+            to[0],
+            to[1],
+            to[2],
+            None if d_sinks is None or sinks is None else d_sinks.to(sinks.dtype),
+            tuple(b.to(t.dtype) for b, t in zip(buffers, tensors, strict=True)),
+        )
 
 
 def _executor(

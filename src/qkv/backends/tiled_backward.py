@@ -11,26 +11,15 @@ Source: Dao et al., FlashAttention (2022), appendix B.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
+from qkv.backends.base import Gradients
 from qkv.backends.tiled import Block, Scores, Walk, product
 from qkv.numerics import finite, no_autocast, softcap_slope, steady_matmul
 from qkv.scores import ScoreMod
 from qkv.spec import Inputs, Output, Problem
 from qkv.tiling import KeyTile
-
-
-class Gradients(NamedTuple):
-    """Gradients in the shapes and dtypes of the inputs; bias has one entry a tensor of the bias."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    sinks: Tensor | None
-    bias: tuple[Tensor, ...]
 
 
 def backward(problem: Problem, inputs: Inputs, output: Output, d_out: Tensor, d_lse: Tensor) -> Gradients:

@@ -1,0 +1,719 @@
+// Gradients of one call: one sweep over chunks of keys, scores recomputed from lse.
+//
+// A task owns a chunk of one key/value head's keys, and with it those rows of dK and dV. It goes through the tiles of queries
+// from the last to the first; each tile's dQ is added to by one chunk after another, in the order of the chunks, whichever
+// thread they run on: a chunk waits until those before it have passed the tile. So nothing is summed twice, nothing
+// quadratic is kept, and the bits of a result do not depend on the number of threads.
+#pragma once
+#include <atomic>
+#include <thread>
+
+#include "arena.h"
+#include "pool.h"
+#include "products.h"
+
+namespace qkv {
+namespace QKV_ISA {
+
+template <class M>
+class Gradients {
+  public:
+    explicit Gradients(const Backward& call)
+        : b_(call), a_(call.call), program_(a_.program, a_.program_length, a_.operands), group_(a_.Hkv > 0 ? a_.Hq / a_.Hkv : 0) {
+        const double factor = a_.scale * kLog2e;
+        transform_ = a_.softcap > 0 || a_.bias_count > 0 || !(std::fabs(factor) > 1e-30 && std::fabs(factor) < 1e30);
+        factor_ = static_cast<E>(factor);
+        D_ = columns(a_.D), Dv_ = columns(a_.Dv);
+        const int64_t keys = 32768 / upper(upper(D_, Dv_), 64);  // a chunk's operands and sums share the second-level cache
+        chunk_ = clamp(keys / kGranule * kGranule, kStepKeys, 512);
+        for (int64_t t = 0; b_.d_bias != nullptr && t < a_.bias_count; ++t) {
+            const BiasGradient& d = b_.d_bias[t];
+            if (d.data == nullptr) continue;
+            wanted_ = true;
+            const bool by_key = a_.bias[t].kind == BiasKind::tensor && d.stride[3] != 0;
+            // Where tasks would add to the same place, they take their turns inside one task, or add to copies.
+            if (by_key && d.stride[0] == 0) one_task_for_batch_ = true;
+            if (by_key && d.stride[1] == 0) one_task_for_heads_ = true;
+        }
+    }
+
+    Status go() {
+        for (int64_t i = 0; i < a_.sequence_count; ++i) {
+            const Sequence& s = a_.sequences[i];
+            longest_ = upper(longest_, s.q_count);
+            chunks_ = upper(chunks_, (s.k_count + chunk_ - 1) / chunk_);
+        }
+        const int64_t S = a_.sequence_count, G = a_.Hkv;
+        by_head_ = longest_ >= kTileRows;
+        const int64_t span = by_head_ ? longest_ : longest_ * group_;
+        tiles_ = span == 0 ? 0 : (span + kTileRows - 1) / kTileRows * (by_head_ ? group_ : 1);
+        rows_ = group_ * longest_;
+        double flops = 0;
+        for (int64_t i = 0; i < S; ++i) flops += 10.0 * static_cast<double>(a_.sequences[i].q_count) * static_cast<double>(a_.sequences[i].k_count * a_.Hq * a_.D);
+        threads_ = worker_limit(flops < 4e5 ? 1 : a_.threads);
+        const int64_t all_rows = S * G * rows_;
+        int64_t copies = 0;
+        for (int64_t t = 0; t < a_.bias_count; ++t)
+            if (by_copies(t)) copies += Arena::up(S * G * chunks_ * copy_size(t) * 8);
+        const int64_t each = worker_bytes();
+        const int64_t bytes = 2 * Arena::up(all_rows * sizeof(E)) + Arena::up(all_rows * D_ * sizeof(E)) + Arena::up(S * G * tiles_ * sizeof(Span)) +
+                              Arena::up(S * G * chunks_ * sizeof(std::atomic<int64_t>)) + copies + each * threads_;
+        char* memory = static_cast<char*>(scratch_memory(static_cast<size_t>(bytes)));
+        if (memory == nullptr) return Status::no_memory;
+        Arena arena{memory};
+        delta_ = arena.take<E>(all_rows);
+        lse2_ = arena.take<E>(all_rows);
+        d_q_ = arena.take<E>(all_rows * D_);
+        spans_ = arena.take<Span>(S * G * tiles_);
+        passed_ = arena.take<std::atomic<int64_t>>(S * G * chunks_);
+        for (int64_t i = 0; i < S * G * chunks_; ++i) new (passed_ + i) std::atomic<int64_t>(0);
+        for (int64_t t = 0; t < a_.bias_count; ++t)
+            if (by_copies(t)) {
+                copies_[t] = arena.take<double>(S * G * chunks_ * copy_size(t));
+                std::memset(copies_[t], 0, static_cast<size_t>(S * G * chunks_ * copy_size(t)) * 8);
+            }
+        workers_ = arena.take<char>(each * threads_);
+        worker_bytes_ = each;
+
+        parallel_for(threads_, S * G * tiles_, [](void* self, int64_t i, int worker) { static_cast<Gradients*>(self)->prepare(i, worker); }, this);
+        const int64_t batches = one_task_for_batch_ ? 1 : S, heads = one_task_for_heads_ ? 1 : G;
+        parallel_for(threads_, chunks_ * batches * heads, [](void* self, int64_t i, int worker) { static_cast<Gradients*>(self)->task(i, worker); }, this);
+        if (b_.d_q != nullptr)
+            parallel_for(threads_, S * G * tiles_, [](void* self, int64_t i, int worker) { static_cast<Gradients*>(self)->write_d_q(i, worker); }, this);
+        if (b_.d_sinks != nullptr)
+            parallel_for(threads_, a_.Hq, [](void* self, int64_t h, int) { static_cast<Gradients*>(self)->sink(h); }, this);
+        for (int64_t t = 0; t < a_.bias_count; ++t)
+            if (by_copies(t)) add_copies(t);
+        release_large_scratch();
+        return Status::ok;
+    }
+
+  private:
+    using T = typename M::T;
+    using E = typename M::E;
+    using V = typename M::V;
+    using A = typename M::A;
+    using B = typename M::B;
+    using P = Product<M>;
+    static constexpr int W = V::W;
+    static constexpr int kPair = M::kPair;
+    static constexpr int kTileRows = 4 * W;
+    static constexpr int kRowUnit = W > 4 ? W : 4;
+    static constexpr int kStepGranules = 8;
+    static constexpr int kStepKeys = kStepGranules * kGranule;
+    static constexpr int kMaxTerms = 16;
+    static_assert(kTileRows <= kMaxRows);
+
+    struct Span {
+        int64_t first, last;  // keys outside are seen by no row of the tile
+    };
+
+    // One chunk of keys of one key/value head.
+    struct Chunk {
+        const Sequence* sequence;
+        int64_t at, kv_head, number, k0, k1;
+        const A* k;  // rows to broadcast from
+        int64_t k_stride;
+        const A* v;
+        int64_t v_stride;
+        const B* k_lanes;  // rows, or pairs of rows, of whole vectors
+        int64_t k_lanes_stride;
+        bool any_bad;
+    };
+
+    struct Work {
+        Scratch scratch;
+        Bounds bounds;
+        Block block;
+        Tile tile;
+        int64_t n;         // rows of the tile, rounded up to whole vectors
+        uint64_t bad_rows;
+        int64_t row[kTileRows];  // of delta_, lse2_ and d_q_
+        B* q_lanes;        // transposed queries: [steps of D][n]
+        B* do_lanes;       // [steps of Dv][n]
+        B* q_rows;         // [n / pair][D_]
+        B* do_rows;        // [n / pair][Dv_]
+        E* flat;           // rows on their way to be transposed
+        E *s, *dp;         // one granule: [16][n]
+        E* bias;           // [16][n]
+        E* ds;             // [16][n], before the softcap, where a bias wants it
+        A* p;              // [kStepKeys][n]
+        A* dx;             // [kStepKeys][n]
+        B* dx_lanes;       // pairs of keys: [kStepKeys / 2][n]
+        E* d_q;            // [n][D_]
+        E* d_k;            // [chunk][D_]
+        E* d_v;            // [chunk][Dv_]
+        A* k_copy;         // [chunk][D_]
+        A* v_copy;
+        B* k_lanes;        // [chunk / pair][D_]
+        uint8_t* bad_keys; // [chunk]
+        E lse2[kTileRows], delta[kTileRows];
+    };
+
+    static int64_t columns(int64_t D) { return (D + W - 1) / W * W; }
+    static int64_t steps(int64_t D) { return (D + kPair - 1) / kPair; }
+    static int64_t even(int64_t D) { return steps(D) * kPair; }
+
+    int64_t worker_bytes() const {
+        Arena count{nullptr};
+        Work w;
+        lay_out(count, w);
+        return count.used + Arena::up(sizeof(Work));
+    }
+    void lay_out(Arena& arena, Work& w) const {
+        const int64_t n = kTileRows, width = upper(D_, Dv_);
+        w.q_lanes = arena.take<B>(steps(a_.D) * n);
+        w.do_lanes = arena.take<B>(steps(a_.Dv) * n);
+        w.q_rows = arena.take<B>(n / kPair * D_);
+        w.do_rows = arena.take<B>(n / kPair * Dv_);
+        w.flat = arena.take<E>(n * width);
+        w.s = arena.take<E>(kGranule * n);
+        w.dp = arena.take<E>(kGranule * n);
+        w.bias = arena.take<E>(kGranule * n);
+        w.ds = arena.take<E>(kGranule * n);
+        w.p = arena.take<A>(kStepKeys * n);
+        w.dx = arena.take<A>(kStepKeys * n);
+        w.dx_lanes = arena.take<B>(kPair == 2 ? kStepKeys / 2 * n : 0);
+        w.d_q = arena.take<E>(n * D_);
+        w.d_k = arena.take<E>(chunk_ * D_);
+        w.d_v = arena.take<E>(chunk_ * Dv_);
+        w.k_copy = arena.take<A>(chunk_ * even(D_));
+        w.v_copy = arena.take<A>(chunk_ * even(Dv_));
+        w.k_lanes = arena.take<B>(kPair == 2 ? chunk_ / 2 * D_ : 0);
+        w.bad_keys = arena.take<uint8_t>(chunk_);
+    }
+    Work& work(int worker) const {
+        Arena arena{workers_ + worker * worker_bytes_};
+        Work& w = *arena.take<Work>(1);
+        lay_out(arena, w);
+        return w;
+    }
+
+    int64_t first_row(int64_t at, int64_t g) const { return (at * a_.Hkv + g) * rows_; }
+    std::atomic<int64_t>* passed(int64_t at, int64_t g) const { return passed_ + (at * a_.Hkv + g) * chunks_; }
+
+    // The rows of tile t; false if there are none (another sequence has more).
+    bool fill(int64_t at, int64_t g, int64_t t, Tile& tile) const {
+        const Sequence& s = a_.sequences[at];
+        tile.sequence = &s;
+        tile.kv_head = g;
+        Rows& rows = tile.rows;
+        rows.batch = s.batch;
+        rows.key_count = s.k_count;
+        const int64_t per_head = by_head_ ? tiles_ / group_ : 0;
+        const int64_t first = (by_head_ ? t % per_head : t) * kTileRows, span = by_head_ ? s.q_count : s.q_count * group_;
+        rows.count = static_cast<int>(clamp(span - first, 0, kTileRows));
+        for (int r = 0; r < rows.count; ++r) {
+            const int64_t x = first + r, i = by_head_ ? x : x % s.q_count;
+            rows.head[r] = g * group_ + (by_head_ ? t / per_head : x / s.q_count);
+            if (QKV_MUTANT(back_head_map)) rows.head[r] = (by_head_ ? t / per_head : x / s.q_count) * a_.Hkv + g;
+            rows.index[r] = i;
+            rows.position[r] = s.positions != nullptr ? s.positions[i] : s.position + i;
+        }
+        return rows.count > 0;
+    }
+    int64_t row_of(int64_t at, const Tile& tile, int r) const {
+        return first_row(at, tile.kv_head) + (tile.rows.head[r] - tile.kv_head * group_) * longest_ + tile.rows.index[r];
+    }
+    template <class X>
+    static X* element(X* base, const int64_t* stride, int64_t b, int64_t h, int64_t i) {
+        return base + b * stride[0] + h * stride[1] + i * stride[2];
+    }
+
+    // Per tile: delta, lse in powers of two, the keys it may see, and dQ set to zero.
+    void prepare(int64_t i, int worker) {
+        const int64_t t = i % tiles_, g = i / tiles_ % a_.Hkv, at = i / tiles_ / a_.Hkv;
+        Work& w = work(worker);
+        Span& span = spans_[i];
+        span = {0, 0};
+        if (!fill(at, g, t, w.tile)) return;
+        const Rows& rows = w.tile.rows;
+        const int64_t q_first = w.tile.sequence->q_first;
+        for (int r = 0; r < rows.count; ++r) {
+            const int64_t row = row_of(at, w.tile, r), q = q_first + rows.index[r];
+            const T* o = element(static_cast<const T*>(a_.out), a_.out_stride, rows.batch, rows.head[r], q);
+            const T* g_o = element(static_cast<const T*>(b_.d_out), b_.d_out_stride, rows.batch, rows.head[r], q);
+            const int64_t at_lse = rows.batch * a_.lse_stride[0] + rows.head[r] * a_.lse_stride[1] + q * a_.lse_stride[2];
+            E delta = dot(o, a_.out_stride[3], g_o, b_.d_out_stride[3]);
+            if (QKV_MUTANT(back_delta)) delta = 0;
+            if (b_.d_lse != nullptr && !QKV_MUTANT(back_lse)) delta -= static_cast<const E*>(b_.d_lse)[at_lse];
+            const E lse = static_cast<const E*>(a_.lse)[at_lse];
+            delta_[row] = delta;
+            lse2_[row] = lse == -static_cast<E>(INFINITY) ? static_cast<E>(INFINITY) : static_cast<E>(static_cast<double>(lse) * kLog2e);
+            std::memset(d_q_ + row * D_, 0, sizeof(E) * static_cast<size_t>(D_));
+        }
+        if (program_.empty()) {
+            span = {0, rows.key_count};
+            return;
+        }
+        Bounds& bounds = w.bounds;
+        program_.bounds(rows, w.scratch, bounds);
+        if (bounds.seen.count > 0) span = {bounds.seen.first[0], lower(bounds.seen.last[bounds.seen.count - 1], rows.key_count)};
+    }
+
+    // out . d_out. Where out is 0 a dead row's gradient, whatever it holds, counts as nothing.
+    E dot(const T* o, int64_t o_stride, const T* g, int64_t g_stride) const {
+        E total = 0;
+        int64_t d = 0;
+        if (o_stride == 1 && g_stride == 1) {
+            V acc = V::zero();
+            for (; d + W <= a_.Dv; d += W) acc = fma(V::load(o + d), V::load(g + d), acc);
+            total = sum(acc);
+        }
+        for (; d < a_.Dv; ++d) total += widen(o[d * o_stride]) * widen(g[d * g_stride]);
+        if (finite(total)) return total;
+        total = 0;
+        for (d = 0; d < a_.Dv; ++d) {
+            const E x = widen(o[d * o_stride]);
+            if (x != 0) total += x * widen(g[d * g_stride]);
+        }
+        return total;
+    }
+    // Copies a row widened, or for pairs as it is, and pads it with zeros; false if something in it is not finite.
+    template <class To>
+    static bool copy_row(const T* from, int64_t stride, int64_t D, int64_t padded, To* to) {
+        bool clean = true;
+        int64_t d = 0;
+        if constexpr (std::is_same_v<To, T> && kPair == 2) {
+            if (stride == 1) {
+                std::memcpy(static_cast<void*>(to), from, sizeof(T) * static_cast<size_t>(D));
+                uint32_t worst = 0;
+                for (int64_t x = 0; x < D; ++x) worst |= static_cast<uint32_t>((from[x].bits & 0x7f80u) == 0x7f80u);
+                clean = worst == 0;
+            } else {
+                for (; d < D; ++d) {
+                    to[d] = from[d * stride];
+                    clean &= finite(widen(to[d]));
+                }
+            }
+        } else {
+            if (stride == 1) {
+                V nothing = V::zero();
+                for (; d + W <= D; d += W) {
+                    const V x = V::load(from + d);
+                    nothing = fma(x, V::zero(), nothing);
+                    x.store(to + d);
+                }
+                clean = sum(nothing) == 0;
+            }
+            for (; d < D; ++d) {
+                to[d] = widen(from[d * stride]);
+                clean &= finite(to[d]);
+            }
+        }
+        for (d = D; d < padded; ++d) to[d] = To{};
+        return clean;
+    }
+
+    void task(int64_t i, int worker) {
+        const int64_t batches = one_task_for_batch_ ? 1 : a_.sequence_count, heads = one_task_for_heads_ ? 1 : a_.Hkv;
+        const int64_t number = i / (batches * heads), rest = i % (batches * heads);
+        Work& w = work(worker);
+        // The first chunks first: under a causal mask they are the longest.
+        for (int64_t at = rest / heads; at < (one_task_for_batch_ ? a_.sequence_count : rest / heads + 1); ++at)
+            for (int64_t g = rest % heads; g < (one_task_for_heads_ ? a_.Hkv : rest % heads + 1); ++g)
+                if (number * chunk_ < a_.sequences[at].k_count) chunk(at, g, number, w);
+    }
+
+    void chunk(int64_t at, int64_t g, int64_t number, Work& w) {
+        Chunk c{};
+        c.sequence = a_.sequences + at;
+        c.at = at, c.kv_head = g, c.number = number;
+        c.k0 = number * chunk_, c.k1 = lower(c.sequence->k_count, c.k0 + chunk_);
+        load_keys(c, w);
+        std::memset(w.d_k, 0, sizeof(E) * static_cast<size_t>(chunk_ * D_));
+        std::memset(w.d_v, 0, sizeof(E) * static_cast<size_t>(chunk_ * Dv_));
+        std::atomic<int64_t>* done = passed(at, g);
+        int64_t behind = 0;
+        for (int64_t x = 0; x < tiles_; ++x) {
+            const int64_t t = tiles_ - 1 - x;
+            const Span& span = spans_[(at * a_.Hkv + g) * tiles_ + t];
+            if (QKV_MUTANT(back_tail) && x == 0 && tiles_ > 1) continue;
+            if (QKV_MUTANT(back_one_head) && by_head_ && t >= tiles_ / group_) continue;
+            if (span.first < c.k1 && span.last > c.k0 && fill(at, g, t, w.tile)) {
+                tile(c, w);
+                for (int64_t before = behind; before < number; ++before) {
+                    for (int spin = 0; done[before].load(std::memory_order_acquire) <= x; ++spin)
+                        if (spin > 1000) std::this_thread::yield();
+                    if (before == behind && done[before].load(std::memory_order_acquire) >= tiles_) ++behind;
+                }
+                for (int r = 0; r < w.tile.rows.count; ++r) {
+                    E* to = d_q_ + w.row[r] * D_;
+                    const E* from = w.d_q + r * D_;
+                    for (int64_t d = 0; d < D_; d += W) (QKV_MUTANT(back_order) ? V::load(from + d) : V::load(to + d) + V::load(from + d)).store(to + d);
+                }
+            }
+            done[number].store(x + 1, std::memory_order_release);
+        }
+        done[number].store(tiles_, std::memory_order_release);
+        const int64_t batch = c.sequence->batch;
+        for (int64_t j = c.k0; j < c.k1; ++j) {
+            if (b_.d_k != nullptr)
+                write(w.d_k + (j - c.k0) * D_, QKV_MUTANT(back_scale) ? E(1) : static_cast<E>(a_.scale), a_.D,
+                      element(static_cast<T*>(b_.d_k), b_.d_k_stride, batch, g, j), b_.d_k_stride[3]);
+            if (b_.d_v != nullptr)
+                write(w.d_v + (j - c.k0) * Dv_, E(1), a_.Dv, element(static_cast<T*>(b_.d_v), b_.d_v_stride, batch, g, j), b_.d_v_stride[3]);
+        }
+    }
+
+    static void write(const E* from, E scale, int64_t D, T* to, int64_t stride) {
+        int64_t d = 0;
+        if (stride == 1)
+            for (; d + W <= D; d += W) fma(V::load(from + d), V::set1(scale), V::zero()).store(to + d);
+        for (; d < D; ++d) narrow(from[d] * scale + E(0), to[d * stride]);
+    }
+
+    // The chunk's keys and values as the products want them.
+    void load_keys(Chunk& c, Work& w) {
+        const T* k = static_cast<const T*>(c.sequence->k) + c.kv_head * a_.k_stride[0] + c.k0 * a_.k_stride[1];
+        const T* v = static_cast<const T*>(c.sequence->v) + c.kv_head * a_.v_stride[0] + c.k0 * a_.v_stride[1];
+        const int64_t keys = c.k1 - c.k0, padded = (keys + kGranule - 1) / kGranule * kGranule;
+        const int64_t k_width = even(D_), v_width = even(Dv_);
+        for (int64_t j = 0; j < padded; ++j) {
+            bool clean = true;
+            if (j < keys) {
+                clean &= copy_row(k + j * a_.k_stride[1], a_.k_stride[2], a_.D, k_width, w.k_copy + j * k_width);
+                clean &= copy_row(v + j * a_.v_stride[1], a_.v_stride[2], a_.Dv, v_width, w.v_copy + j * v_width);
+            }
+            if (j >= keys || !clean) {
+                std::memset(static_cast<void*>(w.k_copy + j * k_width), 0, sizeof(A) * static_cast<size_t>(k_width));
+                std::memset(static_cast<void*>(w.v_copy + j * v_width), 0, sizeof(A) * static_cast<size_t>(v_width));
+            }
+            w.bad_keys[j] = !clean && !QKV_MUTANT(back_poison);
+            c.any_bad |= w.bad_keys[j] != 0;
+        }
+        c.k = w.k_copy, c.k_stride = k_width, c.v = w.v_copy, c.v_stride = v_width;
+        if constexpr (kPair == 2) {
+            for (int64_t j = 0; j < padded; j += 2) interleave(w.k_copy + j * k_width, w.k_copy + (j + 1) * k_width, D_, w.k_lanes + j / 2 * D_);
+            c.k_lanes = w.k_lanes, c.k_lanes_stride = D_;
+        } else {
+            c.k_lanes = w.k_copy, c.k_lanes_stride = k_width;
+        }
+    }
+
+    // to[d]: low half from x, high half from y. D is a multiple of 16.
+    static QKV_INLINE void interleave(const A* x, const A* y, int64_t D, B* to) {
+#if defined(QKV_ISA_AVX512BF16)
+        if constexpr (kPair == 2) {
+            for (int64_t d = 0; d < D; d += 16) {
+                const __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + d)));
+                const __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(y + d)));
+                _mm512_storeu_si512(to + d, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+            }
+        }
+#endif
+        (void)x, (void)y, (void)D, (void)to;
+    }
+
+    // Queries or output gradients of a tile, as rows and transposed.
+    void pack(const Tile& tile, const void* base, const int64_t* stride, int64_t D, int64_t padded, int64_t n, Work& w, B* lanes, B* rows) {
+        const int64_t u = steps(D), width = padded;
+        A* flat = kPair == 2 ? reinterpret_cast<A*>(w.flat) : reinterpret_cast<A*>(rows);
+        for (int r = 0; r < n; ++r) {
+            A* to = flat + r * width;
+            const bool there = r < tile.rows.count;
+            bool clean = true;
+            if (there) {
+                const T* from = element(static_cast<const T*>(base), stride, tile.rows.batch, tile.rows.head[r], tile.sequence->q_first + tile.rows.index[r]);
+                clean = copy_row(from, stride[3], D, width, to);
+                if (!clean && !QKV_MUTANT(back_poison)) w.bad_rows |= UINT64_C(1) << r;
+            }
+            if (!there || (!clean && !QKV_MUTANT(back_poison))) std::memset(static_cast<void*>(to), 0, sizeof(A) * static_cast<size_t>(width));
+        }
+        if constexpr (kPair == 2)
+            for (int r = 0; r < n; r += 2) interleave(flat + r * width, flat + (r + 1) * width, padded, rows + r / 2 * padded);
+        // width is a multiple of kPair here: columns() rounds to whole vectors.
+        const B* from = reinterpret_cast<const B*>(flat);
+        const int64_t from_stride = width / kPair;
+        int64_t d = 0;
+        if constexpr (sizeof(B) == 4) {
+            if (n % kTransposeTile == 0)
+                for (; d + kTransposeTile <= u; d += kTransposeTile)
+                    for (int r = 0; r < n; r += kTransposeTile)
+                        transpose_tile(reinterpret_cast<const uint32_t*>(from) + r * from_stride + d, from_stride, reinterpret_cast<uint32_t*>(lanes) + d * n + r, n);
+        }
+        for (; d < u; ++d)
+            for (int r = 0; r < n; ++r) std::memcpy(lanes + d * n + r, from + r * from_stride + d, sizeof(B));
+    }
+
+    // One tile of queries against the chunk: adds to its dK and dV, and leaves the tile's share of dQ in w.d_q.
+    void tile(const Chunk& c, Work& w) {
+        const Rows& rows = w.tile.rows;
+        w.n = (rows.count + kRowUnit - 1) / kRowUnit * kRowUnit;
+        w.bad_rows = 0;
+        pack(w.tile, a_.q, a_.q_stride, a_.D, D_, w.n, w, w.q_lanes, w.q_rows);
+        pack(w.tile, b_.d_out, b_.d_out_stride, a_.Dv, Dv_, w.n, w, w.do_lanes, w.do_rows);
+        for (int r = 0; r < w.n; ++r) {
+            const bool there = r < rows.count;
+            w.row[r] = there ? row_of(c.at, w.tile, r) : 0;
+            w.lse2[r] = there ? lse2_[w.row[r]] : static_cast<E>(INFINITY);
+            w.delta[r] = there ? delta_[w.row[r]] : E(0);
+        }
+        std::memset(w.d_q, 0, sizeof(E) * static_cast<size_t>(w.n * D_));
+        walk<kStepGranules>(program_, rows, c.k0, c.k1, w.scratch, w.block, [&](Block& block) { step(c, w, block); });
+    }
+
+    void step(const Chunk& c, Work& w, Block& block) {
+        uint64_t visible[kStepKeys];
+        const bool careful = c.any_bad || w.bad_rows != 0;
+        if (careful) {
+            // Pairs of a query and a key that are not both finite are taken one by one; the products see zeros there.
+            for (int j = 0; j < block.keys(); ++j) {
+                const int64_t key = block.key[j / kGranule] + j % kGranule - c.k0;
+                visible[j] = key < c.k1 - c.k0 ? block.words[j] : 0;
+                block.words[j] &= c.k0 + key < c.k1 && w.bad_keys[key] ? 0 : ~w.bad_rows;
+                if (w.bad_rows != 0 || (c.k0 + key < c.k1 && w.bad_keys[key])) block.masked = true;
+            }
+        }
+        for (int g = 0; g < block.granules; ++g) scores(c, w, block, g);
+        for (int g = 0, end; g < block.granules; g = end) {
+            for (end = g + 1; end < block.granules && block.key[end] == block.key[end - 1] + kGranule;) ++end;
+            accumulate(c, w, block.key[g] - c.k0, g * kGranule, (end - g) * kGranule);
+        }
+        if (careful)
+            for (int j = 0; j < block.keys(); ++j) {
+                const int64_t key = block.key[j / kGranule] + j % kGranule - c.k0;
+                const uint64_t left = visible[j] & (c.k0 + key < c.k1 && w.bad_keys[key] ? ~UINT64_C(0) : w.bad_rows);
+                for (int r = 0; r < w.tile.rows.count && left != 0; ++r)
+                    if (left >> r & 1) one(c, w, key, r);
+            }
+    }
+
+    // A granule's scores and gradients of scores: w.p, w.dx (and pairs), and the gradients of biases.
+    void scores(const Chunk& c, Work& w, Block& block, int g) {
+        const int64_t n = w.n, key = block.key[g] - c.k0;
+        P::run(kGranule, n / W, steps(a_.D), c.k + key * c.k_stride, c.k_stride, kPair, w.q_lanes, n, w.s, n, false);
+        P::run(kGranule, n / W, steps(a_.Dv), c.v + key * c.v_stride, c.v_stride, kPair, w.do_lanes, n, w.dp, n, false);
+        if (a_.bias_count > 0) {
+            std::memset(w.bias, 0, sizeof(E) * static_cast<size_t>(kGranule * n));
+            for (int r = 0; r < w.tile.rows.count; ++r) {
+                gather_bias<E>(a_, w.tile, r, block.key[g], kGranule, w.bias + r, n);
+                hide_by_bias<E>(block, r, g * kGranule, kGranule, w.bias + r, n);
+            }
+        }
+        const uint64_t* words = block.words + g * kGranule;
+        const bool masked = block.masked && !QKV_MUTANT(back_mask);
+        if (!transform_)
+            masked ? element_wise<false, true>(w, g, words) : element_wise<false, false>(w, g, words);
+        else
+            element_wise<true, true>(w, g, words);
+        if (wanted_) add_bias(c, w, block, g);
+    }
+
+    template <bool Transform, bool Masked>
+    void element_wise(Work& w, int g, const uint64_t* words) {
+        const int64_t n = w.n;
+        const V factor = V::set1(factor_), zero = V::zero(), log2e = V::set1(static_cast<E>(kLog2e));
+        const V scale = V::set1(static_cast<E>(a_.scale)), cap = V::set1(static_cast<E>(a_.softcap)), one = V::set1(1);
+        const V shrink = V::set1(static_cast<E>(a_.softcap > 0 ? 1 / a_.softcap : 0));
+        for (int64_t z = 0; z < n; z += W) {
+            const V lse2 = V::load(w.lse2 + z), delta = V::load(w.delta + z);
+            const auto key = [&](int j, V& p, V& dx) {
+                V x = V::load(w.s + j * n + z), slope = one;
+                if constexpr (Transform) {
+                    x = x * scale;
+                    if (a_.softcap > 0) {
+                        const V t = tanh_vector(x * shrink);
+                        slope = QKV_MUTANT(back_softcap) ? one : one - t * t;
+                        x = cap * t;
+                    }
+                    if (a_.bias_count > 0) x = x + V::load(w.bias + j * n + z);
+                    x = fma(x, log2e, zero - lse2);
+                } else {
+                    x = fma(x, factor, zero - lse2);
+                }
+                // A weight is at most 1, whatever lse lost to rounding. (A NaN stays: it is second.)
+                p = exp2_poly<M::kDegree>(minimum(zero, x));
+                dx = p * (V::load(w.dp + j * n + z) - delta);
+                if constexpr (Masked) {
+                    const uint32_t bits = static_cast<uint32_t>(words[j] >> z);
+                    p = choose(bits, p, zero);
+                    dx = choose(bits, dx, zero);
+                }
+                if constexpr (Transform) {
+                    dx.store(w.ds + j * n + z);
+                    dx = dx * slope;
+                }
+            };
+            for (int j = 0; j < kGranule; j += kPair) {
+                const int64_t at = (g * kGranule + j) * n + z;
+                V p, dx;
+                key(j, p, dx);
+                if constexpr (kPair == 2) {
+#if defined(QKV_ISA_AVX512BF16)
+                    V p2, dx2;
+                    key(j + 1, p2, dx2);
+                    store_bf16(w.p + at, p);
+                    store_bf16(w.p + at + n, p2);
+                    const __m256i x = store_bf16(w.dx + at, dx), y = store_bf16(w.dx + at + n, dx2);
+                    const __m512i both = _mm512_or_si512(_mm512_cvtepu16_epi32(x), _mm512_slli_epi32(_mm512_cvtepu16_epi32(y), 16));
+                    _mm512_storeu_si512(w.dx_lanes + (g * kGranule + j) / 2 * n + z, both);
+#endif
+                } else {
+                    p.store(w.p + at);
+                    dx.store(w.dx + at);
+                }
+            }
+        }
+    }
+#if defined(QKV_ISA_AVX512BF16)
+    static QKV_INLINE __m256i store_bf16(A* to, V x) {
+        const __m256i bits = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x.r));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), bits);
+        return bits;
+    }
+#endif
+
+    // dV += P dO, dK += dX Q, dQ += dX^T K for `keys` neighbouring keys: `first` in the chunk, `from` in the step.
+    void accumulate(const Chunk& c, Work& w, int64_t first, int64_t from, int64_t keys) {
+        const int64_t n = w.n;
+        if (b_.d_v != nullptr) P::run(keys, Dv_ / W, n / kPair, (QKV_MUTANT(back_dv_ds) ? w.dx : w.p) + from * n, n, kPair, w.do_rows, Dv_, w.d_v + first * Dv_, Dv_, true);
+        if (b_.d_k != nullptr) P::run(keys, D_ / W, n / kPair, w.dx + from * n, n, kPair, w.q_rows, D_, w.d_k + first * D_, D_, true);
+        if (b_.d_q == nullptr) return;
+        const int64_t count = keys / kPair - (QKV_MUTANT(back_last_keys) ? kGranule / kPair : 0);
+        if constexpr (kPair == 2)
+            P::run(n, D_ / W, count, reinterpret_cast<const A*>(w.dx_lanes + from / 2 * n), 2, 2 * n, c.k_lanes + first / 2 * c.k_lanes_stride,
+                   c.k_lanes_stride, w.d_q, D_, true);
+        else
+            P::run(n, D_ / W, count, w.dx + from * n, 1, n, c.k_lanes + first * c.k_lanes_stride, c.k_lanes_stride, w.d_q, D_, true);
+    }
+
+    // One pair of a query and a key of which something is not finite, by the definition. Infinities count as zeros in the
+    // last products: their own row is NaN already.
+    void one(const Chunk& c, Work& w, int64_t key, int r) {
+        const Rows& rows = w.tile.rows;
+        const int64_t j = c.k0 + key, row = w.tile.sequence->q_first + rows.index[r];
+        const T* q = element(static_cast<const T*>(a_.q), a_.q_stride, rows.batch, rows.head[r], row);
+        const T* g = element(static_cast<const T*>(b_.d_out), b_.d_out_stride, rows.batch, rows.head[r], row);
+        const T* k = static_cast<const T*>(c.sequence->k) + c.kv_head * a_.k_stride[0] + j * a_.k_stride[1];
+        const T* v = static_cast<const T*>(c.sequence->v) + c.kv_head * a_.v_stride[0] + j * a_.v_stride[1];
+        E s = 0, dp = 0, slope = 1, add = 0;
+        for (int64_t d = 0; d < a_.D; ++d) s += widen(q[d * a_.q_stride[3]]) * widen(k[d * a_.k_stride[2]]);
+        for (int64_t d = 0; d < a_.Dv; ++d) dp += widen(g[d * b_.d_out_stride[3]]) * widen(v[d * a_.v_stride[2]]);
+        s *= static_cast<E>(a_.scale);
+        if (a_.softcap > 0) {
+            const E t = std::tanh(s / static_cast<E>(a_.softcap));
+            slope = 1 - t * t;
+            s = static_cast<E>(a_.softcap) * t;
+        }
+        if (a_.bias_count > 0) gather_bias<E>(a_, w.tile, r, j, 1, &add, 1);
+        if (add == -static_cast<E>(INFINITY)) return;
+        s += add;
+        if (s == -static_cast<E>(INFINITY)) return;
+        const E p = std::exp2(s * static_cast<E>(kLog2e) - w.lse2[r]), ds = p * (dp - w.delta[r]), dx = ds * slope;
+        if (wanted_) bias_at(c, w, r, j, ds);
+        const auto tame = [](E x) { return finite(x) ? x : E(0); };
+        for (int64_t d = 0; d < a_.Dv; ++d) w.d_v[key * Dv_ + d] += p * widen(g[d * b_.d_out_stride[3]]);
+        for (int64_t d = 0; d < a_.D; ++d) {
+            w.d_k[key * D_ + d] += dx * tame(widen(q[d * a_.q_stride[3]]));
+            w.d_q[r * D_ + d] += dx * tame(widen(k[d * a_.k_stride[2]]));
+        }
+    }
+
+    // ------------------------------------------------------------------------------------------------ biases and sinks
+    bool by_copies(int64_t t) const {
+        if (b_.d_bias == nullptr || b_.d_bias[t].data == nullptr) return false;
+        return a_.bias[t].kind != BiasKind::tensor || b_.d_bias[t].stride[3] == 0;
+    }
+    // Of one task's copy: numbers for each head of the group.
+    int64_t copy_width(int64_t t) const {
+        const Bias& bias = a_.bias[t];
+        return bias.kind == BiasKind::alibi ? 1 : bias.kind == BiasKind::relative ? 2 * bias.reach + 1 : b_.d_bias[t].stride[2] == 0 ? 1 : longest_;
+    }
+    int64_t copy_size(int64_t t) const { return group_ * copy_width(t); }
+
+    void add_bias(const Chunk& c, Work& w, const Block& block, int g) {
+        for (int r = 0; r < w.tile.rows.count; ++r)
+            for (int j = 0; j < kGranule && block.key[g] + j < c.k1; ++j)
+                if (block.words[g * kGranule + j] >> r & 1) bias_at(c, w, r, block.key[g] + j, w.ds[j * w.n + r]);
+    }
+    void bias_at(const Chunk& c, const Work& w, int r, int64_t j, E ds) {
+        const Rows& rows = w.tile.rows;
+        for (int64_t t = 0; t < a_.bias_count; ++t) {
+            const BiasGradient& d = b_.d_bias[t];
+            if (d.data == nullptr) continue;
+            const Bias& bias = a_.bias[t];
+            const int64_t away = j - rows.position[r];
+            if (by_copies(t)) {
+                const int64_t width = copy_width(t);
+                double* copy = copies_[t] + (((c.at * a_.Hkv + c.kv_head) * chunks_ + c.number) * group_ + rows.head[r] - c.kv_head * group_) * width;
+                if (bias.kind == BiasKind::alibi)
+                    copy[0] -= static_cast<double>(ds) * static_cast<double>(away < 0 || QKV_MUTANT(back_alibi) ? -away : away);
+                else if (bias.kind == BiasKind::relative)
+                    copy[clamp(away + (QKV_MUTANT(back_relative) ? 1 : 0), -bias.reach, bias.reach) + bias.reach] += static_cast<double>(ds);
+                else
+                    copy[width == 1 ? 0 : rows.index[r]] += static_cast<double>(ds);
+                continue;
+            }
+            const int64_t to = rows.batch * d.stride[0] + rows.head[r] * d.stride[1] + rows.index[r] * d.stride[2] + j * d.stride[3];
+            if (QKV_MUTANT(back_bias_last))
+                d.wide ? static_cast<double*>(d.data)[to] = static_cast<double>(ds) : static_cast<E*>(d.data)[to] = ds;
+            else if (d.wide)
+                static_cast<double*>(d.data)[to] += static_cast<double>(ds);
+            else
+                static_cast<E*>(d.data)[to] += ds;
+        }
+    }
+    void add_copies(int64_t t) {
+        const BiasGradient& d = b_.d_bias[t];
+        const int64_t width = copy_width(t);
+        const double* copy = copies_[t];
+        for (int64_t at = 0; at < a_.sequence_count; ++at)
+            for (int64_t g = 0; g < a_.Hkv; ++g)
+                for (int64_t c = 0; c < chunks_; ++c)
+                    for (int64_t h = g * group_; h < (g + 1) * group_; ++h)
+                        for (int64_t x = 0; x < width; ++x, ++copy) {
+                            const Bias& bias = a_.bias[t];
+                            int64_t to = h * d.stride[1];
+                            if (bias.kind == BiasKind::relative) to += x * d.stride[3];
+                            if (bias.kind == BiasKind::tensor) to += a_.sequences[at].batch * d.stride[0] + x * d.stride[2];
+                            if (*copy == 0) continue;
+                            if (d.wide)
+                                static_cast<double*>(d.data)[to] += *copy;
+                            else
+                                static_cast<E*>(d.data)[to] += static_cast<E>(*copy);
+                        }
+    }
+
+    void sink(int64_t h) {
+        E score = 0;
+        sink_of(a_, h, score);
+        double total = 0;
+        const int64_t g = h / group_;
+        for (int64_t at = 0; at < a_.sequence_count && score != -static_cast<E>(INFINITY); ++at)
+            for (int64_t i = 0; i < a_.sequences[at].q_count; ++i) {
+                const int64_t row = first_row(at, g) + (h - g * group_) * longest_ + i;
+                // A dead row's lse is its sink.
+                const double lse2 = static_cast<double>(lse2_[row]);
+                total -= std::exp2(static_cast<double>(score) * kLog2e - lse2) * static_cast<double>(delta_[row]) * (QKV_MUTANT(back_sink) ? 2 : 1);
+            }
+        b_.d_sinks[h] = total;
+    }
+
+    void write_d_q(int64_t i, int worker) {
+        const int64_t t = i % tiles_, g = i / tiles_ % a_.Hkv, at = i / tiles_ / a_.Hkv;
+        Work& w = work(worker);
+        if (!fill(at, g, t, w.tile)) return;
+        for (int r = 0; r < w.tile.rows.count; ++r)
+            write(d_q_ + row_of(at, w.tile, r) * D_, static_cast<E>(a_.scale), a_.D,
+                  element(static_cast<T*>(b_.d_q), b_.d_q_stride, w.tile.rows.batch, w.tile.rows.head[r], w.tile.sequence->q_first + w.tile.rows.index[r]),
+                  b_.d_q_stride[3]);
+    }
+
+    const Backward& b_;
+    const Attention& a_;
+    Program program_;
+    int64_t group_, D_ = 0, Dv_ = 0, chunk_ = 0, chunks_ = 0, longest_ = 0, tiles_ = 0, rows_ = 0;
+    bool transform_ = false, by_head_ = false, wanted_ = false, one_task_for_batch_ = false, one_task_for_heads_ = false;
+    E factor_ = 0;
+    int threads_ = 1;
+    E *delta_ = nullptr, *lse2_ = nullptr, *d_q_ = nullptr;
+    Span* spans_ = nullptr;
+    std::atomic<int64_t>* passed_ = nullptr;
+    double* copies_[kMaxTerms] = {};
+    char* workers_ = nullptr;
+    int64_t worker_bytes_ = 0;
+};
+
+}  // namespace QKV_ISA
+}  // namespace qkv
