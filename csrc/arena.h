@@ -19,5 +19,15 @@ struct Arena {
     static int64_t up(int64_t bytes) { return (bytes + kAlign - 1) / kAlign * kAlign; }
 };
 
+// What an Arena would use.
+struct Measure {
+    int64_t used = 0;
+    template <class P>
+    P* take(int64_t count) {
+        used += Arena::up(static_cast<int64_t>(sizeof(P)) * count);
+        return nullptr;
+    }
+};
+
 }  // namespace QKV_ISA
 }  // namespace qkv

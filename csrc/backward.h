@@ -155,32 +155,33 @@ class Gradients {
     static int64_t even(int64_t D) { return steps(D) * kPair; }
 
     int64_t worker_bytes() const {
-        Arena count{nullptr};
+        Measure measure;
         Work w;
-        lay_out(count, w);
-        return count.used + Arena::up(sizeof(Work));
+        lay_out(measure, w);
+        return measure.used + Arena::up(sizeof(Work));
     }
-    void lay_out(Arena& arena, Work& w) const {
+    template <class From>
+    void lay_out(From& arena, Work& w) const {
         const int64_t n = kTileRows, width = upper(D_, Dv_);
-        w.q_lanes = arena.take<B>(steps(a_.D) * n);
-        w.do_lanes = arena.take<B>(steps(a_.Dv) * n);
-        w.q_rows = arena.take<B>(n / kPair * D_);
-        w.do_rows = arena.take<B>(n / kPair * Dv_);
-        w.flat = arena.take<E>(n * width);
-        w.s = arena.take<E>(kGranule * n);
-        w.dp = arena.take<E>(kGranule * n);
-        w.bias = arena.take<E>(kGranule * n);
-        w.ds = arena.take<E>(kGranule * n);
-        w.p = arena.take<A>(kStepKeys * n);
-        w.dx = arena.take<A>(kStepKeys * n);
-        w.dx_lanes = arena.take<B>(kPair == 2 ? kStepKeys / 2 * n : 0);
-        w.d_q = arena.take<E>(n * D_);
-        w.d_k = arena.take<E>(chunk_ * D_);
-        w.d_v = arena.take<E>(chunk_ * Dv_);
-        w.k_copy = arena.take<A>(chunk_ * even(D_));
-        w.v_copy = arena.take<A>(chunk_ * even(Dv_));
-        w.k_lanes = arena.take<B>(kPair == 2 ? chunk_ / 2 * D_ : 0);
-        w.bad_keys = arena.take<uint8_t>(chunk_);
+        w.q_lanes = arena.template take<B>(steps(a_.D) * n);
+        w.do_lanes = arena.template take<B>(steps(a_.Dv) * n);
+        w.q_rows = arena.template take<B>(n / kPair * D_);
+        w.do_rows = arena.template take<B>(n / kPair * Dv_);
+        w.flat = arena.template take<E>(n * width);
+        w.s = arena.template take<E>(kGranule * n);
+        w.dp = arena.template take<E>(kGranule * n);
+        w.bias = arena.template take<E>(kGranule * n);
+        w.ds = arena.template take<E>(kGranule * n);
+        w.p = arena.template take<A>(kStepKeys * n);
+        w.dx = arena.template take<A>(kStepKeys * n);
+        w.dx_lanes = arena.template take<B>(kPair == 2 ? kStepKeys / 2 * n : 0);
+        w.d_q = arena.template take<E>(n * D_);
+        w.d_k = arena.template take<E>(chunk_ * D_);
+        w.d_v = arena.template take<E>(chunk_ * Dv_);
+        w.k_copy = arena.template take<A>(chunk_ * even(D_));
+        w.v_copy = arena.template take<A>(chunk_ * even(Dv_));
+        w.k_lanes = arena.template take<B>(kPair == 2 ? chunk_ / 2 * D_ : 0);
+        w.bad_keys = arena.template take<uint8_t>(chunk_);
     }
     Work& work(int worker) const {
         Arena arena{workers_ + worker * worker_bytes_};
@@ -275,7 +276,7 @@ class Gradients {
         bool clean = true;
         int64_t d = 0;
         if constexpr (std::is_same_v<To, T> && kPair == 2) {
-            if (stride == 1) {
+            if (stride == 1 && D > 0) {
                 std::memcpy(static_cast<void*>(to), from, sizeof(T) * static_cast<size_t>(D));
                 uint32_t worst = 0;
                 for (int64_t x = 0; x < D; ++x) worst |= static_cast<uint32_t>((from[x].bits & 0x7f80u) == 0x7f80u);

@@ -190,7 +190,7 @@ class Dots {
         for (int64_t i = 0; i < rows; ++i) {
             const T* from = base + (j + i) * stride;
             T* to = copy + i * width;
-            if (stride_d == 1)
+            if (stride_d == 1 && D > 0)
                 std::memcpy(to, from, sizeof(T) * static_cast<size_t>(D));
             else
                 for (int64_t d = 0; d < D; ++d) to[d] = from[d * stride_d];

@@ -1,6 +1,6 @@
 // Runs the native kernels on random calls, malformed mask programs, many threads and forks; meant for sanitizer builds.
 //
-//   stress [--seconds 60] [--seed N] [--mode calls|fuzz|mutate|nest|threads|fork] [--isa NAME] [--failures 20] [--strict 1]
+//   stress [--seconds 60] [--seed N] [--mode calls|gradients|fuzz|mutate|nest|threads|fork] [--isa NAME] [--failures 20] [--strict 1]
 //   stress --mode M --case N     replays one case
 //
 // Cases run in child processes: a crash, a hang or a wrong result is reported with its case number, and the run goes on.
@@ -10,7 +10,7 @@
 #include <atomic>
 #include <chrono>
 
-#include "calls.h"
+#include "gradients.h"
 
 extern "C" {
 // Clean allocations hold NaN; a fork after threads is what one of the modes is for.
@@ -97,6 +97,42 @@ std::string one_call(Random& random, double budget) {
         if (std::memcmp(before.data(), c.out.slab->data(), before.size()) != 0) return fault_of(c, "the bits depend on the number of threads");
     }
     return "";
+}
+
+// One call's gradients: checked, and repeated on another number of threads, which must give the same bits.
+std::string gradients(Random& random) {
+    Call c;
+    do {
+        c = Call{};
+        make_call(random, c, options.budget / 8, options.isa);
+    } while (!c.lse.slab || !c.out.extent);
+    if (run(c) != qkv::Status::ok) return "";
+    Adjoint x;
+    make_adjoint(random, c, x);
+    soil_scratch();
+    const auto backward = [&] {
+#if defined(__SANITIZE_ADDRESS__)
+        open_scratch(2048);
+#endif
+        return qkv::backward(x.b, c.isa.c_str());
+    };
+    const qkv::Status status = backward();
+    ++progress->calls;
+    if (status != qkv::Status::ok) return fault_of(c, "backward: status " + std::to_string(static_cast<int>(status)));
+    if (c.poisoned) return "";  // what is not finite is the gate's: here it must only do no harm
+    const std::string fault = compare_gradients(c, x);
+    if (!fault.empty()) return fault_of(c, fault);
+    const auto bits = [&] {
+        std::string all;
+        for (const Array* a : {&x.d_q, &x.d_k, &x.d_v}) all.append(a->slab->data(), a->slab->size());
+        for (const auto& d : x.d_bias) all.append(reinterpret_cast<const char*>(d.data()), d.size() * sizeof(double));
+        return all.append(reinterpret_cast<const char*>(x.d_sinks.data()), x.d_sinks.size() * sizeof(double));
+    };
+    const std::string before = bits();
+    for (auto& d : x.d_bias) std::fill(d.begin(), d.end(), 0.0);
+    x.b.call.threads = c.a.threads % 4 + 1;
+    backward();
+    return before == bits() ? "" : fault_of(c, "the bits of gradients depend on the number of threads");
 }
 
 int64_t odd_word(Random& random) {
@@ -266,7 +302,8 @@ struct Mode {
     unsigned limit;  // seconds a case may take
 };
 const Mode kModes[] = {
-    {"calls", [](Random& random) { return one_call(random, options.budget); }, 0.5, 120},
+    {"calls", [](Random& random) { return one_call(random, options.budget); }, 0.35, 120},
+    {"gradients", gradients, 0.15, 120},
     {"fuzz", fuzz, 0.08, 60},
     {"mutate", mutate, 0.17, 30},
     {"nest", nest, 0.03, 60},
@@ -335,7 +372,7 @@ int stress(int argc, char** argv) {
 #if defined(__SANITIZE_THREAD__)
         // ThreadSanitizer does not follow threads that start after the fork of a process with threads.
         if (std::strcmp(mode.name, "fork") == 0) {
-            std::printf("fork     left out under ThreadSanitizer\n");
+            std::printf("fork      left out under ThreadSanitizer\n");
             continue;
         }
 #endif
@@ -343,7 +380,7 @@ int stress(int argc, char** argv) {
         uint64_t number = first;
         const double before = now();
         const int failed = slice(mode, number, before + options.seconds * (options.mode.empty() ? mode.share : 1));
-        std::printf("%-8s %8llu cases, %d failed, %.1f s\n", mode.name, static_cast<unsigned long long>(number - first - 1 + (failed > 0)), failed, now() - before);
+        std::printf("%-9s %8llu cases, %d failed, %.1f s\n", mode.name, static_cast<unsigned long long>(number - first - 1 + (failed > 0)), failed, now() - before);
         failures += failed;
         if (failures >= options.failures) break;
     }
