@@ -533,7 +533,8 @@ class Gradients {
                 }
                 if constexpr (Transform) {
                     dx.store(w.ds + j * n + z);
-                    dx = dx * slope;
+                    // A hidden score may have overflowed: its slope is nothing to multiply by.
+                    dx = choose(Masked ? static_cast<uint32_t>(words[j] >> z) : ~0u, dx * slope, zero);
                 }
             };
             for (int j = 0; j < kGranule; j += kPair) {

@@ -182,6 +182,8 @@ class Prepared {
 
 NB_MODULE(QKV_MODULE, m) {
     using qkv::Prepared;
+    // Prepared calls live in caches until the interpreter ends, and in the graphs of tensors that do: nothing is leaked.
+    nb::set_leak_warnings(false);
     m.doc() = "Native attention kernels (see csrc/attention.h).";
     m.def("instruction_sets", [] { return std::string(qkv::instruction_sets()); }, "Comma-separated, best first.");
     m.def("program_fits", [](const qkv::Integers& words, int64_t operands) {

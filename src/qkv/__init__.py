@@ -40,7 +40,14 @@ from qkv.scores import alibi, relative, score_mod
 __version__ = "0.1.0"
 
 # Sub-packages and functions that are not needed to compute attention load on first use.
-_LAZY = {"why": ("qkv.insight.why", "why"), "insight": ("qkv.insight", None), "cli": ("qkv.cli", None)}
+_LAZY = {
+    "why": ("qkv.insight.why", "why"),
+    "nn": ("qkv.nn", None),
+    "rotary": ("qkv.rotary", None),
+    "compat": ("qkv.compat", None),
+    "insight": ("qkv.insight", None),
+    "cli": ("qkv.cli", None),
+}
 
 __all__ = [
     "ArgumentError",

@@ -1,0 +1,31 @@
+"""Attention as layers: projections, positions and masks around `qkv.attention`."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qkv.nn.attention import Attention
+    from qkv.nn.latent import LatentAttention
+    from qkv.nn.multihead import MultiheadAttention
+
+_LAZY = {
+    "Attention": "qkv.nn.attention",
+    "LatentAttention": "qkv.nn.latent",
+    "MultiheadAttention": "qkv.nn.multihead",
+}
+
+__all__ = ["Attention", "LatentAttention", "MultiheadAttention"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        value = getattr(import_module(_LAZY[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'qkv.nn' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_LAZY])

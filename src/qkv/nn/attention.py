@@ -1,0 +1,329 @@
+"""The attention layer: projections, rotary positions, norms, gate and sinks around `qkv.attention`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qkv.errors import ArgumentError, ArgumentTypeError, ShapeError, describe
+from qkv.functional import attention
+from qkv.masks import Mask, as_mask
+from qkv.nn.parts import RMSNorm, check_tokens, combined, refuse_cache, size
+from qkv.rotary import Rotary, as_positions
+
+_CALL = "qkv.nn.Attention()"
+_FORWARD = "qkv.nn.Attention.forward()"
+
+
+class Attention(nn.Module):
+    """Let each token of x gather from the tokens of x, or of a context, what its query finds there.
+
+    ::
+
+        q = rotary(norm(x W_Q))      k = rotary(norm(y W_K))      v = y W_V          y is x, or the context
+        out = (gate(x) * attention(q, k, v, mask)) W_O
+
+    Parameters
+    ----------
+    dim : int
+        Width of x and of the result.
+    num_heads : int
+        Query heads, Hq.
+    num_kv_heads : int
+        Key/value heads, Hkv: Hq is multi-head (MHA, the default), 1 is multi-query (MQA), a divisor between them is
+        grouped-query attention (GQA). Query head h reads key/value head h // (Hq // Hkv).
+    head_dim : int
+        D, numbers in a query and a key; dim / num_heads unless given.
+    context_dim : int
+        Width of the context, for cross-attention; dim unless given.
+    value_dim : int
+        Dv, numbers in a value; D unless given.
+    bias, out_bias : bool
+        Whether q_proj, k_proj and v_proj have a bias, and o_proj; out_bias is bias unless given.
+    qk_norm : bool
+        RMSNorm of every query and key over D before rotary, with one weight (D,) for all heads: as in Qwen3 and
+        Gemma 3. (OLMo 2's norm runs over all heads at once; it is not this one.)
+    norm_eps : float
+    rotary : qkv.rotary.Rotary
+        Positions turned into queries and keys; rotary.dim <= D leading numbers of a head turn.
+    gate : bool or "headwise"
+        Multiply the heads' outputs by sigmoid(x W_G): a number for each of their numbers (True), or one a head.
+    sinks : bool
+        A learned score a head that takes part in the softmax and has no value; starts at 0.
+    mask : Mask or bool Tensor
+        What this layer may see, such as `qkv.sliding_window(512)`; combined by & with each call's mask.
+    softcap, scale, dropout_p, backend
+        As in `qkv.attention`; dropout acts in training mode only.
+    device, dtype : of the parameters
+
+    Raises
+    ------
+    ArgumentError, ArgumentTypeError
+        Sizes that do not fit, or an argument of another type.
+
+    Notes
+    -----
+    Names. Vaswani et al. (2017) write h for num_heads, d_model for dim, d_k for D and d_v for Dv, and one W_i^Q,
+    W_i^K, W_i^V for each head; here the heads' matrices lie side by side in one projection. Weights are (out, in), as
+    nn.Linear has them, and carry the names of Hugging Face's Llama, so its state dicts load as they are.
+
+    ============  =========================  =================================
+    here          the paper                  weight
+    ============  =========================  =================================
+    q_proj        W_Q, queries               (Hq D, dim)
+    k_proj        W_K, keys                  (Hkv D, context_dim)
+    v_proj        W_V, values                (Hkv Dv, context_dim)
+    o_proj        W_O, output                (dim, Hq Dv)
+    q/k_norm      QK-norm                    (D,)
+    gate_proj     W_theta of the gate        (Hq Dv or Hq, dim)
+    sinks         sinks                      (Hq,)
+    ============  =========================  =================================
+
+    There is no flag for causality: it is the mask's, `mask=qkv.causal()`.
+
+    Cost: 2 FLOPs a weight and token, and those of `qkv.attention`. A cache holds Hkv (D + Dv) numbers a token.
+    Sources: Vaswani et al. (2017), arXiv 1706.03762; MQA: Shazeer (2019), arXiv 1911.02150; GQA: Ainslie et al.
+    (2023), arXiv 2305.13245; QK-norm: Henry et al. (2020), arXiv 2010.04245, with RMSNorm; output gate: Qiu et al.
+    (2025), arXiv 2505.06708; sinks: GPT-OSS (OpenAI, 2025), arXiv 2508.10925.
+
+    Examples
+    --------
+    >>> import torch, qkv
+    >>> layer = Attention(256, 8, num_kv_heads=2, rotary=qkv.rotary.Rotary(32), mask=qkv.sliding_window(64))
+    >>> x = torch.randn(2, 100, 256)
+    >>> layer(x).shape
+    torch.Size([2, 100, 256])
+    >>> cross = Attention(256, 8, context_dim=96)
+    >>> cross(x, torch.randn(2, 7, 96)).shape
+    torch.Size([2, 100, 256])
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        context_dim: int | None = None,
+        value_dim: int | None = None,
+        bias: bool = False,
+        out_bias: bool | None = None,
+        qk_norm: bool = False,
+        norm_eps: float = 1e-6,
+        rotary: Rotary | None = None,
+        gate: bool | str = False,
+        sinks: bool = False,
+        mask: Mask | Tensor | None = None,
+        softcap: float | None = None,
+        scale: float | None = None,
+        dropout_p: float = 0.0,
+        backend: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.dim, self.num_heads = size(_CALL, "dim", dim), size(_CALL, "num_heads", num_heads)
+        self.num_kv_heads = self.num_heads if num_kv_heads is None else size(_CALL, "num_kv_heads", num_kv_heads)
+        self.head_dim = self._head_dim() if head_dim is None else size(_CALL, "head_dim", head_dim)
+        self.context_dim = self.dim if context_dim is None else size(_CALL, "context_dim", context_dim)
+        self.value_dim = self.head_dim if value_dim is None else size(_CALL, "value_dim", value_dim)
+        self.rotary, self.gate = rotary, gate
+        self.mask = as_mask(mask, _CALL)
+        self.softcap, self.scale, self.dropout_p, self.backend = softcap, scale, dropout_p, backend
+        self._check()
+
+        made: dict[str, Any] = {"device": device, "dtype": dtype}
+        out_bias = bias if out_bias is None else out_bias
+        Hq, Hkv, D, Dv = self.num_heads, self.num_kv_heads, self.head_dim, self.value_dim
+        self.q_proj = nn.Linear(self.dim, Hq * D, bias=bias, **made)
+        self.k_proj = nn.Linear(self.context_dim, Hkv * D, bias=bias, **made)
+        self.v_proj = nn.Linear(self.context_dim, Hkv * Dv, bias=bias, **made)
+        self.o_proj = nn.Linear(Hq * Dv, self.dim, bias=out_bias, **made)
+        self.q_norm = RMSNorm(D, norm_eps, **made) if qk_norm else None
+        self.k_norm = RMSNorm(D, norm_eps, **made) if qk_norm else None
+        gates = {False: 0, True: Hq * Dv, "headwise": Hq}[gate]
+        self.gate_proj = nn.Linear(self.dim, gates, bias=bias, **made) if gates else None
+        self.sinks = nn.Parameter(torch.zeros(Hq, **made)) if sinks else None
+
+    def reset_parameters(self) -> None:
+        """Draw all parameters anew, as construction does: for a layer that was built on the meta device."""
+        for module in self.children():
+            module.reset_parameters()  # type: ignore[operator]
+        if self.sinks is not None:
+            nn.init.zeros_(self.sinks)
+
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        *,
+        mask: Mask | Tensor | None = None,
+        positions: int | str | Tensor | None = None,
+        cache: None = None,
+    ) -> Tensor:
+        """Attend within x, or from x to a context.
+
+        Parameters
+        ----------
+        x : Tensor, shape (B, Lq, dim)
+        context : Tensor, shape (B, Lk, context_dim)
+            Where keys and values come from: cross-attention. x itself unless given.
+        mask : Mask or bool Tensor
+            Which tokens each token may see (True = may), with the layer's own mask by &. In self-attention masks
+            speak of the places 0 .. L - 1 in x, whatever `positions` says.
+        positions : int, or int Tensor (Lq,) or (B or 1, Lq); with a context also "start" or "end"
+            Self-attention: the tokens' positions for rotary, the first one's or each one's; 0 unless given. With a
+            context: where the queries stand among its tokens, which stand on 0 .. Lk - 1, for rotary and masks;
+            needed where Lq != Lk and one of them depends on it.
+        cache : None
+            Not supported yet.
+
+        Returns
+        -------
+        Tensor, shape (B, Lq, dim)
+            In the projections' dtype. A token that sees none gets o_proj's bias, or 0.
+
+        Raises
+        ------
+        ShapeError, ArgumentError, ArgumentTypeError
+            Inputs that do not fit the layer or each other.
+        UnsupportedError
+            A cache.
+        """
+        refuse_cache(_FORWARD, cache)
+        at = self._query_positions(x, context, positions)
+        q, k, v = self._project(x, context, at)
+        out = attention(
+            q,
+            k,
+            v,
+            combined(self.mask, mask),
+            positions=_for_mask(at) if context is not None else None,
+            scale=self.scale,
+            softcap=self.softcap,
+            sinks=self.sinks,
+            dropout_p=self.dropout_p if self.training else 0.0,
+            backend=self.backend,
+        )
+        heads = out.transpose(1, 2)  # (B, Lq, Hq, Dv)
+        if self.gate_proj is not None:
+            gates: Tensor = self.gate_proj(x).sigmoid()
+            heads = heads * gates.unflatten(-1, (self.num_heads, -1))
+        result: Tensor = self.o_proj(heads.flatten(2))
+        return result
+
+    def project(
+        self, x: Tensor, context: Tensor | None = None, *, positions: int | str | Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The queries, keys and values that `forward` attends with, after norms and rotary.
+
+        Returns
+        -------
+        q : Tensor, shape (B, Hq, Lq, D)
+        k : Tensor, shape (B, Hkv, Lk, D)
+        v : Tensor, shape (B, Hkv, Lk, Dv)
+
+        Examples
+        --------
+        >>> import torch, qkv
+        >>> layer = Attention(32, 4, num_kv_heads=1)
+        >>> q, k, v = layer.project(torch.randn(1, 6, 32))
+        >>> qkv.weights(q, k, rows=[5], mask=qkv.causal()).shape
+        torch.Size([1, 4, 1, 6])
+        """
+        return self._project(x, context, self._query_positions(x, context, positions))
+
+    def _project(
+        self, x: Tensor, context: Tensor | None, at: int | str | Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        source = x if context is None else context
+        q: Tensor = self.q_proj(x).unflatten(-1, (self.num_heads, self.head_dim))
+        k: Tensor = self.k_proj(source).unflatten(-1, (self.num_kv_heads, self.head_dim))
+        v: Tensor = self.v_proj(source).unflatten(-1, (self.num_kv_heads, self.value_dim))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        if self.rotary is not None:
+            q, k = self._rotate(q, k, context is not None, at)
+        return q, k, v
+
+    def _rotate(self, q: Tensor, k: Tensor, cross: bool, at: int | str | Tensor | None) -> tuple[Tensor, Tensor]:
+        assert self.rotary is not None
+        Lq, Lk = q.shape[2], k.shape[2]
+        if at is None or isinstance(at, str):
+            at = Lk - Lq if at == "end" else 0
+        # Queries and keys share one sequence, and so one length for the scalings that look at it.
+        length = max(self.rotary.length(at, Lq), Lk) if cross else self.rotary.length(at, Lq)
+        made: dict[str, Any] = {"device": q.device, "dtype": torch.promote_types(q.dtype, torch.float32)}
+        tables = self.rotary.tables(at, Lq, length=length, **made)
+        q = self.rotary.apply(q, *tables)
+        return q, self.rotary.apply(k, *(self.rotary.tables(0, Lk, length=length, **made) if cross else tables))
+
+    def _query_positions(self, x: Tensor, context: Tensor | None, positions: Any) -> int | str | Tensor | None:
+        """Check the inputs; positions as given, an error where they are missing."""
+        check_tokens(_FORWARD, "x", x, "dim", self.dim)
+        B, Lq = x.shape[:2]
+        Lk = Lq
+        if context is None:
+            if self.context_dim != self.dim:
+                given = f"no context, dim={self.dim} and context_dim={self.context_dim}"
+                rule, fix = "a layer with a context_dim of its own needs a context", "Pass context (B, Lk, context_dim)"
+                raise ArgumentError(describe(_FORWARD, rule, given, fix))
+        else:
+            check_tokens(_FORWARD, "context", context, "context_dim", self.context_dim)
+            Lk = context.shape[1]
+            if context.shape[0] != B:
+                given = f"x {tuple(x.shape)} and context {tuple(context.shape)}"
+                fix = "Expand the smaller one: context.expand(B, -1, -1) is free"
+                raise ShapeError(describe(_FORWARD, "x and context must have one batch size B", given, fix))
+        if positions is None:
+            if self.rotary is not None and Lq != Lk:
+                rule = (
+                    "positions= must say where the queries stand in the context when Lq != Lk and the layer is rotary"
+                )
+                fix = f'Pass positions="start" (0 .. {Lq - 1}), "end" ({Lk - Lq} .. {Lk - 1}), an int or a tensor'
+                raise ArgumentError(describe(_FORWARD, rule, f"Lq={Lq} and Lk={Lk}", fix))
+            return None
+        if isinstance(positions, str) and context is not None and positions in ("start", "end"):
+            return positions
+        return as_positions(_FORWARD, positions, B, Lq)
+
+    def _head_dim(self) -> int:
+        if self.dim % self.num_heads:
+            given = f"dim={self.dim} and num_heads={self.num_heads}"
+            rule, fix = "dim must be a multiple of num_heads where head_dim is left out", "Pass head_dim"
+            raise ArgumentError(describe(_CALL, rule, given, fix))
+        return self.dim // self.num_heads
+
+    def _check(self) -> None:
+        if self.num_heads % self.num_kv_heads:
+            fits = ", ".join(str(n) for n in range(1, self.num_heads + 1) if self.num_heads % n == 0)
+            given = f"num_heads={self.num_heads} and num_kv_heads={self.num_kv_heads}"
+            rule, fix = "num_heads must be a multiple of num_kv_heads", f"Use num_kv_heads in {{{fits}}}"
+            raise ArgumentError(describe(_CALL, rule, given, fix))
+        if self.rotary is not None and not isinstance(self.rotary, Rotary):
+            given = f"rotary={self.rotary!r}"
+            fix = f"Pass qkv.rotary.Rotary({self.head_dim})"
+            raise ArgumentTypeError(describe(_CALL, "rotary must be a Rotary", given, fix))
+        if self.rotary is not None and self.rotary.dim > self.head_dim:
+            given = f"rotary.dim={self.rotary.dim} and head_dim={self.head_dim}"
+            fix = f"Use Rotary({self.head_dim}), or fewer for a partial one"
+            raise ArgumentError(describe(_CALL, "rotary turns at most head_dim numbers", given, fix))
+        if self.gate not in (False, True, "headwise"):
+            fix = 'Pass True for a gate a number, or "headwise"'
+            raise ArgumentError(describe(_CALL, 'gate is a bool or "headwise"', f"gate={self.gate!r}", fix))
+
+    def extra_repr(self) -> str:
+        given = [f"{self.dim}, {self.num_heads}, num_kv_heads={self.num_kv_heads}, head_dim={self.head_dim}"]
+        for name in ("rotary", "mask", "softcap", "scale", "backend"):
+            if getattr(self, name) is not None:
+                given.append(f"{name}={getattr(self, name)!r}")
+        given += [f"dropout_p={self.dropout_p}"] if self.dropout_p else []
+        return ", ".join(given)
+
+
+def _for_mask(at: int | str | Tensor | None) -> int | str | Tensor | None:
+    return at[None] if isinstance(at, Tensor) and at.dim() == 1 else at

@@ -1,0 +1,294 @@
+"""Multi-head latent attention (MLA): keys and values compressed into one small vector a token."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qkv.errors import ArgumentError, ArgumentTypeError, describe
+from qkv.functional import attention
+from qkv.masks import Mask, as_mask
+from qkv.nn.parts import RMSNorm, check_tokens, combined, refuse_cache, size
+from qkv.rotary import Rotary, as_positions
+
+_CALL = "qkv.nn.LatentAttention()"
+_FORWARD = "qkv.nn.LatentAttention.forward()"
+
+
+class LatentAttention(nn.Module):
+    """Attend as DeepSeek-V2 and V3 do: each token keeps R + dr numbers, from which all heads' keys and values follow.
+
+    ::
+
+        c_q  = norm(x W_DQ)                    (B, L, Rq)         query latent; x itself where q_lora_rank is None
+        q    = c_q [W_UQ | W_QR]               (B, H, L, dn + dr) the last dr turned by rotary
+        c    = norm(x W_DKV)                   (B, L, R)          key/value latent
+        k_r  = rotary(x W_KR)                  (B, 1, L, dr)      one for all heads
+        k    = [c W_UK | k_r],  v = c W_UV     (B, H, L, dn + dr), (B, H, L, dv)
+        out  = attention(q, k, v) W_O          scale 1 / sqrt(dn + dr)
+
+    Parameters
+    ----------
+    dim, num_heads : int
+        Width of x, and H.
+    q_lora_rank : int or None
+        Rq, the query latent's size; None: one q_proj instead of compression.
+    kv_lora_rank : int
+        R, the key/value latent's size.
+    qk_nope_head_dim, qk_rope_head_dim : int
+        dn and dr, numbers of a query and key without and with a position.
+    v_head_dim : int
+        dv, numbers of a value.
+    rotary : qkv.rotary.Rotary
+        Of dim dr; Rotary(dr, interleaved=True) unless given, as in the published weights. With a YaRN that has
+        mscale_all_dim, the scale grows by (0.1 mscale_all_dim ln(factor) + 1)^2.
+    bias : bool
+        Whether q_a_proj, kv_a_proj_with_mqa and o_proj have a bias (`attention_bias` of the published configs).
+    absorb : bool or None
+        The form to compute in, see Notes; None takes the one of fewer FLOPs.
+    norm_eps : float
+    mask, softcap, scale, dropout_p, backend
+        As in `qkv.nn.Attention`.
+    device, dtype : of the parameters
+
+    Raises
+    ------
+    ArgumentError, ArgumentTypeError
+        Sizes that do not fit, or an argument of another type.
+
+    Notes
+    -----
+    Absorption. A score is q_n . (c W_UK) + q_r . k_r, and q_n . (c W_UK) = (q_n W_UK^T) . c. Folding W_UK (dn, R) of
+    each head into its query leaves one key for all heads, the latent, and W_UV can wait until after the sum:
+
+    ==================  ================================  ===================================================
+    .                   materialised (absorb=False)       absorbed (absorb=True)
+    ==================  ================================  ===================================================
+    queries             (B, H, L, dn + dr)                [q_n W_UK^T | q_r]  (B, H, L, R + dr)
+    keys                (B, H, L, dn + dr)                [c | k_r]           (B, 1, L, R + dr)
+    values              (B, H, L, dv)                     c, a view of the keys  (B, 1, L, R)
+    heads' outputs      (B, H, L, dv)                     (B, H, L, R), then W_UV to (B, H, L, dv)
+    FLOPs a pair        2 H (dn + dr + dv)                2 H (2 R + dr)
+    FLOPs of W_UK W_UV  2 H R (dn + dv) a key             2 H R (dn + dv) a query
+    ==================  ================================  ===================================================
+
+    They are equal but for rounding. In training every token is a query and a key, so the projections cost the same,
+    and a pair costs 2 H 320 FLOPs against 2 H 1088 with DeepSeek's sizes (dn 128, dr 64, dv 128, R 512): materialise.
+    In decoding one query meets many keys, and materialising would compute all their heads anew, or keep them: the
+    absorbed form reads R + dr = 576 numbers a token where 128 heads of keys and values are 40,960. Those R + dr
+    numbers, 1,152 bytes in bfloat16, are all that a cache holds for a token.
+
+    Names are those of Hugging Face's DeepSeek, so its state dicts load as they are:
+
+    ====================  ==============================  ==========================
+    here                  the paper                       weight
+    ====================  ==============================  ==========================
+    q_a_proj              W_DQ                            (Rq, dim)
+    q_a_layernorm         RMSNorm of c^Q                  (Rq,)
+    q_b_proj or q_proj    W_UQ and W_QR, head by head     (H (dn + dr), Rq or dim)
+    kv_a_proj_with_mqa    W_DKV and W_KR                  (R + dr, dim)
+    kv_a_layernorm        RMSNorm of c^KV                 (R,)
+    kv_b_proj             W_UK and W_UV, head by head     (H (dn + dv), R)
+    o_proj                W_O                             (dim, H dv)
+    ====================  ==============================  ==========================
+
+    Cost: 2 FLOPs a weight and token, and the above for each visible pair.
+    Source: DeepSeek-AI (2024), DeepSeek-V2, arXiv 2405.04434, section 2.1 and appendix C; V3: arXiv 2412.19437.
+
+    Examples
+    --------
+    >>> import torch, qkv
+    >>> layer = LatentAttention(64, 4, q_lora_rank=24, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=4,
+    ...                         v_head_dim=8, mask=qkv.causal(), dtype=torch.float64)
+    >>> x = torch.randn(2, 10, 64, dtype=torch.float64)
+    >>> layer(x).shape, layer.latent(x).shape
+    (torch.Size([2, 10, 64]), torch.Size([2, 1, 10, 20]))
+    >>> materialised = layer(x)
+    >>> layer.absorb = True
+    >>> torch.allclose(layer(x), materialised, atol=1e-12)
+    True
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        q_lora_rank: int | None,
+        kv_lora_rank: int,
+        qk_nope_head_dim: int,
+        qk_rope_head_dim: int,
+        v_head_dim: int,
+        rotary: Rotary | None = None,
+        bias: bool = False,
+        absorb: bool | None = None,
+        norm_eps: float = 1e-6,
+        mask: Mask | Tensor | None = None,
+        softcap: float | None = None,
+        scale: float | None = None,
+        dropout_p: float = 0.0,
+        backend: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.dim, self.num_heads = size(_CALL, "dim", dim), size(_CALL, "num_heads", num_heads)
+        self.q_lora_rank = None if q_lora_rank is None else size(_CALL, "q_lora_rank", q_lora_rank)
+        self.kv_lora_rank = size(_CALL, "kv_lora_rank", kv_lora_rank)
+        self.qk_nope_head_dim = size(_CALL, "qk_nope_head_dim", qk_nope_head_dim)
+        self.qk_rope_head_dim = size(_CALL, "qk_rope_head_dim", qk_rope_head_dim, low=2)
+        self.v_head_dim = size(_CALL, "v_head_dim", v_head_dim)
+        self.rotary = Rotary(self.qk_rope_head_dim, interleaved=True) if rotary is None else rotary
+        self._check_rotary()
+        if absorb not in (None, False, True):
+            fix = "Pass True, False, or None for the cheaper form"
+            raise ArgumentError(describe(_CALL, "absorb is a bool or None", f"absorb={absorb!r}", fix))
+        self.absorb, self.mask = absorb, as_mask(mask, _CALL)
+        self.softcap, self.scale, self.dropout_p, self.backend = softcap, scale, dropout_p, backend
+
+        made: dict[str, Any] = {"device": device, "dtype": dtype}
+        H, R, D = self.num_heads, self.kv_lora_rank, self.qk_nope_head_dim + self.qk_rope_head_dim
+        if self.q_lora_rank is None:
+            self.q_proj = nn.Linear(self.dim, H * D, bias=False, **made)
+        else:
+            self.q_a_proj = nn.Linear(self.dim, self.q_lora_rank, bias=bias, **made)
+            self.q_a_layernorm = RMSNorm(self.q_lora_rank, norm_eps, **made)
+            self.q_b_proj = nn.Linear(self.q_lora_rank, H * D, bias=False, **made)
+        self.kv_a_proj_with_mqa = nn.Linear(self.dim, R + self.qk_rope_head_dim, bias=bias, **made)
+        self.kv_a_layernorm = RMSNorm(R, norm_eps, **made)
+        self.kv_b_proj = nn.Linear(R, H * (self.qk_nope_head_dim + self.v_head_dim), bias=False, **made)
+        self.o_proj = nn.Linear(H * self.v_head_dim, self.dim, bias=bias, **made)
+
+    def reset_parameters(self) -> None:
+        """Draw all parameters anew, as construction does: for a layer that was built on the meta device."""
+        for module in self.children():
+            module.reset_parameters()  # type: ignore[operator]
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        mask: Mask | Tensor | None = None,
+        positions: int | Tensor | None = None,
+        cache: None = None,
+    ) -> Tensor:
+        """Attend within x.
+
+        Parameters
+        ----------
+        x : Tensor, shape (B, L, dim)
+        mask : Mask or bool Tensor
+            Which tokens each token may see (True = may), with the layer's own mask by &. Masks speak of the places
+            0 .. L - 1 in x.
+        positions : int, or int Tensor (L,) or (B or 1, L)
+            The tokens' positions for rotary, the first one's or each one's; 0 unless given.
+        cache : None
+            Not supported yet.
+
+        Returns
+        -------
+        Tensor, shape (B, L, dim)
+            A token that sees none gets o_proj's bias, or 0.
+
+        Raises
+        ------
+        ShapeError, ArgumentError, ArgumentTypeError
+            Inputs that do not fit the layer or each other.
+        UnsupportedError
+            A cache.
+        """
+        refuse_cache(_FORWARD, cache)
+        at = self._positions(x, positions)
+        absorb = self._absorbed_is_cheaper() if self.absorb is None else self.absorb
+        q, k, v = self._project(x, at, absorb)
+        scale = self.scale
+        if scale is None:  # of the head sizes, in both forms: the absorbed query is longer but means the same
+            scale = (self.qk_nope_head_dim + self.qk_rope_head_dim) ** -0.5
+            scale *= 1.0 if self.rotary.scaling is None else self.rotary.scaling.latent_scale
+        out = attention(
+            q,
+            k,
+            v,
+            combined(self.mask, mask),
+            scale=scale,
+            softcap=self.softcap,
+            dropout_p=self.dropout_p if self.training else 0.0,
+            backend=self.backend,
+        )
+        if absorb:
+            out = out @ self._up_projections()[1].transpose(1, 2)  # (B, H, L, R) @ (H, R, dv)
+        result: Tensor = self.o_proj(out.transpose(1, 2).flatten(2))
+        return result
+
+    def latent(self, x: Tensor, *, positions: int | Tensor | None = None) -> Tensor:
+        """What a cache keeps of each token: the normed latent and the rotated key, [c | k_r].
+
+        Returns
+        -------
+        Tensor, shape (B, 1, L, R + dr)
+            The one key of the absorbed form; its first R columns are the value.
+        """
+        at = self._positions(x, positions)
+        return self._latent(x, *self._tables(x, at))
+
+    def _latent(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        c, k_rope = self.kv_a_proj_with_mqa(x).split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
+        k_rope = self.rotary.apply(k_rope.unsqueeze(1), cos, sin)
+        return torch.cat((self.kv_a_layernorm(c).unsqueeze(1), k_rope), dim=-1)
+
+    def _project(self, x: Tensor, at: int | Tensor, absorb: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of the chosen form."""
+        R, dn, dr, dv = self.kv_lora_rank, self.qk_nope_head_dim, self.qk_rope_head_dim, self.v_head_dim
+        cos, sin = self._tables(x, at)
+        compressed = self.q_lora_rank is not None
+        q: Tensor = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x))) if compressed else self.q_proj(x)
+        q_nope, q_rope = q.unflatten(-1, (self.num_heads, dn + dr)).transpose(1, 2).split([dn, dr], dim=-1)
+        q_rope = self.rotary.apply(q_rope, cos, sin)
+        latent = self._latent(x, cos, sin)
+        if absorb:
+            q_latent = q_nope @ self._up_projections()[0]  # (B, H, L, dn) @ (H, dn, R)
+            return torch.cat((q_latent, q_rope), dim=-1), latent, latent[..., :R]
+        kv = self.kv_b_proj(latent[:, 0, :, :R]).unflatten(-1, (self.num_heads, dn + dv)).transpose(1, 2)
+        k_nope, v = kv.split([dn, dv], dim=-1)
+        k = torch.cat((k_nope, latent[..., R:].expand(-1, self.num_heads, -1, -1)), dim=-1)
+        return torch.cat((q_nope, q_rope), dim=-1), k, v
+
+    def _up_projections(self) -> tuple[Tensor, Tensor]:
+        """W_UK (H, dn, R) and W_UV (H, dv, R), views of kv_b_proj's weight."""
+        both = self.kv_b_proj.weight.unflatten(0, (self.num_heads, -1))
+        w_uk, w_uv = both.split([self.qk_nope_head_dim, self.v_head_dim], dim=1)
+        return w_uk, w_uv
+
+    def _absorbed_is_cheaper(self) -> bool:
+        """Whether the absorbed form costs fewer FLOPs: with as many keys as queries, the pairs decide."""
+        pair = self.qk_nope_head_dim + self.qk_rope_head_dim + self.v_head_dim
+        return 2 * self.kv_lora_rank + self.qk_rope_head_dim < pair
+
+    def _tables(self, x: Tensor, at: int | Tensor) -> tuple[Tensor, Tensor]:
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        return self.rotary.tables(at, x.shape[1], device=x.device, dtype=dtype)
+
+    def _positions(self, x: Tensor, positions: Any) -> int | Tensor:
+        check_tokens(_FORWARD, "x", x, "dim", self.dim)
+        return 0 if positions is None else as_positions(_FORWARD, positions, x.shape[0], x.shape[1])
+
+    def _check_rotary(self) -> None:
+        if not isinstance(self.rotary, Rotary):
+            fix = f"Pass qkv.rotary.Rotary({self.qk_rope_head_dim}, interleaved=True)"
+            raise ArgumentTypeError(describe(_CALL, "rotary must be a Rotary", f"rotary={self.rotary!r}", fix))
+        if self.rotary.dim != self.qk_rope_head_dim:
+            given = f"rotary.dim={self.rotary.dim} and qk_rope_head_dim={self.qk_rope_head_dim}"
+            fix = f"Use Rotary({self.qk_rope_head_dim}, interleaved=True)"
+            raise ArgumentError(describe(_CALL, "rotary must turn exactly the rotary part", given, fix))
+
+    def extra_repr(self) -> str:
+        given = [f"{self.dim}, {self.num_heads}, q_lora_rank={self.q_lora_rank}, kv_lora_rank={self.kv_lora_rank}"]
+        for name in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "rotary", "absorb"):
+            given.append(f"{name}={getattr(self, name)!r}")
+        for name in ("mask", "softcap", "scale", "backend"):
+            if getattr(self, name) is not None:
+                given.append(f"{name}={getattr(self, name)!r}")
+        given += [f"dropout_p={self.dropout_p}"] if self.dropout_p else []
+        return ", ".join(given)
