@@ -1,65 +1,21 @@
-"""The benchmark's own honesty: it notices wrong results, interleaves, ranks fairly, and tells what it could not run."""
+"""The benchmark's own honesty: it notices wrong results, interleaves, ranks fairly, and keeps the promised ratios."""
 
 from __future__ import annotations
 
-import json
 import math
-import subprocess
-from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
-from xml.etree import ElementTree
 
 import pytest
 import torch
 
-from qkv.cli import bench
-from qkv.cli.benching import chart, ggml, machine, markdown, memory, report, sweep
+from qkv.cli.benching import report
 from qkv.cli.benching.cases import Case, build
-from qkv.cli.benching.peers import Matmuls, Prepared, Roster, Sdpa, Setup, Unavailable
+from qkv.cli.benching.peers import Matmuls, Roster, Sdpa, Setup
 from qkv.cli.benching.rows import BEST, BEST_BUT_GGML, LIMIT, Row, Target, all_rows
-from qkv.cli.benching.runner import Clock, Runner, Spread, Timing, interleave, judge, ratio, spread, take_turn
-from qkv.errors import ArgumentError
+from qkv.cli.benching.runner import Clock, Runner, Spread, interleave, judge, ratio, spread, take_turn
+from tests.bench_fakes import CACHE, SMALL, FakeClock, FakeRoster, crash, mean_of_v, naive, right, timings
 
-CACHE = 32 << 20
-SMALL = Case("f32", 40, 40, 16, Hq=4, Hkv=2, mask="causal")
-
-
-class FakeClock(Clock):
-    """Time that only moves when a fake call says so."""
-
-    def __init__(self) -> None:
-        self.time = 0.0
-        super().__init__(now=lambda: self.time, cpu=lambda: 0.0, sleep=lambda s: None)
-
-    def settle(self, longest: float = 0.05) -> None:
-        pass
-
-    def call(self, seconds: float, log: list[str] | None = None, name: str = "") -> Callable[[], None]:
-        def run() -> None:
-            self.time += seconds
-            if log is not None:
-                log.append(name)
-
-        return run
-
-
-def naive(
-    case: Case,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    head: Callable[[int], int],
-    mask: torch.Tensor | None = None,
-) -> torch.Tensor:
-    mask = case.dense_mask() if mask is None else mask
-    outs = []
-    for h in range(case.Hq):
-        scores = q[:, h].double() @ k[:, head(h)].double().transpose(1, 2) * case.scale
-        scores = scores if mask is None else scores.masked_fill(~mask, -math.inf)
-        outs.append(scores.softmax(-1) @ v[:, head(h)].double())
-    return torch.stack(outs, 1)
-
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 # --- statistics and interleaving
 
@@ -193,36 +149,6 @@ def test_latent_values_are_a_view_of_the_keys():
         assert inputs.error(ready.read(ready.calls[0]())) < 0.04
 
 
-class FakePeer:
-    def __init__(self, out: Callable[..., torch.Tensor]) -> None:
-        self.out = out
-
-    def prepare(self, inputs: Any) -> Prepared:
-        q = inputs.q
-        return Prepared([lambda k=k, v=v: self.out(inputs.case, q, k, v) for k, v in inputs.sets], lambda out: out)
-
-
-class FakeRoster(Roster):
-    """Ours is right; `peers` are what the test says."""
-
-    def __init__(self, **peers: Callable[..., torch.Tensor]) -> None:
-        super().__init__(Setup(1))
-        self.ours = FakePeer(peers.pop("qkv", right))
-        self._made = {name: FakePeer(out) for name, out in peers.items()}
-
-
-def right(case: Case, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    return naive(case, q, k, v, head=lambda h: h // (case.Hq // case.Hkv)).to(q.dtype)
-
-
-def mean_of_v(case: Case, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    return v.mean(2, keepdim=True).repeat_interleave(case.Hq // case.Hkv, 1).expand(-1, -1, case.Lq, -1)
-
-
-def crash(*_: Any) -> torch.Tensor:
-    raise RuntimeError("no such kernel\nsecond line")
-
-
 def test_a_wrong_peer_is_shown_but_neither_timed_nor_ranked():
     row = Row("r", SMALL, ("sdpa", "jax", "openvino"), (Target("jax", 1.0), Target(BEST, 0.0)), limit="gemm")
     result = Runner(FakeRoster(sdpa=right, jax=mean_of_v, openvino=crash), CACHE, clock=Clock()).run(row, 0.0)
@@ -246,10 +172,6 @@ def test_a_wrong_result_of_ours_is_never_a_pass():
 
 
 # --- verdicts
-
-
-def timings(**seconds: float) -> dict[str, Timing]:
-    return {name.replace("_", " "): Timing(name, {n: s for n in range(3)}) for name, s in seconds.items()}
 
 
 def test_the_best_peer_computes_in_the_rows_type():
@@ -322,197 +244,3 @@ def test_every_promised_ratio_is_a_row():
     assert held["causal 2048 d128 f32"] == (Target(BEST, 1.3),)
     assert held["decode 32/8 bf16 warm"] == (Target("sdpa", 3.0),)
     assert all(peer.split()[0] in Roster.KNOWN for row in rows.values() for peer in row.peers)
-
-
-# --- peers that are not there
-
-
-def test_absent_peers_are_reported_with_the_reason(monkeypatch, tmp_path):
-    roster = Roster(Setup(2), only={"sdpa", "ggml"})
-    with pytest.raises(Unavailable, match="left out"):
-        roster.get("openvino")
-    monkeypatch.setattr(ggml, "find_libraries", lambda: iter(()))
-    with pytest.raises(Unavailable, match="llama-cpp-python"):
-        roster.get("ggml")
-    assert "ggml" in roster.missing
-    monkeypatch.setitem(Roster.KNOWN, "sdpa", ("qkv.cli.benching.peers", "Sdpa", "no-such-distribution"))
-    with pytest.raises(Unavailable, match="no-such-distribution is not installed"):
-        roster.get("sdpa")
-
-
-def test_ggml_is_looked_for_where_the_user_says(monkeypatch, tmp_path):
-    library = tmp_path / "libggml-cpu.so"
-    library.write_bytes(b"not a library")
-    monkeypatch.setenv("QKV_GGML", str(tmp_path))
-    assert next(ggml.find_libraries()) == library.resolve()
-    monkeypatch.setattr(ggml, "find_libraries", lambda: iter([library]))
-    with pytest.raises(Unavailable, match=r"libggml-cpu\.so"):
-        ggml.Ggml(Setup(1))
-
-
-# --- the machine
-
-
-def test_the_processor_is_named_from_cpuinfo():
-    text = "vendor_id\t: X\nmodel name\t: Some CPU 9000\nflags\t\t: fpu avx2 avx512f\n"
-    assert machine.cpu_name(text) == "Some CPU 9000"
-    assert machine.instruction_sets(text) == ["avx512f", "avx2"]
-
-
-def test_the_last_level_cache_is_summed_over_its_instances(tmp_path, monkeypatch):
-    monkeypatch.setattr(machine.os, "sched_getaffinity", lambda pid: {0, 1, 2}, raising=False)
-    for cpu, shared in ((0, "0-1"), (1, "0-1"), (2, "2-3")):
-        for index, level, kind, size, who in ((0, 1, "Data", "48K", str(cpu)), (3, 3, "Unified", "16384K", shared)):
-            folder = tmp_path / f"cpu{cpu}" / "cache" / f"index{index}"
-            folder.mkdir(parents=True)
-            for name, text in (("level", level), ("type", kind), ("size", size), ("shared_cpu_list", who)):
-                (folder / name).write_text(f"{text}\n")
-    assert machine.last_level_cache(tmp_path) == 2 * (16 << 20)
-    assert machine.last_level_cache(tmp_path / "none") == 32 << 20
-
-
-# --- reports
-
-
-def finished() -> list[Any]:
-    row = Row("causal 2048 d128 bf16", SMALL, ("sdpa", "openvino"), (Target(BEST, 2.0),), limit="gemm")
-    known = timings(qkv=0.020, sdpa=0.200, openvino=0.030, gemm=0.001)
-    known["jax"] = Timing("jax", unavailable="jax is not installed")
-    return [judge(row, known, SMALL.flops * 10)]
-
-
-def written() -> dict[str, Any]:
-    about = machine.describe(2, CACHE)
-    return report.document(finished(), about, versions={"openvino": "1"}, settings={}, seconds=1.0)
-
-
-def test_the_table_has_one_line_a_row_and_the_verdict():
-    head, line = report.table_text(finished()).splitlines()
-    assert head.split() == ["case", "qkv", "ms", "opponent", "ms", "ratio", "needed", "of", "limit"]
-    assert " ".join(line.split()) == "causal 2048 d128 bf16 20.0 openvino 30.0 1.50× ≥ 2× miss 0% GEMM"
-    text = report.summary(finished())
-    assert "0 of 1 targets reached" in text
-    assert "jax: jax is not installed (causal 2048 d128 bf16)" in text
-
-
-def test_the_json_has_every_median_and_no_name_of_the_machine():
-    import platform
-
-    document = json.loads(json.dumps(written(), allow_nan=False))
-    assert document["schema"] == report.SCHEMA
-    assert set(document) >= {"date", "machine", "versions", "settings", "seconds", "rows"}
-    (row,) = document["rows"]
-    assert set(row) == {"name", "case", "flops", "kv_bytes", "contenders", "best_peer", "ratio", "limit", "targets"}
-    assert row["contenders"]["qkv"]["seconds"] == {"median": 0.02, "low": 0.02, "high": 0.02}
-    assert row["contenders"]["jax"] == {"unavailable": "jax is not installed"}
-    assert row["targets"][0]["verdict"] == "miss"
-    assert len(platform.node()) < 4 or platform.node() not in json.dumps(document)
-
-
-def test_the_chart_is_well_formed_and_knows_both_themes():
-    text = chart.svg(written())
-    root = ElementTree.fromstring(text)
-    bars = [e for e in root.iter("{http://www.w3.org/2000/svg}rect")]
-    assert [e.get("class") for e in bars] == ["q", "o", "o"]
-    widths = [float(e.get("width")) for e in bars]
-    assert widths[1] == pytest.approx(1.5 * widths[0], rel=0.01)
-    assert widths[2] == pytest.approx(8 * widths[0], rel=0.01), "ten times as long is cut at eight"
-    assert "prefers-color-scheme:dark" in text
-
-
-def test_the_readme_table_goes_between_its_marks(tmp_path):
-    path = tmp_path / "README.md"
-    path.write_text(f"before\n{markdown.START}\nold\n{markdown.END}\nafter\n", encoding="utf-8")
-    for _ in range(2):
-        markdown.write(path, written())
-    text = path.read_text(encoding="utf-8")
-    assert text.startswith(f"before\n{markdown.START}\n")
-    assert text.endswith(f"{markdown.END}\nafter\n")
-    assert "old" not in text
-    assert text.count("| causal, 2,048 tokens, D 128, bfloat16 | 20.0 | 200 | 30.0 (OpenVINO) | 1.5× |") == 1
-
-
-def test_sweep_shapes_cover_the_space_and_losers_are_listed():
-    cases = list(sweep.shapes())
-    assert len(cases) == 200
-    assert cases == list(sweep.shapes())
-    assert {case.dtype for case in cases} == {"f32", "bf16", "f16", "f64"}
-    assert (min(case.Lk for case in cases), max(case.Lk for case in cases)) == (1, 4096)
-    lost = sweep.Swept(cases[0], 2.0, 1.0, Spread(0.5, 0.5, 0.5), agrees=True, slower=True)
-    won = sweep.Swept(cases[1], 1.0, 2.0, Spread(2.0, 2.0, 2.0), agrees=True, slower=False)
-    text = sweep.summary([lost, won])
-    assert text.startswith("1 of 2 shapes slower")
-    assert text.count("slower:") == 1
-    assert json.dumps(sweep.as_data([lost, won]))
-
-
-def test_memory_bounds_and_problems_are_told(monkeypatch):
-    assert memory.allowed(Case("f32", 8, 1024, 64, Hq=2, Hkv=2), 2) == 2 * 2 * 1024 * 64 * 4 + 2 * (4 << 20)
-    name = next(iter(memory.CASES))
-    answers = {"returncode": 0, "stdout": "noise\n123\n", "stderr": ""}
-    monkeypatch.setattr(memory.subprocess, "run", lambda *a, **k: subprocess.CompletedProcess(a, **answers))
-    assert memory.measure(name, 2, None).extra_bytes == 123
-    answers.update(returncode=1, stderr="Traceback\nOSError: broken")
-    broken = memory.measure(name, 2, None)
-    assert not broken.fits
-    assert "OSError: broken" in memory.summary([broken])
-
-
-# --- the command
-
-
-def test_two_tiny_cases_run_from_start_to_end(tmp_path, capsys):
-    files = {"json": tmp_path / "out.json", "chart": tmp_path / "out.svg"}
-    code = bench.main(
-        ["--only", "^tiny", "--peers", "sdpa", "--seconds", "0.1", "--backend", "tiled", "--threads", "1"]
-        + [str(part) for key, path in files.items() for part in (f"--{key}", path)]
-    )
-    document = json.loads(files["json"].read_text(encoding="utf-8"))
-    assert code == 0
-    assert [row["name"] for row in document["rows"]] == ["tiny 1x4x32x32 f32", "tiny 1x4x32x32 bf16"]
-    assert all(row["contenders"]["sdpa"]["rounds"] >= 3 for row in document["rows"])
-    assert document["machine"]["threads"] == 1
-    ElementTree.fromstring(files["chart"].read_text(encoding="utf-8"))
-    assert "tiny 1x4x32x32 bf16" in capsys.readouterr().out
-
-
-def test_avx2_begins_anew_with_every_library_held(monkeypatch):
-    seen: dict[str, Any] = {}
-
-    def fake(command: list[str], env: dict[str, str], check: bool) -> Any:
-        seen.update(command=command, env=env)
-        return subprocess.CompletedProcess(command, 3)
-
-    monkeypatch.setattr(bench.subprocess, "run", fake)
-    monkeypatch.delenv("ATEN_CPU_CAPABILITY", raising=False)
-    assert bench.main(["--isa", "avx2", "--quick", "--threads", "1", "--json", "x.json", "--no-memory"]) == 3
-    assert {
-        key: seen["env"][key] for key in ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
-    } == {
-        "ATEN_CPU_CAPABILITY": "avx2",
-        "ONEDNN_MAX_CPU_ISA": "AVX2",
-        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
-    }
-    options = seen["command"][3:]
-    assert set(options) == {"--isa", "avx2", "--quick", "--threads", "1", "--json", "x.json", "--no-memory"}
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--threads", "0"], "threads must be at least 1"),
-        (["--only", "("], "regular expression"),
-        (["--only", "no such row"], "no row has such a name"),
-        (["--peers", "sdpa,nonsense"], "peers go by their names"),
-        (["--isa", "avx512", "--backend", "tiled"], "exclude each other|instruction set"),
-        (["--json", "/no/such/folder/x.json"], "folder must exist"),
-    ],
-)
-def test_requests_that_cannot_be_met_are_refused(options, message):
-    with pytest.raises(ArgumentError, match=message):
-        bench.main(options)
-
-
-def test_the_list_names_rows_and_measures_nothing(capsys):
-    assert bench.main(["--list", "--only", "mla"]) == 0
-    assert capsys.readouterr().out.split()[:2] == ["mla", "128"]

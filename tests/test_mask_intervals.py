@@ -12,7 +12,7 @@ from torch import Tensor
 
 import qkv
 from qkv.masks import Intervals
-from tests.test_masks import EXACT_KINDS, KINDS, Sizes, Spec, draw_sizes, drawn, expression, leaf, seeds
+from tests.mask_specs import EXACT_KINDS, KINDS, Sizes, Spec, draw_sizes, drawn, expression, leaf, seeds
 
 
 def covered(start: Tensor, stop: Tensor, count: Tensor, Lk: int) -> Tensor:

@@ -38,9 +38,13 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="time qkv against the other libraries on this machine",
         description="Time attention in qkv, PyTorch, and OpenVINO, ONNX Runtime, JAX and llama.cpp's ggml where "
         "installed (pip install 'qkv[bench]' llama-cpp-python). Results are checked against float64 first, calls are "
-        "interleaved, ratios are medians over rounds. About six minutes; --quick about one.",
+        "interleaved, ratios are medians over rounds. About six minutes; --quick about one. With --training: forward "
+        "and backward together against PyTorch's attention, gradients checked first, and the memory of a long step.",
     )
     parser.add_argument("--quick", action="store_true", help="the main rows and fewer peers, under 90 seconds")
+    parser.add_argument(
+        "--training", action="store_true", help="forward + backward against PyTorch, instead of forward"
+    )
     parser.add_argument("--only", metavar="REGEX", help="rows whose name matches")
     parser.add_argument("--peers", metavar="NAMES", help="these peers only, such as sdpa,openvino")
     parser.add_argument("--list", action="store_true", help="name the rows and their peers, and measure nothing")
@@ -83,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
     about = machine.describe(threads, cache_bytes)
     print(f"{about['cpu']}, {threads} threads, last-level cache {cache_bytes >> 20} MB, torch {torch.__version__}")
     roster = Roster(Setup(threads, "avx2" if isa == "avx2" else None), backend, _peers(args))
-    settings = {"isa": isa, "backend": backend, "quick": args.quick, "only": args.only}
+    settings = {"isa": isa, "backend": backend, "quick": args.quick, "only": args.only, "training": args.training}
     try:
         with Progress("qkv bench") as progress:
 
@@ -97,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
         torch.set_num_threads(before)
     whole = save(results, extras["data"])
     print(report.table_text(results), report.summary(results), *extras["text"], sep="\n\n")
-    if not (args.quick or args.only or isa):
+    if not (args.quick or args.only or args.training or isa):
         print(f"\n{_PLANNED}")
     print(f"\n{whole['seconds']:.0f} s")
     _tell(args, whole)
@@ -116,6 +120,10 @@ def _check(args: argparse.Namespace) -> None:
                 "qkv bench", "an instruction set is part of the backend's name", "both", f"Use --backend cpu:{args.isa}"
             )
         )
+    forward = [f"--{name}" for name in ("sweep", "mla", "chart", "markdown") if args.training and getattr(args, name)]
+    if forward:
+        rule, given = "--training measures forward + backward only", f"{', '.join(forward)}, of forward calls"
+        raise ArgumentError(describe("qkv bench", rule, given, "Make two runs"))
     try:
         re.compile(args.only or "")
     except re.error as error:
@@ -142,9 +150,9 @@ def _peers(args: argparse.Namespace) -> set[str] | None:
 
 def _choose(args: argparse.Namespace, cache_bytes: int) -> list[Row]:
     from qkv.cli.benching.peers import Roster
-    from qkv.cli.benching.rows import all_rows
+    from qkv.cli.benching.rows import all_rows, training_rows
 
-    rows = all_rows(cache_bytes, more_mla=args.mla)
+    rows = training_rows() if args.training else all_rows(cache_bytes, more_mla=args.mla)
     if args.isa == "avx2":
         rows = [replace(row, targets=row.avx2) for row in rows if row.avx2 is not None]
     if args.quick:
@@ -198,16 +206,17 @@ def _extras(
     found: dict[str, Any] = {"text": [], "data": {}, "wrong": False}
     if not (args.no_memory or args.quick or args.only):
         measured = []
-        for name in memory.CASES:
+        for name in memory.TRAINING if args.training else memory.CASES:
             progress.say(f"memory, {name}")
             measured.append(memory.measure(name, threads, backend))
-        found["text"].append(memory.summary(measured))
+        found["text"].append(memory.summary(measured, training=args.training))
         found["data"]["memory"] = memory.as_data(measured)
+        found["wrong"] = any(m.problem.startswith(memory.WRONG) for m in measured)
     if args.sweep:
         swept = sweep.sweep(roster, count=40 if args.quick else 200, say=progress.say)
         found["text"].append(sweep.summary(swept))
         found["data"]["sweep"] = sweep.as_data(swept)
-        found["wrong"] = any(not shape.agrees for shape in swept)
+        found["wrong"] |= any(not shape.agrees for shape in swept)
     return found
 
 

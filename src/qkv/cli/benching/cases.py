@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from qkv.cli.benching.gradients import Gradients, expect
 
 DTYPES = {"f64": torch.float64, "f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 # Largest relative error (2-norm of a row) at which a contender still counts as computing attention in this type.
@@ -33,7 +36,7 @@ class Case:
     size: int = 0
     rank: int = 0  # > 0: v is the view k[..., :rank] (MLA's absorbed decode)
     cold: bool = False
-    backward: bool = False
+    backward: bool = False  # the call is forward + backward, its results out, dq, dk, dv
 
     @property
     def Dv(self) -> int:
@@ -99,6 +102,8 @@ class Inputs:
     sets: list[tuple[Tensor, Tensor]]
     samples: list[tuple[int, int, int]]
     expected: Tensor = field(repr=False)
+    d_out: Tensor | None = field(default=None, repr=False)  # the output's gradient, where the case has a backward
+    gradients: Gradients | None = field(default=None, repr=False)
 
     def to(self, dtype: str) -> Inputs:
         """The same numbers in another type (for peers without ours)."""
@@ -109,10 +114,26 @@ class Inputs:
         for k, v in self.sets:
             k2 = k.to(kind)
             sets.append((k2, k2[..., : case.rank] if case.rank else v.to(kind)))
-        return Inputs(case, self.q.to(kind), sets, self.samples, self.expected)
+        d_out = None if self.d_out is None else self.d_out.to(kind)
+        return Inputs(case, self.q.to(kind), sets, self.samples, self.expected, d_out, self.gradients)
 
-    def error(self, out: Tensor) -> float:
-        """Worst relative error of the sampled rows; infinite where the shape or a value is not sane."""
+    def leaves(self) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v as tensors that take gradients, in the same memory."""
+        q, k, v = (t.detach().requires_grad_() for t in (self.q, *self.sets[0]))
+        return q, k, v
+
+    def errors(self, result: Any) -> dict[str, float]:
+        """Worst relative error of the sampled rows of "out", and of "dq", "dk" and "dv" where the case has them."""
+        if self.gradients is None:
+            return {"out": self._error_of_out(result)}
+        out, *gradients = result
+        return {"out": self._error_of_out(out), **self.gradients.errors(gradients)}
+
+    def error(self, result: Any) -> float:
+        """The largest of `errors`; infinite where a shape or a value is not sane."""
+        return max(self.errors(result).values())
+
+    def _error_of_out(self, out: Tensor) -> float:
         case = self.case
         if tuple(out.shape) != (case.B, case.Hq, case.Lq, case.Dv):
             return math.inf
@@ -134,7 +155,11 @@ def build(case: Case, sets: int = 1, seed: int = 0) -> Inputs:
     for n in range(1, sets):
         k2 = k.roll(n * 97, dims=2)
         pairs.append((k2, k2[..., : case.rank] if case.rank else v.roll(n * 97, dims=2)))
-    return Inputs(case, q, pairs, samples, _expected(case, q, k, v, samples))
+    inputs = Inputs(case, q, pairs, samples, _expected(case, q, k, v, samples))
+    if case.backward:
+        inputs.d_out = torch.randn(case.B, case.Hq, case.Lq, case.Dv, generator=g).to(kind)
+        inputs.gradients = expect(case, (q, k, v, inputs.d_out), samples, seed)
+    return inputs
 
 
 def _sample_rows(case: Case, g: torch.Generator, count: int = 8) -> list[tuple[int, int, int]]:

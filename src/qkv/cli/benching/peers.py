@@ -28,10 +28,10 @@ class Unavailable(Exception):
 
 @dataclass
 class Prepared:
-    """Calls that are ready to be timed, and how to see a call's result as (B, Hq, Lq, Dv)."""
+    """Calls that are ready to be timed, and how to see a call's result as out (B, Hq, Lq, Dv), or out, dq, dk, dv."""
 
     calls: Sequence[Callable[[], Any]]
-    read: Callable[[Any], Tensor]
+    read: Callable[[Any], Any]
     note: str = ""
 
 
@@ -78,7 +78,9 @@ class Qkv:
             out: Tensor = qkv.attention(q, k, v, mask=mask, backend=backend)  # no pair: return_lse is not set
             return out
 
-        plan = qkv.plan(inputs.q, *inputs.sets[0], mask=mask, backend=backend)
+        with torch.set_grad_enabled(case.backward):
+            tensors = inputs.leaves() if case.backward else (inputs.q, *inputs.sets[0])
+            plan = qkv.plan(*tensors, mask=mask, backend=backend)
         return _torch_calls(inputs, call, note=f"{plan.backend}, {plan.note}" if plan.note else plan.backend)
 
 
@@ -161,16 +163,14 @@ def _torch_calls(inputs: Inputs, call: Callable[[Tensor, Tensor, Tensor], Tensor
 
 
 def _with_backward(inputs: Inputs, call: Callable[[Tensor, Tensor, Tensor], Tensor], note: str) -> Prepared:
-    tensors = [t.detach().clone().requires_grad_() for t in (inputs.q, *inputs.sets[0])]
-    grad_out = torch.randn(inputs.case.B, inputs.case.Hq, inputs.case.Lq, inputs.case.Dv).to(inputs.q.dtype)
+    tensors = inputs.leaves()
 
-    def both() -> Tensor:
+    def both() -> tuple[Tensor, ...]:
         with torch.enable_grad():
             out = call(*tensors)
-            torch.autograd.grad(out, tensors, grad_out)
-        return out
+            return (out.detach(), *torch.autograd.grad(out, tensors, inputs.d_out))
 
-    return Prepared([both], lambda out: out, note)
+    return Prepared([both], lambda result: result, note)
 
 
 def _first_line(error: BaseException) -> str:

@@ -129,11 +129,15 @@ def _count(rows: list[str]) -> str:
 def disagreements(results: Sequence[Result]) -> list[str]:
     """Contenders whose result is not attention; they are not timed."""
     return [
-        f"{timing.name} on {result.row.name} (relative error {timing.error:.1e})"
+        f"{timing.name} on {result.row.name} (relative error {timing.error:.1e}{_of(timing)})"
         for result in results
         for timing in result.timings.values()
         if not timing.agrees and timing.error is not None
     ]
+
+
+def _of(timing: Timing) -> str:
+    return "" if timing.part == "out" else f" of {timing.part}"
 
 
 def unavailable(results: Sequence[Result]) -> dict[tuple[str, str], list[str]]:
@@ -202,6 +206,7 @@ def _timing(timing: Timing, ours: Timing) -> dict[str, Any]:
         "times_ours": _spread(ratio(timing.rounds, ours.rounds)),
         "rounds": len(timing.rounds),
         "error": timing.error,
+        "error_of": timing.part,
         "agrees": timing.agrees,
     }
     return known | ({"path": timing.note} if timing.note else {})

@@ -7,6 +7,13 @@ from dataclasses import dataclass, field, replace
 
 from qkv.cli.benching.cases import Case
 
+# Shape -> type -> how many times as long PyTorch's forward + backward must take.
+_TRAINING = {
+    "causal 2048 d128": {"bf16": 2.0, "f32": 1.1},
+    "causal 512 d128": {"bf16": 2.0, "f32": 1.4},
+    "causal 512 d64": {"bf16": 2.0, "f32": 1.4},
+    "window 256 of 2048 d128": {"bf16": 4.0, "f32": 4.0},
+}
 BEST, BEST_BUT_GGML, LIMIT = "best", "best but ggml", "limit"
 
 
@@ -37,6 +44,27 @@ def all_rows(cache_bytes: int, *, more_mla: bool = False) -> list[Row]:
     names = [row.name for row in rows]
     assert len(names) == len(set(names))
     return rows
+
+
+def training_rows() -> list[Row]:
+    """Forward + backward of every shape of the forward table that has more than one query, in three types."""
+    rows = {}
+    for row in (*_prefill(), *_sparse(), *_rest()):
+        shape = row.name.rpartition(" ")[0]
+        for dtype in ("f32", "bf16", "f16"):
+            needed = _TRAINING.get(shape, {}).get(dtype)
+            name = f"training {shape} {dtype}"
+            rows[name] = Row(
+                name,
+                replace(row.case, dtype=dtype, backward=True),
+                ("sdpa",),  # what a PyTorch user trains with; FlexAttention has no backward pass on the CPU
+                () if needed is None else (Target("sdpa", needed),),
+                {},
+                row.limit,
+                quick=needed is not None and row.case.D == 128,
+                avx2=(),  # a row of that mode, without a promise
+            )
+    return list(rows.values())
 
 
 def _prefill() -> Iterator[Row]:
@@ -151,5 +179,3 @@ def _rest() -> Iterator[Row]:
         yield Row(
             f"tiny 1x4x32x32 {dtype}", case, ("sdpa",), (Target("sdpa", 1.0, slack_us=3.0),), quick=dtype == "f32"
         )
-    case = Case("bf16", 2048, 2048, mask="causal", backward=True)
-    yield Row("forward+backward causal 2048 d128 bf16", case, ("sdpa",), (), {}, "gemm")

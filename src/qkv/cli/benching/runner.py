@@ -65,6 +65,7 @@ class Timing:
     rounds: dict[int, float] = field(default_factory=dict)
     unavailable: str = ""
     error: float | None = None  # worst relative error of the sampled rows
+    part: str = "out"  # the result that has it: out, dq, dk or dv
     agrees: bool = True
     note: str = ""
 
@@ -213,7 +214,8 @@ class Runner:
                 dtype = name.partition(" ")[2]
                 tolerance = TOLERANCE[dtype if dtype in TOLERANCE else given.case.dtype]
                 ends = ready.calls[:1] if len(ready.calls) == 1 else (ready.calls[0], ready.calls[-1])
-                timing.error = max(given.error(ready.read(call())) for call in ends)
+                errors = [given.errors(ready.read(call())) for call in ends]
+                timing.error, timing.part = max((e, part) for found in errors for part, e in found.items())
                 timing.agrees, timing.note = timing.error <= tolerance, ready.note
                 if timing.agrees:
                     prepared[name], estimates[name] = ready, self._estimate(ready.calls[0])
