@@ -519,9 +519,9 @@ class Gradients {
                         x = cap * t;
                     }
                     if (a_.bias_count > 0) x = x + V::load(w.bias + j * n + z);
-                    x = fma(x, log2e, zero - lse2);
+                    x = fused(x, log2e, zero - lse2);
                 } else {
-                    x = fma(x, factor, zero - lse2);
+                    x = fused(x, factor, zero - lse2);
                 }
                 // A weight is at most 1, whatever lse lost to rounding. (A NaN stays: it is second.)
                 p = exp2_poly<M::kDegree>(minimum(zero, x));

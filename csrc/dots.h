@@ -311,7 +311,7 @@ class Dots {
             V l = V::zero();
             for (int j = 0; j < n; j += W) {
                 const V x = V::load(s + j);
-                const V e = exp2_poly<M::kDegree>(minimum(V::zero(), fma(x, factor, minus)));
+                const V e = exp2_poly<M::kDegree>(minimum(V::zero(), fused(x, factor, minus)));
                 l = l + e;
                 e.store(s + j);
             }

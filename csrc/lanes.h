@@ -506,7 +506,7 @@ class Lanes {
         const auto e = [&](const E* at, int z) {
             const V x = V::load(at + z * W);
             // The fused product may exceed 0 by an ulp of m, which is much where m is huge. (A NaN stays: it is second.)
-            return exp2_poly<M::kDegree>(minimum(V::zero(), fma(x, factor, V::zero() - m[z])));
+            return exp2_poly<M::kDegree>(minimum(V::zero(), fused(x, factor, V::zero() - m[z])));
         };
         if constexpr (M::kPair == 2) {
             Q* to = reinterpret_cast<Q*>(scores_at);

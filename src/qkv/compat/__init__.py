@@ -1,0 +1,14 @@
+"""Drop-ins: the interfaces of other libraries on top of `qkv.attention`.
+
+>>> import torch, qkv.compat
+>>> q = k = v = torch.randn(2, 8, 16, 64)
+>>> with qkv.compat.patch_sdpa():
+...     torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).shape
+torch.Size([2, 8, 16, 64])
+"""
+
+from __future__ import annotations
+
+from qkv.compat.scaled_dot_product import patch_sdpa, sdpa
+
+__all__ = ["patch_sdpa", "sdpa"]
