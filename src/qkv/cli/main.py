@@ -17,6 +17,7 @@ COMMANDS = {
     "why": "settle a question about attention by an experiment",
     "mask": "draw a mask written as an expression",
     "doctor": "say what was detected here, and which path calls take",
+    "train": "train a small decoder on a text, and measure it",
     "bench": "time qkv against the other libraries on this machine",
 }
 

@@ -1,0 +1,171 @@
+"""`qkv train`: a small byte-level decoder trained on a text, with progress, checkpoints and a measured result."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qkv.errors import ArgumentError, describe
+
+if TYPE_CHECKING:
+    from qkv.cli.training.loop import Run
+
+OUT = "decoder.safetensors"
+# option -> (where it belongs, type, what --help says); the defaults are those of Config and Settings
+OPTIONS = {
+    "attention": ("config", str, "mha, gqa, mqa, mla, window, or an ablation such as shared-qk (default mha)"),
+    "op": ("config", str, "qkv, or sdpa: PyTorch's attention in its place, to compare"),
+    "dim": ("config", int, "width of the residual stream (default 128)"),
+    "layers": ("config", int, "blocks (default 6)"),
+    "heads": ("config", int, "query heads (default 4)"),
+    "context": ("config", int, "bytes of a training window (default 256)"),
+    "window": ("config", int, "bytes that --attention window sees (default 64)"),
+    "steps": ("settings", int, "training steps (default 2000)"),
+    "batch": ("settings", int, "windows a step (default 8)"),
+    "rate": ("settings", float, "peak learning rate (default 0.002)"),
+    "seed": ("settings", int, "of the weights and the batches (default 0)"),
+}
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add `qkv train` to the command line."""
+    parser = subparsers.add_parser(
+        "train",
+        help="train a small decoder on a text, and measure it",
+        description="Train a byte-level decoder on a text and print its bits per byte on the tenth that is held out. "
+        "With the same settings, machine and threads the result is the same to the bit, interrupted or not.",
+    )
+    parser.add_argument("text", nargs="?", metavar="TEXT", help="a file (default: Python's language reference)")
+    for name, (_, kind, told) in OPTIONS.items():
+        parser.add_argument(f"--{name}", type=kind, help=told)
+    parser.add_argument("--tied", action="store_true", default=None, help="use the embedding as the head, transposed")
+    parser.add_argument("--out", metavar="FILE", help=f"where checkpoints go, as safetensors (default {OUT})")
+    parser.add_argument("--export", metavar="FILE", help="also write the trained weights alone, in bfloat16")
+    parser.add_argument("--resume", metavar="FILE", help="continue a checkpoint, with the settings it was begun with")
+    parser.add_argument("--every", type=int, default=250, help="steps between checkpoints (default 250)")
+    parser.add_argument("--stop", type=int, metavar="STEP", help="stop after this step, to be resumed later")
+    parser.add_argument("--threads", type=int, help="threads to compute with (default: PyTorch's number)")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run `qkv train` and return the exit code."""
+    for name in ("every", "stop", "threads"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            raise ArgumentError(describe("qkv train", f"--{name} is >= 1", f"--{name} {value}", "Leave it out"))
+    import torch
+
+    from qkv.cli.progress import Progress
+    from qkv.cli.training.checkpoint import check_target
+
+    out = Path(args.out or args.resume or OUT)
+    check_target(out, may_exist=args.resume is not None and out == Path(args.resume))
+    if args.export is not None:
+        check_target(Path(args.export), may_exist=False)
+    before = torch.get_num_threads()
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    try:
+        current = _prepare(args)
+        print(_opening(current), file=sys.stderr)
+        steps = min(args.stop or current.settings.steps, current.settings.steps)
+        with Progress("qkv train") as progress:
+            current.go(steps, args.every, _Voice(progress).hear, save=out)
+        if not current.record.held:
+            current.evaluate()
+        print(_result(current, out))
+        if args.export is not None:
+            current.export(Path(args.export))
+            print(f"{'weights alone':<28} {args.export}")
+    finally:
+        torch.set_num_threads(before)
+    return 0
+
+
+def _prepare(args: argparse.Namespace) -> Run:
+    """Begin a run as the options say, or continue one."""
+    from qkv.cli.decoder import Config
+    from qkv.cli.training import checkpoint, loop
+    from qkv.cli.training.data import read_corpus
+
+    given = {"config": {}, "settings": {}}  # type: dict[str, dict[str, object]]
+    for name, (part, _, _) in {**OPTIONS, "tied": ("config", bool, "")}.items():
+        if getattr(args, name) is not None:
+            given[part][name] = getattr(args, name)
+    if args.resume is None:
+        config = Config(**given["config"])  # type: ignore[arg-type]
+        settings = loop.Settings(**given["settings"])  # type: ignore[arg-type]
+        return loop.Run(config, settings, read_corpus(args.text, config.context))
+    named = [f"--{name}" for part in given.values() for name in part]
+    if named:
+        rule, fix = "a checkpoint brings its own settings", f"Leave out {', '.join(named)}, or begin a new run"
+        raise ArgumentError(describe("qkv train", rule, f"--resume and {', '.join(named)}", fix))
+    saved = checkpoint.load(args.resume)
+    return loop.resumed(saved, read_corpus(args.text, loop.configured(saved)[0].context))
+
+
+def _opening(current: Run) -> str:
+    from qkv.cli.training.data import SPLIT
+
+    corpus, config = current.corpus, current.config
+    weights = sum(p.numel() for p in current.model.parameters())
+    begun = f", continued at step {current.step:,}" if current.step else ""
+    return (
+        f"qkv train: {corpus.name}, {len(corpus.train):,} bytes, and {len(corpus.held):,} held out ({SPLIT})\n"
+        f"qkv train: {config.attention}, {config.layers} layers of {config.dim}, {weights:,} weights, "
+        f"{current.settings.steps:,} steps of {current.settings.batch} × {config.context} bytes{begun}"
+    )
+
+
+def _result(current: Run, out: Path) -> str:
+    import torch
+
+    config = current.config
+    step, bits = current.record.held[-1]
+    kept = 2 * config.cached_numbers()
+    bound = f", of the last {config.window} bytes only" if config.attention == "window" else ""
+    rows = [
+        ("bits per byte, held out", f"{bits:.4f} after {step:,} steps (a guess among 256 bytes takes 8)"),
+        ("key/value bytes a token", f"{kept:,} in bfloat16, over {config.layers} layers{bound}"),
+        ("checkpoint", str(out)),
+    ]
+    if current.record.milliseconds:
+        time_a_step = f"{current.record.step_time():.0f} ms, median, {torch.get_num_threads()} threads"
+        rows.insert(2, ("time a step", time_a_step))
+    return "\n".join(f"{name:<28} {value}" for name, value in rows)
+
+
+class _Voice:
+    """Says how training goes: often on a terminal, ten times in all elsewhere."""
+
+    def __init__(self, progress: object) -> None:
+        self.progress, self.last, self.tenth = progress, 0.0, -1
+
+    def hear(self, current: Run) -> None:
+        from qkv.cli.progress import Progress
+        from qkv.insight.terminal import bar, is_terminal
+
+        assert isinstance(self.progress, Progress)
+        steps = current.settings.steps
+        now, tenth = time.perf_counter(), 10 * current.step // steps
+        if is_terminal(sys.stderr):
+            if now - self.last < 0.2 and current.step < steps:
+                return
+            drawn = f"▕{bar(current.step / steps, 20)}▏ "
+        else:
+            if tenth == self.tenth:
+                return
+            drawn = ""
+        self.last, self.tenth = now, tenth
+        recent = current.record.losses[-20:]
+        held = f", {current.record.held[-1][1]:.3f} held out" if current.record.held else ""
+        left = (steps - current.step) * current.record.step_time() / 1e3
+        remaining = f", {left / 60:.0f} min left" if left >= 90 else f", {left:.0f} s left"
+        if len(current.record.milliseconds) < 5:  # the first steps set things up and say little of the rest
+            remaining = ""
+        self.progress.say(
+            f"{drawn}step {current.step:,} of {steps:,}, {sum(recent) / len(recent):.3f} bits per byte{held}{remaining}"
+        )
