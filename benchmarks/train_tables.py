@@ -3,7 +3,7 @@
     python benchmarks/train_tables.py variants [TEXT] [--seeds 0 1 2] [--threads 1] [--part 1/2]
     python benchmarks/train_tables.py ablations [--seeds 0 1 2] [--threads 1] [--part 1/2]
     python benchmarks/train_tables.py steps [--threads 2]
-    python benchmarks/train_tables.py report [--json benchmarks/results/training.json]
+    python benchmarks/train_tables.py report [--json benchmarks/results/models.json] [--why FILE]
     python benchmarks/train_tables.py card CHECKPOINT > src/qkv/cli/model/README.md
 
 Every run leaves a JSON file in --results as it ends, and one that is there is not made again: stop and start at will,
@@ -96,6 +96,8 @@ def report(args: argparse.Namespace) -> None:
     print("\n".join([*ablations_table(runs), "", *steps_table(timings)]))
     if args.json is not None:
         args.json.write_text(json.dumps({"runs": runs, "steps": timings}, indent=1) + "\n")
+    if args.why is not None:
+        args.why.write_text(json.dumps(told(runs), indent=1, ensure_ascii=False) + "\n")
 
 
 def card(args: argparse.Namespace) -> None:
@@ -171,6 +173,29 @@ def ablations_table(runs: list[Result]) -> list[str]:
     return [f"**Ablations**, {', '.join(sorted(texts))}", "", *head, *rows]
 
 
+def told(runs: list[Result]) -> Result:
+    """Return what `qkv.why` tells of the ablations: bits per byte, and each one's cost with its range over seeds."""
+    runs = [run for run in runs if run["config"]["op"] == "qkv"]
+    texts = {run["text"] for run in runs if run["config"]["attention"] in ABLATIONS}
+    runs = [run for run in runs if run["text"] in texts]
+    base = {run["settings"]["seed"]: run["bits"] for run in chosen(runs, "mha", "qkv")}
+    config, settings = runs[0]["config"], runs[0]["settings"]
+    found: Result = {}
+    for kind, rule in ABLATIONS.items():
+        costs = [r["bits"] - base[r["settings"]["seed"]] for r in chosen(runs, kind, "qkv")]
+        cost = (statistics.fmean(costs), min(costs), max(costs))
+        found[kind] = {"what": rule.what, "cost": [round(x, 4) for x in cost]}
+    budget = f"{config['layers']} layers of {config['dim']}, {settings['steps']} steps"
+    budget += f" of {settings['batch']} × {config['context']} bytes"
+    return {
+        "text": texts.pop(),
+        "budget": budget,
+        "seeds": sorted(base),
+        "bits": round(statistics.fmean(base.values()), 4),
+        "ablations": found,
+    }
+
+
 def steps_table(timings: list[Result]) -> list[str]:
     """Milliseconds of a training step, each kind in turn."""
     head = ["| context | threads | attention | ms a step | SDPA's mha takes |", "|---|---|---|---|---|"]
@@ -214,6 +239,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--part", default="1/1", help="i/n: every n-th run from the i-th on")
     parser.add_argument("--json", type=Path, help="of report: one file for all results")
+    parser.add_argument("--why", type=Path, help="of report: src/qkv/insight/trained.json, which qkv.why tells")
     args = parser.parse_args()
     if args.text is not None and args.command not in ("variants", "card"):
         parser.error(f"{args.command} takes no text")

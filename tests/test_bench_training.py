@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
 from collections.abc import Callable
@@ -14,11 +15,12 @@ import torch
 from torch import Tensor
 
 from qkv.cli import bench
-from qkv.cli.benching import gradients, memory, report
+from qkv.cli.benching import example, gradients, memory, report
 from qkv.cli.benching.cases import TOLERANCE, Inputs, build
 from qkv.cli.benching.peers import Prepared, Qkv, Sdpa, Setup
 from qkv.cli.benching.rows import Row, Target, all_rows, training_rows
 from qkv.cli.benching.runner import Runner
+from qkv.cli.decoder import Config
 from tests.bench_fakes import CACHE, SMALL, FakeRoster, naive
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -269,3 +271,17 @@ def test_the_list_of_training_names_its_rows(capsys: pytest.CaptureFixture[str])
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(training_rows())
     assert all(line.split()[0] == "training" and line.split()[-1] == "sdpa" for line in lines)
+
+
+def test_the_example_decoder_is_timed_with_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(example, "STEPS", ((8, 2, 1.0), (16, 1, 1e9)))
+    said: list[str] = []
+    steps = example.measure(said.append, rounds=3, size=Config(dim=16, layers=1, heads=2, context=8))
+    assert [(step.context, step.batch) for step in steps] == [(8, 2), (16, 1)]
+    assert said == ["decoder, context 8", "decoder, context 16"]
+    assert all(step.ours > 0 and step.theirs > 0 and step.ratio[0] <= step.ratio[1] <= step.ratio[2] for step in steps)
+    assert steps[1].verdict == "miss"
+    assert dataclasses.replace(steps[0], ratio=(0.9, 1.1, 1.2)).verdict == "pass"
+    assert dataclasses.replace(steps[0], ratio=(0.9, 0.95, 1.2)).verdict == "near"
+    assert "tokens/s" in example.summary(steps)
+    assert example.as_data(steps)[0]["verdict"] == steps[0].verdict

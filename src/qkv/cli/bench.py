@@ -212,6 +212,12 @@ def _extras(
         found["text"].append(memory.summary(measured, training=args.training))
         found["data"]["memory"] = memory.as_data(measured)
         found["wrong"] = any(m.problem.startswith(memory.WRONG) for m in measured)
+    if args.training and not (args.quick or args.only):
+        from qkv.cli.benching import example
+
+        steps = example.measure(progress.say)
+        found["text"].append(example.summary(steps))
+        found["data"]["decoder"] = example.as_data(steps)
     if args.sweep:
         swept = sweep.sweep(roster, count=40 if args.quick else 200, say=progress.say)
         found["text"].append(sweep.summary(swept))
