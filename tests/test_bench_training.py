@@ -241,13 +241,17 @@ def test_the_extras_of_training_are_its_own(monkeypatch: pytest.MonkeyPatch) -> 
         asked.append(name)
         return memory.Memory(name, 0, 10**9, f"{memory.WRONG}: relative error 1.0" if len(asked) == 2 else "")
 
+    step = example.Step(256, 8, 1.0, 2.0, 1.0, (1.0, 2.0, 3.0))
     monkeypatch.setattr(memory, "measure", measure)
+    monkeypatch.setattr(example, "measure", lambda say: [step])
     args = argparse.Namespace(training=True, no_memory=False, quick=False, only=None, sweep=False)
     progress = argparse.Namespace(say=lambda text: None)
     found = bench._extras(args, FakeRoster(), 1, None, progress)  # type: ignore[arg-type]
     assert asked == list(memory.TRAINING)
     assert found["wrong"]
-    (text,) = found["text"]
+    text, decoder = found["text"]
+    assert decoder == example.summary([step])
+    assert found["data"]["decoder"] == example.as_data([step])
     assert text.startswith("Memory of forward + backward beyond inputs and gradients:")
     assert "1000.0 MB  pass" in text
 

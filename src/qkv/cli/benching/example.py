@@ -1,4 +1,4 @@
-"""Training steps of the example decoder with qkv and with PyTorch's attention, in turn: tokens per second, end to end."""
+"""Training steps of the example decoder, with qkv and with PyTorch's attention in turn: tokens per second."""
 
 from __future__ import annotations
 
