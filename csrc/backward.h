@@ -256,11 +256,18 @@ class Gradients {
     E dot(const T* o, int64_t o_stride, const T* g, int64_t g_stride) const {
         E total = 0;
         int64_t d = 0;
-        if (o_stride == 1 && g_stride == 1) {
-            V acc = V::zero();
-            for (; d + W <= a_.Dv; d += W) acc = fma(V::load(o + d), V::load(g + d), acc);
-            total = sum(acc);
+        // The same order of additions whatever the strides: so are the bits.
+        V acc = V::zero();
+        for (; d + W <= a_.Dv; d += W) {
+            if (o_stride == 1 && g_stride == 1) {
+                acc = fma(V::load(o + d), V::load(g + d), acc);
+                continue;
+            }
+            E x[W], y[W];
+            for (int i = 0; i < W; ++i) x[i] = widen(o[(d + i) * o_stride]), y[i] = widen(g[(d + i) * g_stride]);
+            acc = fma(V::load(x), V::load(y), acc);
         }
+        total = sum(acc);
         for (; d < a_.Dv; ++d) total += widen(o[d * o_stride]) * widen(g[d * g_stride]);
         if (finite(total)) return total;
         total = 0;

@@ -101,7 +101,7 @@ def test_the_message_of_the_design() -> None:
     )
 
 
-def test_functorch_is_refused_by_name() -> None:
-    q = torch.randn(3, 1, 2, 5, 8)
-    with pytest.raises(UnsupportedError, match="vmap"):
-        torch.vmap(lambda x: qkv.attention(x, x, x))(q)
+def test_what_torch_func_cannot_map_is_refused_by_name() -> None:
+    q, p = torch.randn(1, 2, 5, 8), torch.arange(5).expand(3, 1, 5)
+    with pytest.raises(UnsupportedError, match="positions"):
+        torch.vmap(lambda p: qkv.attention(q, q, q, mask=qkv.causal(), positions=p))(p)

@@ -76,16 +76,18 @@ def test_changed_inputs_raise() -> None:
             out.backward(torch.ones_like(out))
 
 
-def test_twice_differentiable_or_an_error() -> None:
+def test_three_times_differentiable_or_an_error() -> None:
     q, k, v = inputs(Lq=2, Lk=2, dtype=torch.float64, grad=True)
-    for backend in BACKENDS:
-        out = qkv.attention(q, k, v, backend=backend)
-        (dq,) = torch.autograd.grad(out, q, torch.ones_like(out), create_graph=True)
+    for backend in (*BACKENDS, None):
+        found = qkv.attention(q, k, v, backend=backend)
+        for _ in range(2):
+            (found,) = torch.autograd.grad(found.square().sum(), q, create_graph=True)
         if backend == "reference":
-            dq.sum().backward()
+            found.square().sum().backward()
+            assert q.grad.isfinite().all()
         else:
-            with pytest.raises(UnsupportedError, match="differentiates once"):
-                dq.sum().backward()
+            with pytest.raises(UnsupportedError, match="differentiates twice"):
+                found.square().sum().backward()
 
 
 def test_autocast_does_not_lower_precision() -> None:

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from functools import cache
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
+from qkv import ops
 from qkv.backends import base
-from qkv.errors import ArgumentError, ArgumentTypeError, describe
+from qkv.encoding import encode
+from qkv.errors import ArgumentError, ArgumentTypeError, UnsupportedError, describe
 from qkv.masks import Mask
 from qkv.masks.arguments import integers, shown, whole
 from qkv.numerics import no_autocast
 from qkv.planning import check_backend, choose, prepared
 from qkv.scores import ScoreTerm
 from qkv.spec import Inputs, Output, Problem
-from qkv.validation import Options, validate
+from qkv.validation import Options, named, validate
+
+if TYPE_CHECKING:
+    from qkv.gradients import Call
 
 _CALL = "qkv.attention()"
 
@@ -27,6 +35,7 @@ class _Entry(NamedTuple):
     """How to run calls of one kind."""
 
     problem: Problem
+    backend: base.Backend
     run: Callable[[Inputs], Output]
     execute: base.Execute | None  # the backend's prepared call, where it has one
     differentiable: bool  # autograd goes through `run` itself
@@ -41,6 +50,70 @@ _MAX_HELD_BYTES = 4 << 20  # a mask that holds more (segment ids of a million to
 _lock = threading.Lock()
 _PLAIN_POSITIONS = frozenset((type(None), str, int))
 _grad_enabled = torch.is_grad_enabled
+_dynamo = torch.compiler.is_dynamo_compiling  # looked up once; torch.compile knows it by any name
+_modes = torch._C._len_torch_dispatch_stack
+_functorch = torch._C._are_functorch_transforms_active
+
+
+class OutputWithLse(NamedTuple):
+    """out (B, Hq, Lq, Dv) and lse (B, Hq, Lq), as return_lse=True gives them."""
+
+    out: Tensor
+    lse: Tensor
+
+
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None = None,
+    mask: Mask | Tensor | None = None,
+    *,
+    positions: str | int | Sequence[int] | Tensor | None = None,
+    bias: Tensor | ScoreTerm | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    return_lse: Literal[False] = False,
+    backend: str | None = None,
+) -> Tensor: ...
+
+
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None = None,
+    mask: Mask | Tensor | None = None,
+    *,
+    positions: str | int | Sequence[int] | Tensor | None = None,
+    bias: Tensor | ScoreTerm | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    return_lse: Literal[True],
+    backend: str | None = None,
+) -> OutputWithLse: ...
+
+
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None = None,
+    mask: Mask | Tensor | None = None,
+    *,
+    positions: str | int | Sequence[int] | Tensor | None = None,
+    bias: Tensor | ScoreTerm | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    return_lse: bool,
+    backend: str | None = None,
+) -> Tensor | OutputWithLse: ...
 
 
 def attention(
@@ -49,7 +122,7 @@ def attention(
     v: Tensor | None = None,
     mask: Mask | Tensor | None = None,
     *,
-    positions: str | int | Tensor | None = None,
+    positions: str | int | Sequence[int] | Tensor | None = None,
     bias: Tensor | ScoreTerm | None = None,
     scale: float | None = None,
     softcap: float | None = None,
@@ -57,7 +130,7 @@ def attention(
     dropout_p: float = 0.0,
     return_lse: bool = False,
     backend: str | None = None,
-) -> Any:
+) -> Tensor | OutputWithLse:
     """Attend from each query to the keys the mask lets it see, and return the weighted mean of their values.
 
     ::
@@ -115,6 +188,9 @@ def attention(
     Notes
     -----
     Cost: 2 (D + Dv) FLOPs a visible pair, memory in proportion to q, k, v and out; `qkv.plan` gives a call's numbers.
+    Derivatives, by torch.autograd or torch.func, forward or backward: the first and the second, never with quadratic
+    memory; backend="reference" has all of them, backwards. torch.vmap maps it. torch.compile and torch.export take it
+    as one node and keep lengths dynamic; a mask or score term that is a Python function stays outside of their graphs.
     Source: Vaswani et al. (2017); computed by online softmax over tiles, Dao et al. (2022).
 
     Examples
@@ -125,10 +201,16 @@ def attention(
     >>> out.shape, lse.shape
     (torch.Size([1, 8, 5, 32]), torch.Size([1, 8, 5]))
     """
+    if _dynamo():
+        found = ops.traced(q, k, v, mask, positions, bias, scale, softcap, sinks, dropout_p, backend)
+        return OutputWithLse(*found) if return_lse else found[0]
     fast_key: Any = None
     execute: base.Execute | None = None
     if (
         bias is None
+        and _modes() == 0
+        and not _functorch()
+        and forward_ad._current_level < 0
         and dropout_p.__class__ is float
         and return_lse.__class__ is bool
         and positions.__class__ in _PLAIN_POSITIONS
@@ -155,35 +237,115 @@ def attention(
             and (q.requires_grad or k.requires_grad or v.requires_grad or (sinks is not None and sinks.requires_grad))  # type: ignore[union-attr]
         ):
             out, lse = execute(q, k, v, None, (), sinks, return_lse)  # type: ignore[arg-type]
-            return Output(out, lse) if return_lse else out
+            return OutputWithLse(out, lse) if return_lse else out  # type: ignore[arg-type]
     options = Options(positions, bias, scale, softcap, sinks, dropout_p, return_lse)
-    return _attend(q, k, v, mask, options, backend, fast_key)
+    output = _traced(q, k, v, mask, options, backend)
+    if output is None:
+        output = _unfollowed()(q, k, v, mask, options, backend, fast_key)
+    return OutputWithLse(*output) if return_lse else output.out  # type: ignore[arg-type]
 
 
-def _attend(q: Any, k: Any, v: Any, mask: Any, options: Options, backend: Any, fast_key: Any) -> Any:
+def _traced(q: Any, k: Any, v: Any, mask: Any, options: Options, backend: Any) -> Output | None:
+    """The call as a node of the graph that a tracer is making, or None where none is."""
+    followed = ops.tracing(q) or ops.tracing(k) or ops.tracing(v)
+    if not followed and _modes() == 0:
+        return None
+    check_backend(_CALL, backend)
+    o = options
+    try:
+        found = ops.traced(
+            q, k, v, mask, o.positions, o.bias, o.scale, o.softcap, o.sinks, o.dropout_p, backend
+        )  # fmt: skip
+    except UnsupportedError:
+        if followed:
+            raise
+        return None  # a mode only watches: the parts of a call that is no node are its to see
+    return Output(*found)
+
+
+def _unfollowed() -> Callable[..., Output]:
+    """`_attend`; torch.compile does not look into it where it left `attention` to Python."""
+    if "torch._dynamo" not in sys.modules:
+        return _attend
+    return _disabled()
+
+
+@cache
+def _disabled() -> Callable[..., Output]:
+    disabled: Callable[..., Output] = torch.compiler.disable(_attend)
+    return disabled
+
+
+def _attend(
+    q: Any, k: Any, v: Any, mask: Any, options: Options, backend: Any, fast_key: Any = None, seed: int | None = None
+) -> Output:
     """The door without the short cut: check, plan, run."""
     check_backend(_CALL, backend)
     # Positions and bias are looked at in every call: what they hold is data, and no key can stand for it.
     problem, inputs = validate(_CALL, q, k, v, mask, options)
+    if _functorch() or forward_ad._current_level >= 0:
+        if _transformed(problem, inputs):
+            return _transform(problem, inputs, backend)
+        if _functorch():  # a constant there: computed as if outside
+            from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack as outside
+
+            with outside():
+                return _attend(q, k, v, mask, options, backend, seed=seed)
+    entry, key = _planned(problem, inputs, backend)
+    as_given = inputs.q is q and inputs.k is k and inputs.v is v and inputs.sinks is options.sinks
+    if None not in (key, fast_key, entry.execute) and as_given and q.is_cpu and not problem.needs_grad:
+        _remember(_FAST, fast_key, entry.execute)
+    if problem.dropout_p > 0:
+        inputs.seed = int(ops.draw_seed()) if seed is None else seed
+    if entry.differentiable or not torch.is_grad_enabled():
+        return entry.run(inputs)
+    from qkv.gradients import Call, attend, refuse_captured  # loaded by the first call that may need it
+
+    refuse_captured(_CALL, inputs.bias, q.device)
+    if not problem.needs_grad:
+        return entry.run(inputs)
+    return attend(Call(entry.problem, entry.backend, entry.run, inputs.bias, inputs.seed), inputs)
+
+
+def _transform(problem: Problem, inputs: Inputs, backend: str | None) -> Output:
+    """A call whose tensors torch.func or forward mode follows: it needs lse, and no result of it is remembered."""
+    from qkv.gradients import Call, attend, refuse_captured
+
+    problem = replace(problem, needs_grad=True, needs_lse=True)
+    refuse_captured(_CALL, inputs.bias, inputs.q.device)
+    seed = int(ops.draw_seed()) if problem.dropout_p > 0 else 0
+    chosen = base.load(choose(problem, backend, inputs.positions).backend)
+    words: list[int] = []
+    operands: list[Tensor] = []
+    if problem.mask is not None and any(map(_wrapped, _held_tensors(problem.mask))):
+        encode(_CALL, problem.mask, words, operands)  # what is mapped has to be an argument
+    call = Call(problem, chosen, None, inputs.bias, seed, tuple(words) if words else None, len(operands))
+    return attend(call, inputs, operands)
+
+
+def _transformed(problem: Problem, inputs: Inputs) -> bool:
+    """Whether torch.func or forward mode follows one of the call's tensors."""
+    bias = inputs.bias.tensors() if inputs.bias is not None else ()
+    tensors = [t for t in (inputs.q, inputs.k, inputs.v, inputs.sinks, *bias) if t is not None]
+    if any(map(_wrapped, tensors + _held_tensors(problem.mask))):
+        return True
+    return forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+
+
+def _wrapped(t: Tensor) -> bool:
+    found: bool = torch._C._functorch.is_functorch_wrapped_tensor(t)
+    return found
+
+
+def _planned(problem: Problem, inputs: Inputs, backend: str | None) -> tuple[_Entry, Any]:
+    """How to run the call, from the cache where it can be, and the key there."""
     key = None if _held_bytes(problem.mask) > _MAX_HELD_BYTES else _key(problem, inputs, backend)
     entry = _ENTRIES.get(key) if key is not None else None
     if entry is None:
         entry = _entry(problem, inputs, backend)
         if key is not None:
             _remember(_ENTRIES, key, entry)
-    as_given = inputs.q is q and inputs.k is k and inputs.v is v and inputs.sinks is options.sinks
-    if None not in (key, fast_key, entry.execute) and as_given and q.is_cpu and not problem.needs_grad:
-        _remember(_FAST, fast_key, entry.execute)
-    if problem.dropout_p > 0:
-        inputs.seed = int(torch.empty((), dtype=torch.int64, device="cpu").random_())
-    if entry.differentiable or not torch.is_grad_enabled():
-        output = entry.run(inputs)
-    else:
-        from qkv.gradients import attend, refuse_captured  # loaded by the first call that may need it
-
-        refuse_captured(_CALL, inputs.bias, q.device)
-        output = attend(entry.run, entry.problem, inputs) if problem.needs_grad else entry.run(inputs)
-    return output if options.return_lse else output.out
+    return entry, key
 
 
 def _key(problem: Problem, inputs: Inputs, backend: str | None) -> Any:
@@ -202,13 +364,13 @@ def _entry(problem: Problem, inputs: Inputs, name: str | None) -> _Entry:
         problem = replace(problem, needs_lse=True)
     execute = prepared(problem, backend, inputs)
     if execute is None:
-        return _Entry(problem, lambda given: backend.run(problem, given), None, backend.differentiable)
+        return _Entry(problem, backend, lambda given: backend.run(problem, given), None, backend.differentiable)
 
     def run(given: Inputs) -> Output:
         tensors = given.bias.tensors() if given.bias is not None else ()
         return Output(*execute(given.q, given.k, given.v, given.positions, tensors, given.sinks, problem.needs_lse))
 
-    return _Entry(problem, run, execute, backend.differentiable)
+    return _Entry(problem, backend, run, execute, backend.differentiable)
 
 
 def _remember(cache: dict[Any, Any], key: Any, value: Any) -> None:
@@ -232,6 +394,47 @@ def _held_bytes(mask: Any) -> float:
             elif isinstance(inner := getattr(part, "tensor", None), Tensor):
                 total += inner.nbytes
     return total
+
+
+def _held_tensors(mask: Mask | None) -> list[Tensor]:
+    """The users' own tensors in a mask, which torch.func may map."""
+    if mask is None:
+        return []
+    values = [part for value in vars(mask).values() for part in (value if isinstance(value, tuple) else (value,))]
+    inner = [t for value in values if isinstance(value, Mask) for t in _held_tensors(value)]
+    return inner + [value for value in values if isinstance(value, Tensor)]
+
+
+class _Door:
+    """What the private ops compute with: here tensors have data, and autograd and tracers are above."""
+
+    @staticmethod
+    def forward(
+        q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, options: Options, backend: str | None, seed: int
+    ) -> Output:
+        with torch.no_grad():
+            if _modes() or options.dropout_p:
+                return _attend(q, k, v, mask, options, backend, seed=seed)
+            o = options
+            return Output(
+                *attention(
+                    q, k, v, mask, positions=o.positions, bias=o.bias, scale=o.scale, softcap=o.softcap, sinks=o.sinks,
+                    return_lse=True, backend=backend,
+                )
+            )  # fmt: skip
+
+    @staticmethod
+    def planned(
+        q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, options: Options, backend: str | None
+    ) -> tuple[Call, Inputs]:
+        from qkv.gradients import Call
+
+        problem, inputs = validate(_CALL, q, k, v, mask, options)
+        entry, _ = _planned(problem, inputs, backend)
+        return Call(entry.problem, entry.backend, bias=inputs.bias), inputs
+
+
+ops.implement(_Door)
 
 
 def weights(
@@ -285,6 +488,9 @@ def weights(
     if not isinstance(k, Tensor) or k.dim() != 4:
         validate(call, q, k, k, mask, Options())
     problem, inputs = validate(call, q, k, k[..., :0], mask, Options(positions, bias, scale, softcap, sinks))
+    if (_functorch() or forward_ad._current_level >= 0) and _transformed(problem, inputs):
+        fix = "Call it outside; torch.autograd differentiates it backwards any number of times"
+        raise UnsupportedError(describe(call, "torch.func cannot follow weights", f"{named(q=q, k=k)} inside", fix))
     chosen = _rows(call, rows, problem.Lq).to(q.device)
     step = max(1, (1 << 22) // max(problem.B * problem.Hq * problem.Lk, 1))
     with no_autocast(problem.device):

@@ -1,71 +1,330 @@
-"""The one autograd function: forward by the plan's backend, backward by `tiled` from the saved lse."""
+"""How attention is differentiated: four autograd functions, each defined by the others.
+
+    Attention  (given)                                 -> out, lse       by the plan's backend
+    Backward   (given, out, lse, d_out, d_lse)         -> gradients      by the backend's own kernels, else by `tiled`
+    Along      (given, out, lse, tangents)             -> out', lse'     forward mode: `qkv.derivatives.along`
+    Curved     (given, out, lse, d_out, d_lse, tangents) -> gradients'   of Backward along the tangents: `curved`
+
+    Attention   backwards: Backward             forwards: Along
+    Backward    backwards: Curved and Along     forwards: Curved and Backward
+    Along       backwards: Curved and Backward  forwards: refused, as is a third derivative
+
+`given` is q, k, v, sinks, positions, the bias's tensors and, where they may be traced, the mask's. Under torch.vmap the
+mapped dimension joins the batch if nothing that it maps is shared by batch rows; else there is one call a sample.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import Function, forward_ad
 
-from qkv.backends.tiled_backward import backward
+from qkv.backends import base, tiled_backward
+from qkv.backends.base import Gradients
+from qkv.derivatives import along, curved
+from qkv.encoding import decode
 from qkv.errors import UnsupportedError, describe
 from qkv.scores import ScoreMod, ScoreTerm, Tile
 from qkv.spec import Inputs, Output, Problem
 
+_FIXED = 5  # q, k, v, sinks and positions come first in `given`; the last two may be None
 
-class _Attention(torch.autograd.Function):
+
+@dataclass(frozen=True)
+class Call:
+    """One attention call without its tensors: what all four functions take first."""
+
+    problem: Problem
+    backend: base.Backend
+    run: Callable[[Inputs], Output] | None = None  # the backend's prepared call, where there is one
+    bias: ScoreTerm | None = None  # the terms' structure; its tensors are replaced
+    seed: int = 0
+    words: tuple[int, ...] | None = None  # the mask's encoding, where its tensors are part of `given`
+    masks: int = 0  # the number of these tensors
+
+    @property
+    def terms(self) -> int:
+        """Tensors of the bias."""
+        return len(self.bias.tensors()) if self.bias is not None else 0
+
+    @property
+    def given(self) -> int:
+        """Tensors of `given`."""
+        return _FIXED + self.terms + self.masks
+
+    def inputs(self, given: Sequence[Any]) -> tuple[Problem, Inputs]:
+        """The problem, and the tensors where backends look for them."""
+        q, k, v, sinks, positions, *rest = given
+        bias = self.bias.with_tensors(rest[: self.terms]) if self.bias is not None else None
+        problem = self.problem
+        if self.words is not None:
+            problem = replace(problem, mask=decode(self.words, rest[self.terms :]))
+        return problem, Inputs(q, k, v, positions, bias, sinks, self.seed)
+
+    def learned(self, given: Sequence[Any]) -> list[Any]:
+        """What gradients are for, of tensors in the order of `given`: q, k, v, sinks (or None), the bias's tensors."""
+        return [*given[:4], *given[_FIXED : _FIXED + self.terms]]
+
+    def spread(self, found: Sequence[Any]) -> list[Any]:
+        """Gradients as Backward returns them, in the order of `given`; None for what has none."""
+        q, k, v, *rest = found
+        sinks = rest.pop(0) if self.problem.has_sinks else None
+        return [q, k, v, sinks, None, *rest, *[None] * self.masks]
+
+
+def backward(call: Call, problem: Problem, inputs: Inputs, output: Output, d_out: Tensor, d_lse: Tensor) -> Gradients:
+    """Gradients of sum(out * d_out) + sum(lse * d_lse): by the backend's own kernels, else by `tiled`."""
+    native = getattr(call.backend, "backward", None)
+    supports = getattr(call.backend, "backward_supports", None)
+    empty = 0 in (problem.B, problem.Hq, problem.Lq, problem.Lk, problem.Dv)
+    if native is None or empty or (supports is not None and supports(problem) is not None):
+        native = tiled_backward.backward
+    found: Gradients = native(problem, inputs, output, d_out, d_lse)
+    return found
+
+
+# What each function computes, on plain tensors.
+def _attention(call: Call, *given: Any) -> tuple[Any, ...]:
+    problem, inputs = call.inputs(given)
+    out, lse = call.run(inputs) if call.run is not None else call.backend.run(problem, inputs)
+    assert lse is not None
+    return out, lse
+
+
+def _backward(call: Call, *tensors: Any) -> tuple[Any, ...]:
+    out, lse, d_out, d_lse = tensors[call.given :]
+    problem, inputs = call.inputs(tensors[: call.given])
+    return _listed(backward(call, problem, inputs, Output(out, lse), d_out, d_lse))
+
+
+def _along(call: Call, *tensors: Any) -> tuple[Any, ...]:
+    out, lse, *tangents = tensors[call.given :]
+    problem, inputs = call.inputs(tensors[: call.given])
+    return tuple(along(problem, inputs, Output(out, lse), _tangents(tangents)))
+
+
+def _curved(call: Call, *tensors: Any) -> tuple[Any, ...]:
+    out, lse, d_out, d_lse, *tangents = tensors[call.given :]
+    problem, inputs = call.inputs(tensors[: call.given])
+    return _listed(curved(problem, inputs, Output(out, lse), d_out, d_lse, _tangents(tangents)))
+
+
+def _listed(found: Gradients) -> tuple[Any, ...]:
+    return (found.q, found.k, found.v, *([] if found.sinks is None else [found.sinks]), *found.bias)
+
+
+def _tangents(listed: Sequence[Any]) -> Gradients:
+    q, k, v, sinks, *bias = listed
+    return Gradients(q, k, v, sinks, tuple(bias))
+
+
+class _Differentiable(Function):
+    """What the four share: everything they are given and return is saved, so that writing into it is noticed."""
+
     @staticmethod
-    def forward(  # type: ignore[no-untyped-def]
-        ctx, run: Callable[[Inputs], Output], problem: Problem, inputs: Inputs, q, k, v, sinks, *bias: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        out, lse = run(inputs)
-        assert lse is not None
-        # Saved tensors, not attributes: writing into an input before backward is then an error, not a wrong gradient.
-        ctx.save_for_backward(q, k, v, out, lse, sinks, inputs.positions, *bias)
-        ctx.problem, ctx.seed, ctx.bias = problem, inputs.seed, inputs.bias
-        return out, lse
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.call = inputs[0]
+        ctx.save_for_backward(*inputs[1:])
+        ctx.save_for_forward(*inputs[1:])
+
+
+class _Attention(Function):
+    @staticmethod
+    def forward(ctx: Any, call: Call, *given: Any) -> tuple[Any, ...]:
+        found = _attention(call, *given)
+        _Attention.keep(ctx, call, given, found)
+        return found
 
     @staticmethod
-    def backward(ctx, d_out: Tensor, d_lse: Tensor) -> Any:  # type: ignore[no-untyped-def]
-        q, k, v, out, lse, sinks, positions, *tensors = ctx.saved_tensors
-        bias: ScoreTerm | None = ctx.bias.with_tensors(tensors) if ctx.bias is not None else None
-        inputs = Inputs(q, k, v, positions, bias, sinks, ctx.seed)
-        with torch.no_grad():
-            found = backward(ctx.problem, inputs, Output(out, lse), d_out, d_lse)
-        gradients = [found.q, found.k, found.v, found.sinks, *found.bias]
-        if torch.is_grad_enabled():
-            sources = [t for t in (q, k, v, d_out, d_lse) if t.requires_grad]
-            gradients = _once(ctx.problem.call, gradients, sources)
-        needed = ctx.needs_input_grad[3:]
-        return (None, None, None, *(g if wanted else None for g, wanted in zip(gradients, needed, strict=True)))
-
-
-class _Once(torch.autograd.Function):
-    """Passes gradients on, and refuses to be differentiated."""
-
-    @staticmethod
-    def forward(ctx, call: str, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:  # type: ignore[no-untyped-def]
+    def keep(ctx: Any, call: Call, given: Sequence[Any], found: Sequence[Any]) -> None:
         ctx.call = call
-        return tuple(t.view_as(t) for t in tensors[:count])
+        # Saved tensors, not attributes: writing into an input before backward is then an error, not a wrong gradient.
+        ctx.save_for_backward(*given, *found)
+        if _forward_mode():
+            ctx.save_for_forward(*given, *found)
 
     @staticmethod
-    def backward(ctx, *grads: Tensor) -> Any:  # type: ignore[no-untyped-def]
-        fix = "Use backend='reference', which is differentiable any number of times"
-        raise UnsupportedError(describe(ctx.call, "this backend differentiates once", "a gradient of a gradient", fix))
+    def backward(ctx: Any, d_out: Tensor, d_lse: Tensor) -> Any:
+        found = _apply(_Backward, ctx.call, *ctx.saved_tensors, d_out, d_lse)
+        return None, *_needed(ctx, ctx.call.spread(found))
+
+    @staticmethod
+    def jvp(ctx: Any, _: Any, *tangents: Any) -> Any:
+        call, saved = ctx.call, ctx.saved_tensors
+        return _apply(_Along, call, *saved, *_filled(call, saved, tangents))
 
 
-def _once(call: str, gradients: list[Tensor | None], sources: list[Tensor]) -> list[Tensor | None]:
-    present = [g for g in gradients if g is not None]
-    passed = iter(_Once.apply(call, len(present), *present, *sources))
-    return [None if g is None else next(passed) for g in gradients]
+class _TransformedAttention(_Attention):
+    """The same for torch.func, in the form that it asks for; its apply costs tens of microseconds more."""
+
+    @staticmethod
+    def forward(call: Call, *given: Any) -> tuple[Any, ...]:  # type: ignore[override]
+        return _attention(call, *given)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.call = inputs[0]
+        ctx.save_for_backward(*inputs[1:], *output)
+        ctx.save_for_forward(*inputs[1:], *output)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, call: Call, *tensors: Any) -> Any:
+        return _mapped(_TransformedAttention, 0, False, info, in_dims, call, tensors)
 
 
-def attend(run: Callable[[Inputs], Output], problem: Problem, inputs: Inputs) -> Output:
-    """`run` on a call that needs gradients."""
+class _Backward(_Differentiable):
+    @staticmethod
+    def forward(call: Call, *tensors: Any) -> tuple[Any, ...]:
+        return _backward(call, *tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *towards: Any) -> Any:
+        call, saved = ctx.call, ctx.saved_tensors
+        n = call.given
+        tangents = call.learned(call.spread(towards))
+        found = call.spread(_apply(_Curved, call, *saved, *tangents))
+        lifted = _apply(_Along, call, *saved[: n + 2], *tangents)
+        # out and lse are functions of the rest: what depends on them is already in the other gradients.
+        return None, *_needed(ctx, [*found, None, None, *lifted])
+
+    @staticmethod
+    def jvp(ctx: Any, _: Any, *tangents: Any) -> Any:
+        call, saved = ctx.call, ctx.saved_tensors
+        n = call.given
+        found = _apply(_Curved, call, *saved, *_filled(call, saved, tangents))
+        d_out, d_lse = (
+            torch.zeros_like(x) if t is None else t for x, t in zip(saved[n + 2 :], tangents[n + 2 :], strict=True)
+        )
+        more = _apply(_Backward, call, *saved[: n + 2], d_out, d_lse)
+        return tuple(a + b for a, b in zip(found, more, strict=True))
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, call: Call, *tensors: Any) -> Any:
+        return _mapped(_Backward, 4, True, info, in_dims, call, tensors)
+
+
+class _Along(_Differentiable):
+    @staticmethod
+    def forward(call: Call, *tensors: Any) -> tuple[Any, ...]:
+        return _along(call, *tensors)
+
+    @staticmethod
+    def backward(ctx: Any, d_out: Tensor, d_lse: Tensor) -> Any:
+        call, saved = ctx.call, ctx.saved_tensors
+        n = call.given
+        found = call.spread(_apply(_Curved, call, *saved[: n + 2], d_out, d_lse, *saved[n + 2 :]))
+        towards = call.learned(call.spread(_apply(_Backward, call, *saved[: n + 2], d_out, d_lse)))
+        return None, *_needed(ctx, [*found, None, None, *towards])
+
+    @staticmethod
+    def jvp(ctx: Any, *_: Any) -> Any:
+        rule = "forward mode over forward mode is not supported"
+        fix = (
+            "Put one of them backwards, as torch.func.hessian does, or use backend='reference' with torch.autograd.grad"
+        )
+        raise UnsupportedError(describe(ctx.call.problem.call, rule, "a tangent of a tangent", fix))
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, call: Call, *tensors: Any) -> Any:
+        return _mapped(_Along, 5, False, info, in_dims, call, tensors)
+
+
+class _Curved(_Differentiable):
+    @staticmethod
+    def forward(call: Call, *tensors: Any) -> tuple[Any, ...]:
+        return _curved(call, *tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        rule = "this backend differentiates twice"
+        fix = "Use backend='reference', which is differentiable any number of times by torch.autograd.grad"
+        raise UnsupportedError(describe(ctx.call.problem.call, rule, "a gradient of a gradient of a gradient", fix))
+
+    jvp = backward
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, call: Call, *tensors: Any) -> Any:
+        return _mapped(_Curved, 7, True, info, in_dims, call, tensors)
+
+
+_COMPUTE = {_Attention: _attention, _Backward: _backward, _Along: _along, _Curved: _curved}
+
+
+def _forward_mode() -> bool:
+    return forward_ad._current_level >= 0
+
+
+def _apply(function: Any, call: Call, *tensors: Any) -> tuple[Any, ...]:
+    """The function, as part of a graph only where someone may differentiate or map it."""
+    found: tuple[Any, ...]
+    learned = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if learned or torch._C._are_functorch_transforms_active() or _forward_mode():
+        found = function.apply(call, *tensors)
+    else:
+        with torch.no_grad():
+            found = _COMPUTE[function](call, *tensors)
+    return found
+
+
+def _filled(call: Call, given: Sequence[Any], tangents: Sequence[Any]) -> list[Any]:
+    """The tangents of what can have one; zeros where nothing came."""
+    pairs = zip(call.learned(given), call.learned(tangents), strict=True)
+    return [torch.zeros_like(x) if t is None and x is not None else t for x, t in pairs]
+
+
+def _needed(ctx: Any, gradients: Sequence[Any]) -> list[Any]:
+    return [g if wanted else None for g, wanted in zip(gradients, ctx.needs_input_grad[1:], strict=True)]
+
+
+def _mapped(
+    function: Any, rows: int, sums: bool, info: Any, in_dims: Any, call: Call, tensors: tuple[Any, ...]
+) -> tuple[Any, Any]:
+    """A function over a mapped dimension.
+
+    `rows`: how many tensors after `given` have a batch dimension. `sums`: it sums over the batch what is for sinks and
+    bias.
+    """
+    count, dims, p = info.batch_size, in_dims[1:], call.problem
+    batched = (0, 1, 2, *range(call.given, call.given + rows))
+    bias = [t for t in tensors[_FIXED : _FIXED + call.terms] if t.dim() == 4 and t.shape[0] > 1]
+    shared = p.has_sinks or call.terms > 0
+    alone = any(d is not None and n not in batched for n, d in enumerate(dims))
+    # Dropout draws by batch row: samples in one batch would not drop the same weights as one by one.
+    if alone or p.varies_by_batch or bias or (shared and sums) or p.dropout_p > 0:
+        return _one_by_one(function, count, dims, call, tensors)
+    folded = [
+        (t.movedim(d, 0) if d is not None else t.expand(count, *t.shape)).flatten(0, 1) if n in batched else t
+        for n, (t, d) in enumerate(zip(tensors, dims, strict=True))
+    ]
+    wider = replace(call, problem=replace(p, B=count * p.B), run=None)
+    found = function.apply(wider, *folded)
+    return tuple(t.unflatten(0, (count, p.B)) for t in found), (0,) * len(found)
+
+
+def _one_by_one(
+    function: Any, count: int, dims: Sequence[int | None], call: Call, tensors: tuple[Any, ...]
+) -> tuple[Any, Any]:
+    samples = []
+    for n in range(max(count, 1)):
+        each = [
+            t if d is None else t.select(d, n) if count else t.new_zeros(t.movedim(d, 0).shape[1:])
+            for t, d in zip(tensors, dims, strict=True)
+        ]
+        samples.append(function.apply(replace(call, run=None), *each))
+    found = tuple(torch.stack(parts)[:count] for parts in zip(*samples, strict=True))
+    return found, (0,) * len(found)
+
+
+def attend(call: Call, inputs: Inputs, masks: Sequence[Tensor] = ()) -> Output:
+    """A call that someone may differentiate or map. `masks`: the mask's tensors, if `call.words` encodes it."""
     bias = inputs.bias.tensors() if inputs.bias is not None else ()
-    out, lse = _Attention.apply(run, problem, inputs, inputs.q, inputs.k, inputs.v, inputs.sinks, *bias)
-    return Output(out, lse)
+    transformed = torch._C._are_functorch_transforms_active()
+    function: Any = _TransformedAttention if transformed else _Attention
+    return Output(*function.apply(call, inputs.q, inputs.k, inputs.v, inputs.sinks, inputs.positions, *bias, *masks))
 
 
 def refuse_captured(call: str, bias: ScoreTerm | None, device: torch.device) -> None:

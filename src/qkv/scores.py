@@ -106,6 +106,14 @@ class ScoreTerm:
         term = as_bias(other, "qkv score terms")
         return self if term is None else Sum((*term.terms, *self.terms))
 
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        # torch.compile asks here where one side of + is a tensor; every other torch function refuses a term.
+        if func not in (Tensor.add, torch.add, Tensor.__add__) or len(args) != 2:
+            return NotImplemented
+        terms = [as_bias(x, "qkv score terms") for x in args]
+        return Sum(tuple(part for term in terms if term is not None for part in term.terms))
+
 
 def _metadata(tensors: tuple[Tensor, ...]) -> tuple[Any, ...]:
     return (tuple(tensors[0].shape), tensors[0].stride(), tensors[0].dtype) if tensors else ()

@@ -33,8 +33,8 @@ class Options(NamedTuple):
 
 def validate(call: str, q: Any, k: Any, v: Any, mask: Any, options: Options) -> tuple[Problem, Inputs]:
     """Check one call and build its problem and inputs; raises a typed error that says what to do."""
-    _check_tensors(call, {"q": q, "k": k, "v": v})
-    _check_shapes(call, q, k, v)
+    check_metadata(call, q, k, v)
+    _check_storage(call, {"q": q, "k": k, "v": v})
     q, k, v = (x.resolve_neg() for x in (q, k, v))  # no kernel knows the lazy sign of x.conj().imag
     B, Hq, Lq, D = q.shape
     Hkv, Lk, Dv = k.shape[1], k.shape[2], v.shape[3]
@@ -54,7 +54,7 @@ def validate(call: str, q: Any, k: Any, v: Any, mask: Any, options: Options) -> 
     softcap = _number(call, "softcap", options.softcap, "Leave it out for no cap")
     if softcap is not None and softcap <= 0:
         raise ArgumentError(describe(call, "softcap must be > 0", f"softcap={softcap}", "Leave it out for no cap"))
-    sinks = _check_sinks(call, options.sinks, sizes)
+    sinks = check_sinks(call, options.sinks, sizes)
     if not isinstance(options.return_lse, bool):
         given = f"return_lse={shown(options.return_lse)}"
         raise ArgumentTypeError(describe(call, "return_lse is a bool", given, "Pass True or False"))
@@ -83,6 +83,12 @@ def validate(call: str, q: Any, k: Any, v: Any, mask: Any, options: Options) -> 
     return problem, Inputs(q, k, v, positions, bias, sinks)
 
 
+def check_metadata(call: str, q: Any, k: Any, v: Any) -> None:
+    """Raise unless q, k and v are tensors that fit together; no data is looked at."""
+    _check_tensors(call, {"q": q, "k": k, "v": v})
+    _check_shapes(call, q, k, v)
+
+
 def named(**tensors: Tensor) -> str:
     """Tensors as a message names them: q (2, 10, 64, 64), k (2, 4, 64, 64)."""
     return ", ".join(f"{name} {tuple(t.shape)}" for name, t in tensors.items())
@@ -99,16 +105,15 @@ def _check_tensors(call: str, given: dict[str, Any]) -> None:
             )
         if x.layout != torch.strided or x.is_nested:
             fix = "Use .to_dense(); a batch of unequal lengths is qkv.padding or qkv.documents over a plain tensor"
+            if x.is_nested:
+                fix = (
+                    "Pack it: with x = values() as (T, H, D), pass x.transpose(0, 1)[None] as (1, H, T, D) and "
+                    "mask=qkv.documents(lengths), where lengths = offsets().diff(); & qkv.causal() if it is causal"
+                )
             raise ArgumentTypeError(describe(call, f"{name} must be a plain strided tensor", f"{name} {x.layout}", fix))
         if x.dtype not in DTYPES:
             rule = f"{name} must be float64, float32, bfloat16 or float16"
             raise ArgumentTypeError(describe(call, rule, f"{name} {_short(x.dtype)}", "Convert it with .to()"))
-        try:
-            x.data_ptr()
-        except RuntimeError:
-            rule = f"{name} must have memory of its own: torch.vmap, torch.func and tracers are not supported yet"
-            fix = "Call attention outside of them; batch rows are its own first dimension"
-            raise UnsupportedError(describe(call, rule, f"{name} without storage", fix)) from None
     q, k, v = given.values()
     if not q.dtype == k.dtype == v.dtype:
         got = ", ".join(f"{name} {_short(x.dtype)}" for name, x in given.items())
@@ -118,6 +123,18 @@ def _check_tensors(call: str, given: dict[str, Any]) -> None:
     if not q.device == k.device == v.device:
         got = ", ".join(f"{name} on {x.device}" for name, x in given.items())
         raise ArgumentTypeError(describe(call, "q, k and v must be on one device", got, "Move them with .to(q.device)"))
+
+
+def _check_storage(call: str, given: dict[str, Any]) -> None:
+    for name, x in given.items():
+        if torch._C._functorch.is_functorch_wrapped_tensor(x):  # what it wraps has memory
+            continue
+        try:
+            x.data_ptr()
+        except RuntimeError:
+            rule = f"{name} must have memory of its own"
+            fix = "Pass tensors that hold data; torch.compile, torch.export, torch.vmap and torch.func are followed"
+            raise UnsupportedError(describe(call, rule, f"{name} without storage", fix)) from None
 
 
 def _check_shapes(call: str, q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -165,6 +182,10 @@ def normalise_positions(
         raise ArgumentError(describe(call, 'positions must be "start" or "end"', f"positions={positions!r}", fix))
     first = whole(positions)
     if first is None:
+        if isinstance(positions, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(positions):
+            fix = "Pass the same positions for all samples, as a plain tensor or as ints"
+            rule = "torch.func transforms cannot map positions"
+            raise UnsupportedError(describe(call, rule, f"positions {tuple(positions.shape)} inside of one", fix))
         given = integers(call, "positions", positions, low=None, dims=(1, 2))
         if given.dim() == 1:
             if given.shape[0] != B:
@@ -184,19 +205,20 @@ def normalise_positions(
 
 
 def _require_positions(call: str, mask: Mask | None, bias: ScoreTerm | None, sizes: Sizes) -> None:
-    Lq, Lk = sizes.Lq, sizes.Lk
     if mask is not None and mask.depends_on_position:
-        what, name = mask.both_readings(Lq, Lk, B=sizes.B, Hq=sizes.Hq), f"mask {mask!r}"
+        refuse_positions(call, f"mask {mask!r}", mask.both_readings(sizes.Lq, sizes.Lk, B=sizes.B, Hq=sizes.Hq), sizes)
     elif bias is not None and bias.depends_on_position:
-        what, name = _drawn_positions(Lq, Lk), f"bias {bias!r}"
-    else:
-        return
+        refuse_positions(call, f"bias {bias!r}", drawn_positions(sizes.Lq, sizes.Lk), sizes)
+
+
+def refuse_positions(call: str, name: str, readings: str, sizes: Sizes) -> None:
+    """Raise, because `name` depends on position and nothing says where the queries stand."""
     rule = "positions= must say where the queries stand when Lq != Lk and the mask or bias depends on position"
-    fix = f"The two readings are\n{what}\nPass one of them, or the positions themselves"
-    raise ArgumentError(describe(call, rule, f"Lq={Lq}, Lk={Lk} and {name}", fix))
+    fix = f"The two readings are\n{readings}\nPass one of them, or the positions themselves"
+    raise ArgumentError(describe(call, rule, f"Lq={sizes.Lq}, Lk={sizes.Lk} and {name}", fix))
 
 
-def _drawn_positions(Lq: int, Lk: int) -> str:
+def drawn_positions(Lq: int, Lk: int) -> str:
     """Both readings as bars: which keys (and places beyond them) the queries stand on."""
     lines = []
     for name, offset in (("start", 0), ("end", Lk - Lq)):
@@ -238,7 +260,8 @@ def _dropout(call: str, x: Any) -> float:
     return value
 
 
-def _check_sinks(call: str, sinks: Any, sizes: Sizes) -> Tensor | None:
+def check_sinks(call: str, sinks: Any, sizes: Sizes) -> Tensor | None:
+    """The sinks as kernels take them; raises unless they fit the call."""
     if sinks is None:
         return None
     fix = "Pass one number a query head as a tensor (Hq,); -inf for none"

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 
-from qkv.errors import ArgumentError, describe
+from qkv.errors import ArgumentError, UnsupportedError, describe
 
 REFERENCE_QUESTION = "What does break do to the else clause of a loop?"
+PROMPT = "The break statement "  # continued by the model that ships with the package
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -14,8 +16,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser = subparsers.add_parser(
         "demo",
         help="answer a question from a text by attention, and show every step",
-        description="Look a question up in a text by attention and show every step. Nothing is trained: q, k and v "
-        "count words. Takes well under a minute.",
+        description="Look a question up in a text by attention and show every step. Nothing of that is trained: q, k "
+        "and v count words. Takes well under a minute.",
     )
     parser.add_argument("file", nargs="?", metavar="FILE", help="a text file (default: Python's language reference)")
     parser.add_argument("--ask", metavar="QUESTION", help="what to look up (default: a question about the text)")
@@ -41,7 +43,19 @@ def run(args: argparse.Namespace) -> int:
         found = lookup.ask(question)
         agreed = measure.agreement(found.q, lookup.features.k, lookup.features.v, progress.say)
         timings = [measure.decode(dtype, progress.say) for dtype in ("bfloat16", "float32")]
-    print(screen.first(text, found, agreed, timings))
+        said = _continued(progress.say) if args.file is None else ""
+    print(screen.first(text, found, agreed, timings, said))
     if args.full:
         print(screen.details(text, found, agreed, timings))
     return 0
+
+
+def _continued(say: Callable[[str], None]) -> str:
+    """A prompt and how the shipped model, trained on the same text, continues it; or why it cannot."""
+    say("asking the shipped model to go on")
+    try:
+        from qkv.cli.continuation import continue_prompt
+
+        return f"“{PROMPT.strip()}” {continue_prompt(PROMPT, 120, temperature=0.5).text}"
+    except UnsupportedError as error:
+        return f"no model: {error}"

@@ -21,8 +21,8 @@ _WORD = re.compile(r"[^\W_]+")
 _EMPHASIS = re.compile(r"\*{1,2}(?=\S)([^*]+)(?<=\S)\*{1,2}")
 
 
-def first(text: Text, found: Found, agreed: Agreement, timings: list[Timing]) -> str:
-    """Return the first screen."""
+def first(text: Text, found: Found, agreed: Agreement, timings: list[Timing], said: str = "") -> str:
+    """Return the first screen. `said`: a prompt and what a model trained on the text makes of it."""
     lines = [
         paint(fit(f"qkv demo · {text.name}, {len(text.passages):,} passages", WIDTH), "dim"),
         paint(fit(f"? {found.question}", WIDTH), "bold"),
@@ -33,6 +33,7 @@ def first(text: Text, found: Found, agreed: Agreement, timings: list[Timing]) ->
         *_shapes(found),
         *_agreed(agreed),
         *_timed(timings),
+        *_spoken(said),
         "",
         paint("next: ", "dim") + 'qkv why scale · qkv demo FILE --ask "…" --full · qkv doctor',
     ]
@@ -104,6 +105,13 @@ def _agreed(agreed: Agreement) -> list[str]:
     count = len(agreed.errors)
     verb = "backends agree" if count > 1 else "backend agrees"
     return [fit(f"{count} {verb} with float64 to {agreed.worst:.1e} ({', '.join(agreed.errors)})", WIDTH)]
+
+
+def _spoken(said: str) -> list[str]:
+    if not said:
+        return []
+    spoken = " ".join(f"a 1.2 M model trained on this text by qkv train: {said}".split())
+    return textwrap.wrap(spoken, WIDTH, max_lines=2, placeholder="…")
 
 
 def _timed(timings: list[Timing]) -> list[str]:

@@ -30,6 +30,8 @@ class Answer:
         What the numbers say, and what they do not.
     sources : tuple of str
         Where the question, or the claim under test, comes from.
+    trained : str
+        What it costs models that were trained: measured beforehand, not by this call.
     """
 
     topic: str
@@ -38,12 +40,21 @@ class Answer:
     picture: str
     verdict: str
     sources: tuple[str, ...]
+    trained: str = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "numbers", MappingProxyType(dict(self.numbers)))
 
     def __reduce__(self) -> tuple[object, ...]:  # a read-only view cannot be pickled, its content can
-        return Answer, (self.topic, self.question, dict(self.numbers), self.picture, self.verdict, self.sources)
+        return Answer, (
+            self.topic,
+            self.question,
+            dict(self.numbers),
+            self.picture,
+            self.verdict,
+            self.sources,
+            self.trained,
+        )
 
     def __hash__(self) -> int:
         return hash((self.topic, self.question, tuple(self.numbers.items()), self.verdict))
@@ -55,6 +66,7 @@ class Answer:
             _numbers(self.numbers),
             self.picture,
             textwrap.fill(self.verdict, width),
+            textwrap.fill(self.trained, width),
             "\n".join(
                 textwrap.fill(source, width, initial_indent="· ", subsequent_indent="  ") for source in self.sources
             ),

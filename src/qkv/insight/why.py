@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib import import_module
 
 from qkv.errors import ArgumentError, ArgumentTypeError, describe
 from qkv.insight.answer import Answer
+from qkv.insight.trained import trained
 
 # topic -> (module in qkv.insight.experiments, the question in a few words)
 TOPICS = {
@@ -20,8 +22,9 @@ TOPICS = {
 def why(topic: str, *, seed: int = 0) -> Answer:
     """Run the experiment that answers a question about attention, and return what it found.
 
-    Topics: "lookup", "names", "scale", "same-qk" and "projections". Nothing is stored: every number is computed by
-    this call, in well under a second, and the verdict is derived from the numbers.
+    Topics: "lookup", "names", "scale", "same-qk" and "projections". Every number is computed by this call, in well
+    under a second, and the verdict is derived from the numbers. Stored is only what `trained` says: what the same
+    change cost small models that were trained (docs/training.md).
 
     Parameters
     ----------
@@ -33,7 +36,7 @@ def why(topic: str, *, seed: int = 0) -> Answer:
     Returns
     -------
     Answer
-        Fields topic, question, numbers, picture, verdict, sources; `print` it to read it.
+        Fields topic, question, numbers, picture, verdict, sources, trained; `print` it to read it.
 
     Raises
     ------
@@ -68,4 +71,4 @@ def why(topic: str, *, seed: int = 0) -> Answer:
         )
     experiment = import_module(f"qkv.insight.experiments.{TOPICS[topic][0]}")
     answer: Answer = experiment.run(int(seed))
-    return answer
+    return replace(answer, trained=trained(topic))

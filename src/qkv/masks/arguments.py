@@ -57,23 +57,41 @@ def integer(call: str, name: str, value: Any, low: int = 0, high: int = LIMIT) -
     return number
 
 
+def readable(tensor: Tensor) -> bool:
+    """Whether the tensor's values can be looked at: not while torch.compile or torch.export trace a call.
+
+    A traced call checks the values when its graph runs (`qkv.ops`).
+    """
+    return not torch.compiler.is_dynamo_compiling() and type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
+
+
 class Operand:
     """An immutable CPU copy of a small tensor, equal to another of the same bytes."""
 
     __slots__ = ("_devices", "digest", "tensor")
 
     def __init__(self, tensor: Tensor) -> None:
+        self._devices: dict[torch.device, Tensor] = {}
+        self.digest: tuple[object, ...] = ()
+        if not readable(tensor):
+            self.tensor = tensor.detach()
+            return
+        while torch._C._functorch.is_gradtrackingtensor(
+            tensor
+        ):  # inside of torch.func.grad even torch.tensor gives one
+            tensor = torch._C._functorch.get_unwrapped(tensor)
         # The clone keeps the mask a value: changing the caller's tensor later changes nothing here.
-        self.tensor = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        with torch._C._DisableFuncTorch():
+            self.tensor = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         size = self.tensor.numel() * self.tensor.element_size()
         data = ctypes.string_at(self.tensor.data_ptr(), size) if size else b""
         self.digest = (tuple(tensor.shape), str(tensor.dtype), hashlib.blake2b(data, digest_size=16).digest())
-        self._devices: dict[torch.device, Tensor] = {}
 
     def on(self, device: torch.device) -> Tensor:
         """The copy on that device, made once."""
         if device.type == "cpu":
-            return self.tensor
+            tensor: Tensor = self.tensor
+            return tensor
         if device not in self._devices:
             self._devices[device] = self.tensor.to(device)
         return self._devices[device]
@@ -114,6 +132,8 @@ def integers(call: str, name: str, value: Any, *, low: int | None = 0, dims: tup
         rule = f"{name} must have {' or '.join(str(d) for d in dims)} dimension{'s' if dims != (1,) else ''}"
         raise ShapeError(describe(call, rule, f"{name} of shape {tuple(tensor.shape)}", "Reshape it"))
     tensor = tensor.detach().to("cpu", torch.int64)
+    if not readable(tensor):
+        return tensor
     if low is not None and tensor.numel() and int(tensor.min()) < low:
         rule = f"{name} must hold integers >= {low}"
         raise ArgumentError(describe(call, rule, f"a value of {int(tensor.min())}", f"Pass values >= {low}"))

@@ -404,7 +404,12 @@ class Not(Mask):
         return f"~({self.part!r})" if isinstance(self.part, _Several) else f"~{self.part!r}"
 
 
-_TENSOR_OPERATORS: dict[Any, type[And] | type[Or]] = {Tensor.__and__: And, Tensor.__or__: Or}
+_TENSOR_OPERATORS: dict[Any, type[And] | type[Or]] = {
+    Tensor.__and__: And,
+    Tensor.__or__: Or,
+    Tensor.bitwise_and: And,  # as torch.compile names them
+    Tensor.bitwise_or: Or,
+}
 
 
 def _combine(combination: type[And] | type[Or], left: Any, right: Any) -> Mask:

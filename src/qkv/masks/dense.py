@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qkv.errors import ArgumentError, ArgumentTypeError, ShapeError, describe
-from qkv.masks.arguments import shown
+from qkv.masks.arguments import readable, shown
 from qkv.masks.base import Mask
 from qkv.masks.program import Builder, Op
 
@@ -110,7 +110,7 @@ def dense(t: Tensor) -> Dense:
         given = f"{shown(t)} on {t.device}, {t.layout}"
         raise ArgumentError(describe(call, "a mask tensor must hold its values in a strided tensor", given, "Fill it"))
     # A tensor made in inference mode keeps no version; its changes cannot be noticed.
-    return Dense(t, None if t.is_inference() else t._version)
+    return Dense(t, None if not readable(t) or t.is_inference() else t._version)
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -52,7 +52,12 @@ class Window(Mask):
 
 
 # Masks made of a few integers are made once: a plan looked up with them then compares by identity.
-_window = lru_cache(maxsize=256)(Window)
+_interned = lru_cache(maxsize=256)(Window)
+
+
+def _window(left: int | None, right: int | None, text: str) -> Window:
+    # torch.compile cannot follow a cached class, and needs no cache.
+    return Window(left, right, text) if torch.compiler.is_dynamo_compiling() else _interned(left, right, text)
 
 
 def causal() -> Window:

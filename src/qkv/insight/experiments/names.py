@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from qkv.functional import attention, weights
-from qkv.insight.answer import Answer
+from qkv.insight.answer import Answer, Measured
 from qkv.insight.terminal import heatmap, number, table
 
 # The concept behind each word; both languages share the concepts, each adds its own noise. Nothing is learned.
@@ -49,7 +49,8 @@ def run(seed: int) -> Answer:
     right = [FRENCH[written[row].argmax()][1] == ENGLISH[row][1] for row in shared]
     rest = written[[row for row in range(len(ENGLISH)) if row not in shared]].max().item()
 
-    numbers = {
+    together, alone = ((moved - out).abs().max().item() for moved in (moved_kv, moved_v))
+    numbers: dict[str, Measured] = {
         "self: tokens asking, tokens offered, rows of out": (len(ENGLISH), len(ENGLISH), itself.shape[2]),
         "cross: English asks French": (len(ENGLISH), len(FRENCH), out.shape[2]),
         "roles swapped: French asks English": (len(FRENCH), len(ENGLISH), back.shape[2]),
@@ -57,8 +58,8 @@ def run(seed: int) -> Answer:
         "words that found their translation": sum(right) / len(right),
         'largest weight of "now", which has none': rest,
         "q reordered: out, put back in order, changes by": (moved_q - out[:, :, order_q]).abs().max().item(),
-        "k and v reordered together: out changes by": (moved_kv - out).abs().max().item(),
-        "v reordered alone: out changes by": (moved_v - out).abs().max().item(),
+        "k and v reordered together: out changes by": together,
+        "v reordered alone: out changes by": alone,
     }
     names_e, names_f = [w for w, _ in ENGLISH], [w for w, _ in FRENCH]
     picture = "\n".join(
@@ -72,15 +73,15 @@ def run(seed: int) -> Answer:
             heatmap(swapped.tolist(), names_f, names_e),
         ]
     )
-    paired = numbers["k and v reordered together: out changes by"] < 1e-9 < numbers["v reordered alone: out changes by"]
+    paired = together < 1e-9 < alone
     verdict = (
         f"Q is the side that asks: out has one row for each query ({out.shape[2]} English words ask {len(FRENCH)} "
         f"French ones, "
         f"out has {out.shape[2]} rows; swapped, {back.shape[2]}), in the queries' order. "
         + (
             "K and V are two faces of the same entries: reorder both and nothing changes "
-            f"({number(numbers['k and v reordered together: out changes by'])}), reorder V alone and out changes by "
-            f"{number(numbers['v reordered alone: out changes by'])}. "
+            f"({number(together)}), reorder V alone and out changes by "
+            f"{number(alone)}. "
             if paired
             else "Reordering k and v together changed out, which must not happen. "
         )
