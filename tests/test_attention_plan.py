@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import qkv
+from qkv.backends import base
 from qkv.errors import UnsupportedError
 from tests.rowwise import inputs
 
@@ -135,3 +136,18 @@ def test_sdpa_when_nothing_is_lacking() -> None:
     ):
         with pytest.raises(UnsupportedError, match="sdpa"):
             qkv.attention(q, k, v, backend="sdpa", **lacking)
+
+
+def test_plan_says_what_differentiates() -> None:
+    q = torch.randn(1, 2, 8, 16)
+    further = "second derivatives and forward mode: tiled; third: only by backend='reference'"
+    assert qkv.plan(q, q, q, backend="tiled").gradients == f"tiled; {further}"
+    assert qkv.plan(q, q, q, backend="reference").gradients == "reference, by autograd through its own operations"
+    dropped = qkv.plan(q, q, q, dropout_p=0.5)
+    assert dropped.backend == "tiled"
+    if base.load("cpu").supports(qkv.plan(q, q, q).problem) is None:
+        plan = qkv.plan(q, q, q, backend="cpu")
+        assert plan.gradients == f"cpu, by its own backward pass; {further}"
+        assert f"gradients {plan.gradients}" in str(plan)
+        many = qkv.plan(q, q, q, bias=sum((qkv.alibi(torch.ones(2)) for _ in range(16)), qkv.alibi(torch.ones(2))))
+        assert many.gradients == f"tiled (it differentiates at most 16 score terms); {further}"

@@ -148,6 +148,9 @@ def test_the_default_screen_fits_too(capsys: pytest.CaptureFixture[str]) -> None
     assert REFERENCE_QUESTION in lines[1]
     assert "language reference" in lines[0]
     assert 'skipping the optional "else" clause if the loop has one' in " ".join(" ".join(lines[2:5]).split())
+    spoken = " ".join(lines[-3:-1])
+    assert spoken.startswith("a model of 1.2 M weights, trained on this text by qkv train: “The break statement” ")
+    assert "no model" not in spoken
 
 
 def test_projection_is_close_to_exact_word_matching(reference: Lookup) -> None:

@@ -78,11 +78,8 @@ class Call:
 
 def backward(call: Call, problem: Problem, inputs: Inputs, output: Output, d_out: Tensor, d_lse: Tensor) -> Gradients:
     """Gradients of sum(out * d_out) + sum(lse * d_lse): by the backend's own kernels, else by `tiled`."""
-    native = getattr(call.backend, "backward", None)
-    supports = getattr(call.backend, "backward_supports", None)
-    empty = 0 in (problem.B, problem.Hq, problem.Lq, problem.Lk, problem.Dv)
-    if native is None or empty or (supports is not None and supports(problem) is not None):
-        native = tiled_backward.backward
+    own = base.no_backward(call.backend, problem) is None
+    native = call.backend.backward if own else tiled_backward.backward  # type: ignore[attr-defined]
     found: Gradients = native(problem, inputs, output, d_out, d_lse)
     return found
 

@@ -65,6 +65,17 @@ class Plan:
         numbers = p.B * (p.Hq * p.Lq * (p.D + p.Dv) + p.Hkv * p.Lk * (p.D + p.Dv))
         return numbers * p.dtype.itemsize
 
+    @property
+    def gradients(self) -> str:
+        """What computes first derivatives, and what further ones and forward mode."""
+        backend = base.load(self.backend)
+        if backend.differentiable:
+            return f"{self.backend}, by autograd through its own operations"
+        why = base.no_backward(backend, self.problem)
+        first = f"{self.backend}, by its own backward pass" if why is None else "tiled"
+        first += f" ({why})" if why is not None and self.backend != "tiled" else ""
+        return f"{first}; second derivatives and forward mode: tiled; third: only by backend='reference'"
+
     def __str__(self) -> str:
         p, tiles = self.problem, self.tiles
         dtype = str(p.dtype).removeprefix("torch.")
@@ -76,6 +87,7 @@ class Plan:
         ]
         lines += [f"          {self.note}"] if self.note else []
         lines += [f"{'refused' if not i else '':<10}{name}: {why}" for i, (name, why) in enumerate(self.refused)]
+        lines += [f"gradients {self.gradients}"]
         part = f" ({tiles.visible / tiles.total:.2%})" if tiles.total else ""
         lines += [
             f"tiles     {tiles.visible:,} of {tiles.total:,} visited{part}, {tiles.full:,} of them fully visible; "

@@ -73,6 +73,16 @@ ISAS = ("avx512bf16", "avx512", "avx2", "portable")
 NAMES = (*_PLACES, *(f"cpu:{isa}" for isa in ISAS))
 
 
+def no_backward(backend: Backend, problem: Problem) -> str | None:
+    """None if the backend has a backward pass of its own for the problem, else why not: then `tiled` has."""
+    if getattr(backend, "backward", None) is None:
+        return f"{backend.name} has no backward pass of its own"
+    if 0 in (problem.B, problem.Hq, problem.Lq, problem.Lk, problem.Dv):
+        return "there is nothing to compute"
+    supports: Callable[[Problem], str | None] | None = getattr(backend, "backward_supports", None)
+    return supports(problem) if supports is not None else None
+
+
 @cache
 def load(name: str) -> Backend:
     """The backend called `name`, one of NAMES."""

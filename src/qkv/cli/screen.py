@@ -33,8 +33,7 @@ def first(text: Text, found: Found, agreed: Agreement, timings: list[Timing], sa
         *_shapes(found),
         *_agreed(agreed),
         *_timed(timings),
-        *_spoken(said),
-        "",
+        *(_spoken(said) or [""]),
         paint("next: ", "dim") + 'qkv why scale · qkv demo FILE --ask "…" --full · qkv doctor',
     ]
     return "\n".join(line.rstrip() for line in lines)
@@ -110,7 +109,7 @@ def _agreed(agreed: Agreement) -> list[str]:
 def _spoken(said: str) -> list[str]:
     if not said:
         return []
-    spoken = " ".join(f"a 1.2 M model trained on this text by qkv train: {said}".split())
+    spoken = " ".join(f"a model of 1.2 M weights, trained on this text by qkv train: {said}".split())
     return textwrap.wrap(spoken, WIDTH, max_lines=2, placeholder="…")
 
 

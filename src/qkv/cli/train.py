@@ -23,7 +23,7 @@ OPTIONS = {
     "heads": ("config", int, "query heads (default 4)"),
     "context": ("config", int, "bytes of a training window (default 256)"),
     "window": ("config", int, "bytes that --attention window sees (default 64)"),
-    "steps": ("settings", int, "training steps (default 2000)"),
+    "steps": ("settings", int, "training steps (default 1200)"),
     "batch": ("settings", int, "windows a step (default 8)"),
     "rate": ("settings", float, "peak learning rate (default 0.002)"),
     "seed": ("settings", int, "of the weights and the batches (default 0)"),

@@ -28,7 +28,7 @@ HELD_BYTES = 8192  # bytes of a held-out forward pass, whatever the batch
 class Settings:
     """How a decoder is trained; with the text, the configuration and the thread count it decides every bit."""
 
-    steps: int = 2000
+    steps: int = 1200
     batch: int = 8
     rate: float = 2e-3
     warmup: int = 100  # steps, at most a tenth of all
