@@ -56,13 +56,14 @@ class Gradients {
         for (int64_t t = 0; t < a_.bias_count; ++t)
             if (by_copies(t)) copies += Arena::up(S * G * chunks_ * copy_size(t) * 8);
         const int64_t each = worker_bytes();
-        const int64_t bytes = 2 * Arena::up(all_rows * sizeof(E)) + Arena::up(all_rows * D_ * sizeof(E)) + Arena::up(S * G * tiles_ * sizeof(Span)) +
+        const int64_t bytes = 3 * Arena::up(all_rows * sizeof(E)) + Arena::up(all_rows * D_ * sizeof(E)) + Arena::up(S * G * tiles_ * sizeof(Span)) +
                               Arena::up(S * G * chunks_ * sizeof(std::atomic<int64_t>)) + copies + each * threads_;
         char* memory = static_cast<char*>(scratch_memory(static_cast<size_t>(bytes)));
         if (memory == nullptr) return Status::no_memory;
         Arena arena{memory};
         delta_ = arena.take<E>(all_rows);
         lse2_ = arena.take<E>(all_rows);
+        rest_ = arena.take<E>(all_rows);
         d_q_ = arena.take<E>(all_rows * D_);
         spans_ = arena.take<Span>(S * G * tiles_);
         passed_ = arena.take<std::atomic<int64_t>>(S * G * chunks_);
@@ -147,7 +148,7 @@ class Gradients {
         A* v_copy;
         B* k_lanes;        // [chunk / pair][D_]
         uint8_t* bad_keys; // [chunk]
-        E lse2[kTileRows], delta[kTileRows];
+        E lse2[kTileRows], rest[kTileRows], delta[kTileRows];
     };
 
     static int64_t columns(int64_t D) { return (D + W - 1) / W * W; }
@@ -240,7 +241,11 @@ class Gradients {
             if (b_.d_lse != nullptr && !QKV_MUTANT(back_lse)) delta -= static_cast<const E*>(b_.d_lse)[at_lse];
             const E lse = static_cast<const E*>(a_.lse)[at_lse];
             delta_[row] = delta;
-            lse2_[row] = lse == -static_cast<E>(INFINITY) ? static_cast<E>(INFINITY) : static_cast<E>(static_cast<double>(lse) * kLog2e);
+            // In powers of 2, and what its rounding takes from every weight of the row.
+            const double exact = static_cast<double>(lse) * kLog2e;
+            lse2_[row] = lse == -static_cast<E>(INFINITY) ? static_cast<E>(INFINITY) : static_cast<E>(exact);
+            const double lost = std::fma(static_cast<double>(lse), kLog2e, -static_cast<double>(lse2_[row])) + static_cast<double>(lse) * 2.0355273740931033e-17;
+            rest_[row] = finite(lse2_[row]) ? static_cast<E>(1 - lost * kLn2) : E(1);
             std::memset(d_q_ + row * D_, 0, sizeof(E) * static_cast<size_t>(D_));
         }
         if (program_.empty()) {
@@ -455,6 +460,7 @@ class Gradients {
             const bool there = r < rows.count;
             w.row[r] = there ? row_of(c.at, w.tile, r) : 0;
             w.lse2[r] = there ? lse2_[w.row[r]] : static_cast<E>(INFINITY);
+            w.rest[r] = there ? rest_[w.row[r]] : E(1);
             w.delta[r] = there ? delta_[w.row[r]] : E(0);
         }
         std::memset(w.d_q, 0, sizeof(E) * static_cast<size_t>(w.n * D_));
@@ -515,7 +521,7 @@ class Gradients {
         const V scale = V::set1(static_cast<E>(a_.scale)), cap = V::set1(static_cast<E>(a_.softcap)), one = V::set1(1);
         const V shrink = V::set1(static_cast<E>(a_.softcap > 0 ? 1 / a_.softcap : 0));
         for (int64_t z = 0; z < n; z += W) {
-            const V lse2 = V::load(w.lse2 + z), delta = V::load(w.delta + z);
+            const V lse2 = V::load(w.lse2 + z), rest = V::load(w.rest + z), delta = V::load(w.delta + z);
             const auto key = [&](int j, V& p, V& dx) {
                 V x = V::load(w.s + j * n + z), slope = one;
                 if constexpr (Transform) {
@@ -531,7 +537,7 @@ class Gradients {
                     x = fused(x, factor, zero - lse2);
                 }
                 // A weight is at most 1, whatever lse lost to rounding. (A NaN stays: it is second.)
-                p = exp2_poly<M::kDegree>(minimum(zero, x));
+                p = exp2_poly<M::kDegree>(minimum(zero, x)) * rest;
                 dx = p * (V::load(w.dp + j * n + z) - delta);
                 if constexpr (Masked) {
                     const uint32_t bits = static_cast<uint32_t>(words[j] >> z);
@@ -609,7 +615,7 @@ class Gradients {
         if (add == -static_cast<E>(INFINITY)) return;
         s += add;
         if (s == -static_cast<E>(INFINITY)) return;
-        const E p = std::exp2(s * static_cast<E>(kLog2e) - w.lse2[r]), ds = p * (dp - w.delta[r]), dx = ds * slope;
+        const E p = std::exp2(s * static_cast<E>(kLog2e) - w.lse2[r]) * w.rest[r], ds = p * (dp - w.delta[r]), dx = ds * slope;
         if (wanted_) bias_at(c, w, r, j, ds);
         const auto tame = [](E x) { return finite(x) ? x : E(0); };
         for (int64_t d = 0; d < a_.Dv; ++d) w.d_v[key * Dv_ + d] += p * widen(g[d * b_.d_out_stride[3]]);
@@ -689,12 +695,14 @@ class Gradients {
         sink_of(a_, h, score);
         double total = 0;
         const int64_t g = h / group_;
-        for (int64_t at = 0; at < a_.sequence_count && score != -static_cast<E>(INFINITY); ++at)
+        const bool absent = score == -static_cast<E>(INFINITY);  // its share is 0, but 0 times NaN is still NaN
+        for (int64_t at = 0; at < a_.sequence_count; ++at)
             for (int64_t i = 0; i < a_.sequences[at].q_count; ++i) {
                 const int64_t row = first_row(at, g) + (h - g * group_) * longest_ + i;
                 // A dead row's lse is its sink.
                 const double lse2 = static_cast<double>(lse2_[row]);
-                total -= std::exp2(static_cast<double>(score) * kLog2e - lse2) * static_cast<double>(delta_[row]) * (QKV_MUTANT(back_sink) ? 2 : 1);
+                const double share = absent ? 0 : std::exp2(static_cast<double>(score) * kLog2e - lse2);
+                total -= share * static_cast<double>(delta_[row]) * (QKV_MUTANT(back_sink) ? 2 : 1);
             }
         b_.d_sinks[h] = total;
     }
@@ -716,7 +724,7 @@ class Gradients {
     bool transform_ = false, by_head_ = false, wanted_ = false, one_task_for_batch_ = false, one_task_for_heads_ = false;
     E factor_ = 0;
     int threads_ = 1;
-    E *delta_ = nullptr, *lse2_ = nullptr, *d_q_ = nullptr;
+    E *delta_ = nullptr, *lse2_ = nullptr, *rest_ = nullptr, *d_q_ = nullptr;
     Span* spans_ = nullptr;
     std::atomic<int64_t>* passed_ = nullptr;
     double* copies_[kMaxTerms] = {};

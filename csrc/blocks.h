@@ -1,5 +1,7 @@
 // What both kernels share: the call as they see it, and the walk over the keys that a tile of rows may see.
 #pragma once
+#include <type_traits>
+
 #include "mask_program.h"
 #include "mutants.h"
 
@@ -192,7 +194,12 @@ template <class E>
 inline Closing<E> close_row(E m, E l, bool has_sink, E sink) {
     const E infinity = static_cast<E>(INFINITY);
     if (m == -infinity && !(l != l)) return {E(0), has_sink ? sink : -infinity};
-    if (!has_sink || sink == -infinity) return {E(1) / l, static_cast<E>((static_cast<double>(m) + std::log2(static_cast<double>(l))) * (QKV_MUTANT(lse_base_2) ? 1 : kLn2))};
+    if (!has_sink || sink == -infinity) {
+        // In more digits than E has: gradients recompute every weight from this number.
+        using Wide = std::conditional_t<sizeof(E) == 8, long double, double>;
+        const Wide total = static_cast<Wide>(m) + std::log2(static_cast<Wide>(l));
+        return {E(1) / l, static_cast<E>(total * (QKV_MUTANT(lse_base_2) ? Wide(1) : static_cast<Wide>(0.693147180559945309417232121458176568L)))};
+    }
     const double ms = static_cast<double>(sink) * kLog2e;
     const double top = ms > static_cast<double>(m) ? ms : static_cast<double>(m);
     const double w = std::exp2(static_cast<double>(m) - top);
