@@ -56,3 +56,15 @@ def close(got: Tensor, want: Tensor, tolerance: float = CLOSE) -> None:
     worst = (got - want).abs().max().item() if got.numel() else 0.0
     assert got.shape == want.shape
     assert worst <= tolerance * (1 + want.abs().max().item()), f"off by {worst}"
+
+
+def turn(x: Tensor, rotary: Rotary, p: Any) -> Tensor:
+    """x (L, D): pairs as complex numbers times exp(i p theta)."""
+    theta = [float(rotary.base) ** (-2 * i / rotary.dim) for i in range(rotary.dim // 2)]
+    columns = list(x.unbind(-1))
+    for i, t in enumerate(theta):
+        a, b = (2 * i, 2 * i + 1) if rotary.interleaved else (i, i + len(theta))
+        angle = torch.tensor([float(n) * t for n in p], dtype=torch.float64)
+        z = torch.complex(columns[a], columns[b]) * torch.polar(torch.ones_like(angle), angle)
+        columns[a], columns[b] = z.real, z.imag
+    return torch.stack(columns, dim=-1)

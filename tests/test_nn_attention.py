@@ -12,24 +12,12 @@ from torch import Tensor, nn
 import qkv
 from qkv.nn import Attention
 from qkv.rotary import DynamicNTK, Rotary, YaRN
-from tests.layers import CLOSE, LAYERS, built, close, sample
+from tests.layers import CLOSE, LAYERS, built, close, sample, turn
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # ------------------------------------------------------------------------------------------------ the definition
-def turn(x: Tensor, rotary: Rotary, p: Any) -> Tensor:
-    """x (L, D): pairs as complex numbers times exp(i p theta)."""
-    theta = [float(rotary.base) ** (-2 * i / rotary.dim) for i in range(rotary.dim // 2)]
-    columns = list(x.unbind(-1))
-    for i, t in enumerate(theta):
-        a, b = (2 * i, 2 * i + 1) if rotary.interleaved else (i, i + len(theta))
-        angle = torch.tensor([float(n) * t for n in p], dtype=torch.float64)
-        z = torch.complex(columns[a], columns[b]) * torch.polar(torch.ones_like(angle), angle)
-        columns[a], columns[b] = z.real, z.imag
-    return torch.stack(columns, dim=-1)
-
-
 def definition(layer: Attention, x: Tensor, y: Tensor, seen: Tensor, qp: Any = None, kp: Any = None) -> Tensor:
     """The layer, a batch row, head and query at a time; seen (B, Lq, Lk) says what may be attended to."""
     w = dict(layer.named_parameters())

@@ -16,19 +16,14 @@ import qkv
 from qkv.errors import ArgumentError, ArgumentTypeError, ShapeError, UnsupportedError
 from qkv.nn import LatentAttention, latent
 from qkv.rotary import Rotary, YaRN
+from tests.layers import CLOSE, close, sample, turn
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-# Float64: a few hundred roundings of 2.2e-16, with room.
-CLOSE = 1e-12
 # All sizes differ, so that no two can be taken for each other.
 SIZES: dict[str, Any] = {
     "q_lora_rank": 14, "kv_lora_rank": 10, "qk_nope_head_dim": 5, "qk_rope_head_dim": 4, "v_head_dim": 7,
 }  # fmt: skip
-
-
-def sample(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 def built(dim: int = 24, num_heads: int = 3, seed: int = 0, **options: Any) -> LatentAttention:
@@ -41,24 +36,6 @@ def built(dim: int = 24, num_heads: int = 3, seed: int = 0, **options: Any) -> L
             gain = 3.0 if name in ("q_proj.weight", "q_b_proj.weight") else 1.0
             parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * size * gain)
     return layer
-
-
-def close(got: Tensor, want: Tensor, tolerance: float = CLOSE) -> None:
-    worst = (got - want).abs().max().item()
-    assert got.shape == want.shape
-    assert worst <= tolerance * (1 + want.abs().max().item()), f"off by {worst}"
-
-
-def turn(x: Tensor, rotary: Rotary, p: Any) -> Tensor:
-    """x (L, D): pairs as complex numbers times exp(i p theta)."""
-    theta = [float(rotary.base) ** (-2 * i / rotary.dim) for i in range(rotary.dim // 2)]
-    columns = list(x.unbind(-1))
-    for i, t in enumerate(theta):
-        a, b = (2 * i, 2 * i + 1) if rotary.interleaved else (i, i + len(theta))
-        angle = torch.tensor([float(n) * t for n in p], dtype=torch.float64)
-        z = torch.complex(columns[a], columns[b]) * torch.polar(torch.ones_like(angle), angle)
-        columns[a], columns[b] = z.real, z.imag
-    return torch.stack(columns, dim=-1)
 
 
 def definition(layer: LatentAttention, x: Tensor, seen: Tensor, p: Any = None) -> Tensor:
