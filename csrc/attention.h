@@ -8,7 +8,7 @@
 
 namespace qkv {
 
-enum class Type : int32_t { f32 = 0, bf16 = 1, f16 = 2, f64 = 3, i8 = 4 };
+enum class Type : int32_t { f32 = 0, bf16 = 1, f16 = 2, f64 = 3, i8 = 4, f8 = 5 };  // f8: e4m3, without infinities
 
 enum class Status : int32_t {
     ok = 0,
@@ -51,10 +51,10 @@ struct Sequence {
     int64_t batch;              // row of q, out, masks and bias that this sequence belongs to
     int64_t position;           // of its first query, when positions is null
     const int64_t* positions;   // one a query, or null
-    const void* k;              // first key (of head 0)
+    const void* k;              // first key (of head 0); with a page table: slot 0 of page 0
     const void* v;
-    const int32_t* pages;       // page table, or null for contiguous keys (pages are not implemented yet)
-    int64_t first_page_token;
+    const int32_t* pages;       // null: keys lie one stride apart. Else key j is in slot j % page_size of pages[j / page_size];
+                                // a negative entry is a page without memory, whose keys the mask has to hide
 };
 
 enum class BiasKind : int32_t { tensor = 0, alibi = 1, relative = 2 };
@@ -69,7 +69,7 @@ struct Bias {
 
 struct Attention {
     uint64_t size;  // sizeof(Attention) of the caller
-    Type q_type, kv_type;
+    Type q_type, kv_type;   // kv_type differs from q_type where keys and values are stored in i8 or f8, with scales
     int64_t Hq, Hkv, D, Dv;
     const void* q;
     int64_t q_stride[4];   // b h i d
@@ -92,8 +92,11 @@ struct Attention {
     int64_t operand_count;
     const Bias* bias;
     int64_t bias_count;
-    const void* k_scale;   // scales of quantised keys and values: not implemented yet
-    const void* v_scale;
+    int64_t page_size;     // slots of a page; the three below are used with page tables only
+    int64_t k_page, v_page;   // strides from page to page, in elements
+    const float* k_scale;  // what a stored number is multiplied by: one a key and head, for i8 and f8; null otherwise
+    const float* v_scale;
+    int64_t scale_stride[3];  // page h slot; the same for both
     uint64_t dropout_key;  // not implemented: must be 0
     void* row_max;         // row statistics: not implemented yet
     int32_t threads;

@@ -5,6 +5,7 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <array>
 #include <cmath>
 #include <stdexcept>
@@ -33,7 +34,7 @@ class Prepared {
   public:
     Prepared(std::string isa, int type, const Integers& sizes, const Integers& q_stride, const Integers& k_stride, const Integers& v_stride,
              const Integers& out_stride, double scale, double softcap, Integers program, const std::vector<std::tuple<uintptr_t, int64_t>>& operands,
-             const std::vector<Integers>& bias, const Integers& sinks, Integers positions)
+             const std::vector<Integers>& bias, const Integers& sinks, Integers positions, const Integers& pages)
         : isa_(std::move(isa)), program_(std::move(program)), positions_(std::move(positions)) {
         require(sizes.size() == 7, "sizes must be B, Hq, Hkv, Lq, Lk, D, Dv");
         for (const int64_t n : sizes) require(n >= 0, "sizes must not be negative");
@@ -45,10 +46,13 @@ class Prepared {
         require(positions_.size() <= 1 || positions_.size() == static_cast<size_t>(B_), "positions must be one a batch row");
         a_.size = sizeof(Attention);
         a_.q_type = a_.kv_type = static_cast<Type>(type);
+        static constexpr float kOne = 1;
         a_.Hq = sizes[1], a_.Hkv = sizes[2], a_.D = sizes[5], a_.Dv = sizes[6];
         for (size_t i = 0; i < 4; ++i) a_.q_stride[i] = q_stride[i], a_.out_stride[i] = out_stride[i];
+        if (!pages.empty()) set_pages(pages);
         for (size_t i = 0; i < 3; ++i) a_.k_stride[i] = k_stride[i + 1], a_.v_stride[i] = v_stride[i + 1];
         k_batch_ = k_stride[0], v_batch_ = v_stride[0];
+        a_.k_page = k_batch_, a_.v_page = v_batch_;
         a_.lse_stride[0] = a_.Hq * Lq_, a_.lse_stride[1] = Lq_, a_.lse_stride[2] = 1;
         a_.scale = scale, a_.softcap = softcap;
         for (const auto& [address, count] : operands) operands_.push_back({pointer(address), count});
@@ -66,6 +70,7 @@ class Prepared {
         require(a_.D > 0 && (a_.Hkv == 0 ? a_.Hq == 0 : a_.Hq % a_.Hkv == 0), "D must be positive and Hq a multiple of Hkv");
         if (!program_fits(a_.program, a_.program_length, a_.operand_count)) check(Status::bad_program);
         Attention probe = a_;  // without sequences: asks only whether this build and machine have the instruction set
+        if (a_.kv_type != a_.q_type) probe.k_scale = probe.v_scale = &kOne;
         check(attention(probe, isa_.c_str()));
     }
 
@@ -81,6 +86,64 @@ class Prepared {
         std::vector<Bias> terms = bias_;
         for (size_t i = 0; i < terms.size(); ++i) terms[i].data = pointer(bias[i]);
         go(q, k, v, out, lse, threads, sinks, positions, position_rows, terms);
+    }
+
+    // Keys and values on pages. The layout: int32 tables one after the other, and int64 starts (n + 1), lengths (n) and, for
+    // a ragged batch, queries (n). `which`: the sequences that run, or none for all. Their tables are checked here: a wrong
+    // number would be a wrong address.
+    void run_pages(const std::vector<uintptr_t>& tensors, int threads, uintptr_t sinks, const std::vector<uintptr_t>& bias, const std::vector<uintptr_t>& layout,
+                   int64_t tables, int64_t n, const Integers& which) const {
+        require(tensors.size() == 7 && layout.size() == 4, "tensors are q, k, v, k_scale, v_scale, out, lse; a layout is tables, starts, lengths, queries");
+        require(page_size_ > 0, "the call was prepared without pages");
+        require((sinks != 0) == has_sinks_, "sinks were prepared otherwise");
+        require(bias.size() == bias_.size(), "bias was prepared otherwise");
+        const int32_t* table = static_cast<const int32_t*>(pointer(layout[0]));
+        const int64_t* starts = static_cast<const int64_t*>(pointer(layout[1]));
+        const int64_t* lengths = static_cast<const int64_t*>(pointer(layout[2]));
+        const int64_t* queries = static_cast<const int64_t*>(pointer(layout[3]));
+        require(queries != nullptr || n == B_, "sequences must be one a batch row");
+        std::vector<Bias> terms = bias_;
+        for (size_t i = 0; i < terms.size(); ++i) terms[i].data = pointer(bias[i]);
+        std::vector<Sequence> sequences;
+        sequences.reserve(static_cast<size_t>(which.empty() ? n : static_cast<int64_t>(which.size())));
+        const auto add = [&](int64_t i, int64_t q_first) {
+            Sequence s{};
+            s.q_first = q_first;
+            s.q_count = queries != nullptr ? queries[i] : Lq_;
+            s.k_count = lengths[i];
+            s.batch = i;
+            s.position = s.k_count - s.q_count;
+            s.k = pointer(tensors[1]);
+            s.v = pointer(tensors[2]);
+            require(starts[i] >= 0 && starts[i + 1] >= starts[i] && starts[i + 1] <= tables, "a page table lies outside of the tables");
+            const int64_t needed = (s.k_count + page_size_ - 1) / page_size_;
+            require(s.k_count >= 0 && needed <= starts[i + 1] - starts[i], "a page table is too short for its sequence");
+            require(s.q_count >= 0 && q_first + s.q_count <= Lq_, "there are more queries than rows");
+            s.pages = table + starts[i];
+            int32_t low = 0, high = -1;
+            for (int64_t p = 0; p < needed; ++p) low = std::min(low, s.pages[p]), high = std::max(high, s.pages[p]);
+            require(low >= -1 && high < page_count_, "a page table names a page that does not exist");
+            if (s.q_count > 0) sequences.push_back(s);
+        };
+        int64_t first = 0;
+        size_t next = 0;
+        for (int64_t i = 0; i < n; ++i) {
+            if (which.empty() || (next < which.size() && which[next] == i)) add(i, queries != nullptr ? first : 0), ++next;
+            if (queries != nullptr) first += queries[i];
+        }
+        Attention call = a_;
+        if (queries != nullptr) call.q_stride[0] = call.out_stride[0] = call.lse_stride[0] = 0;
+        call.q = pointer(tensors[0]);
+        call.k_scale = static_cast<const float*>(pointer(tensors[3]));
+        call.v_scale = static_cast<const float*>(pointer(tensors[4]));
+        call.out = pointer(tensors[5]);
+        call.lse = pointer(tensors[6]);
+        call.sequences = sequences.data();
+        call.sequence_count = static_cast<int64_t>(sequences.size());
+        call.sinks = pointer(sinks);
+        call.bias = terms.data();
+        call.threads = threads;
+        check(attention(call, isa_.c_str()));
     }
 
     // Addresses of what the call was given and gave, its gradients' addresses and strides; d_lse, d_sinks and single gradients
@@ -118,6 +181,15 @@ class Prepared {
     }
 
   private:
+    // page size, number of pages, type of stored keys and values, strides of their scales: page, head, slot
+    void set_pages(const Integers& pages) {
+        require(pages.size() == 6 && pages[0] > 0 && pages[1] >= 0 && pages[2] >= 0 && pages[2] <= 5, "pages must be (size, count, type, 3 strides of scales)");
+        a_.page_size = page_size_ = pages[0];
+        page_count_ = pages[1];
+        a_.kv_type = static_cast<Type>(pages[2]);
+        for (size_t i = 0; i < 3; ++i) a_.scale_stride[i] = pages[i + 3];
+    }
+
     static void check(Status status) {
         switch (status) {
             case Status::ok: return;
@@ -170,6 +242,7 @@ class Prepared {
     Integers program_, positions_;
     std::vector<Operand> operands_;
     std::vector<Bias> bias_;
+    int64_t page_size_ = 0, page_count_ = 0;
     int64_t B_ = 0, Lq_ = 0, Lk_ = 0, k_batch_ = 0, v_batch_ = 0, bytes_ = 4;
     bool has_sinks_ = false;
 };
@@ -201,8 +274,10 @@ NB_MODULE(QKV_MODULE, m) {
 #endif
     nb::class_<Prepared>(m, "Prepared")
         .def(nb::init<std::string, int, const qkv::Integers&, const qkv::Integers&, const qkv::Integers&, const qkv::Integers&, const qkv::Integers&, double, double,
-                      qkv::Integers, const std::vector<std::tuple<uintptr_t, int64_t>>&, const std::vector<qkv::Integers>&, const qkv::Integers&, qkv::Integers>())
+                      qkv::Integers, const std::vector<std::tuple<uintptr_t, int64_t>>&, const std::vector<qkv::Integers>&, const qkv::Integers&, qkv::Integers,
+                      const qkv::Integers&>())
         .def("run", &Prepared::run, nb::call_guard<nb::gil_scoped_release>())
+        .def("run_pages", &Prepared::run_pages, nb::call_guard<nb::gil_scoped_release>())
         .def("run_full", &Prepared::run_full, nb::call_guard<nb::gil_scoped_release>())
         .def("backward", &Prepared::backward, nb::call_guard<nb::gil_scoped_release>());
 }

@@ -107,6 +107,78 @@ inline void walk(const Program& program, const Rows& rows, int64_t k0, int64_t k
     block.granules = 0;
 }
 
+// The keys (or values) of one sequence and one head, where they lie.
+template <class S>
+struct Source {
+    const S* base;  // key 0; with pages: slot 0 of page 0
+    int64_t stride, stride_d;
+    const int32_t* pages;
+    int64_t page_size, page;
+    // The row of key j; null where its page has no memory.
+    QKV_INLINE const S* row(int64_t j) const {
+        if (pages == nullptr) return base + j * stride;
+        const int64_t number = pages[j / page_size] + QKV_MUTANT(page_next);
+        return number < 0 ? nullptr : base + number * page + (QKV_MUTANT(page_slot) ? 0 : j % page_size) * stride;
+    }
+    // Whether the keys of every granule lie one stride apart.
+    bool straight() const { return pages == nullptr || (page_size % kGranule == 0 || QKV_MUTANT(page_straight)); }
+};
+template <class S>
+inline Source<S> keys_of(const Attention& a, const Sequence& s, int64_t kv_head) {
+    return {static_cast<const S*>(s.k) + kv_head * a.k_stride[0], a.k_stride[1], a.k_stride[2], s.pages, a.page_size, a.k_page};
+}
+template <class S>
+inline Source<S> values_of(const Attention& a, const Sequence& s, int64_t kv_head) {
+    return {static_cast<const S*>(s.v) + kv_head * a.v_stride[0], a.v_stride[1], a.v_stride[2], s.pages, a.page_size, a.v_page};
+}
+inline bool is_scaled(const Attention& a) { return a.k_scale != nullptr; }
+
+// One row as numbers of type To, in the vectors of V; null counts as zeros. i8 and f8 are exact in every To, before their scale.
+template <class V, class S, class To>
+inline void unpack_row(const S* from, int64_t stride, int64_t D, int64_t padded, To* to) {
+    int64_t d = 0;
+    if (from != nullptr) {
+        if (stride == 1) {
+#if defined(QKV_ISA_AVX512BF16)
+            if constexpr (std::is_same_v<To, bf16>)
+                for (; d + 32 <= D; d += 32) _mm512_storeu_si512(to + d, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(V::load(from + d + 16).r, V::load(from + d).r)));
+#endif
+            for (; d + V::W <= D; d += V::W) V::load(from + d).store(to + d);
+        }
+        for (; d < D; ++d) narrow(widen(from[d * stride]), to[d]);
+    }
+    if (d < padded) std::memset(static_cast<void*>(to + d), 0, sizeof(To) * static_cast<size_t>(padded - d));
+}
+
+// The scales of a granule's keys and values: those past the end, and on pages without memory, count as 0.
+template <class E>
+inline void gather_scales(const Attention& a, const Sequence& s, int64_t kv_head, int64_t j0, E* k_to, E* v_to) {
+    const int64_t live = lower(kGranule, s.k_count - j0), step = a.scale_stride[2];
+    int64_t i = 0;
+    while (i < live) {  // a page at a time
+        const int64_t slot = (j0 + i) % a.page_size, number = s.pages[(j0 + i) / a.page_size];
+        const int64_t at = number * a.scale_stride[0] + kv_head * a.scale_stride[1] + slot * step;
+        const int64_t end = lower(live, i + a.page_size - slot);
+        for (int64_t x = 0; i < end; ++i, ++x) {
+            k_to[i] = number < 0 ? E(0) : static_cast<E>(a.k_scale[at + x * step]);
+            v_to[i] = number < 0 ? E(0) : static_cast<E>(a.v_scale[at + x * step]);
+        }
+    }
+    for (; i < kGranule; ++i) k_to[i] = v_to[i] = 0;
+}
+
+// Asks for the scales of the granule at j0 before they are needed.
+inline void prefetch_scales(const Attention& a, const Sequence& s, int64_t kv_head, int64_t j0) {
+#if defined(__GNUC__)
+    const int64_t number = s.pages[j0 / a.page_size];
+    const int64_t at = number < 0 ? 0 : number * a.scale_stride[0] + kv_head * a.scale_stride[1] + j0 % a.page_size * a.scale_stride[2];
+    __builtin_prefetch(a.k_scale + at);
+    __builtin_prefetch(a.v_scale + at);
+#else
+    (void)a, (void)s, (void)kv_head, (void)j0;
+#endif
+}
+
 // What a call asks for, in the form the kernels use.
 struct Job {
     const Attention* call;

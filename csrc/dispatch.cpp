@@ -85,11 +85,15 @@ namespace {
 
 Status acceptable(const Attention& call) {
     if (call.size != sizeof(Attention)) return Status::bad_struct;
-    if (call.kv_type != call.q_type || call.k_scale != nullptr || call.v_scale != nullptr || call.dropout_key != 0 || call.row_max != nullptr)
+    if (call.dropout_key != 0 || call.row_max != nullptr) return Status::unsupported;
+    const bool scaled = call.k_scale != nullptr && call.v_scale != nullptr;
+    if (call.kv_type == call.q_type ? call.k_scale != nullptr || call.v_scale != nullptr
+                                    : !scaled || call.q_type == Type::f64 || (call.kv_type != Type::i8 && call.kv_type != Type::f8))
         return Status::unsupported;
     if (call.D < 1 || call.Hkv < 0 || call.Hq < 0 || (call.Hkv > 0 && call.Hq % call.Hkv != 0)) return Status::unsupported;
+    // Scales have strides of pages: scaled keys lie on pages.
     for (int64_t i = 0; i < call.sequence_count; ++i)
-        if (call.sequences[i].pages != nullptr) return Status::unsupported;
+        if (call.sequences[i].pages != nullptr ? call.page_size < 1 : scaled) return Status::unsupported;
     return Status::ok;
 }
 
@@ -114,6 +118,8 @@ Status backward(const Backward& call, const char* instruction_set) {
     if (call.size != sizeof(Backward)) return Status::bad_struct;
     const Status status = acceptable(call.call);
     if (status != Status::ok) return status;
+    for (int64_t i = 0; i < call.call.sequence_count; ++i)
+        if (call.call.sequences[i].pages != nullptr) return Status::unsupported;
     if (call.d_out == nullptr || call.call.lse == nullptr || call.call.out == nullptr) return Status::unsupported;
     const Entry* entry = find(instruction_set);
     if (entry == nullptr) return Status::unsupported;

@@ -57,6 +57,8 @@ class Dots {
         uint32_t* pairs;  // [rows][kWindowKeys / 2]
         T* keys;     // rows that cannot be loaded where they lie: [kWindowKeys][padded D]
         T* values;   // likewise [kWindowKeys][padded Dv]
+        E* k_scales; // [kWindowKeys], of stored keys that have them
+        E* v_scales;
         E m[kTileRows], l[kTileRows];
         bool masked;
     };
@@ -72,14 +74,15 @@ class Dots {
         std::memset(w.out, 0, sizeof(E) * static_cast<size_t>(w.tile.rows.count * padded(a.Dv)));
     }
 
-    static void load(const Job& job, Work& w) {
+    // Takes the queries of a tile, into rows from `first` on.
+    static void load(const Job& job, Work& w, const Tile& tile, int first) {
         const Attention& a = *job.call;
-        const Rows& rows = w.tile.rows;
+        const Rows& rows = tile.rows;
         const int64_t width = padded(a.D);
         for (int r = 0; r < rows.count; ++r) {
             const T* from = static_cast<const T*>(a.q) + rows.batch * a.q_stride[0] + rows.head[r] * a.q_stride[1] +
-                            (w.tile.sequence->q_first + rows.index[r]) * a.q_stride[2];
-            Q* to = w.queries + r * width;
+                            (tile.sequence->q_first + rows.index[r]) * a.q_stride[2];
+            Q* to = w.queries + (first + r) * width;
             for (int64_t d = 0; d < width; ++d) {
                 if constexpr (M::kPair == 2) {
                     to[d].bits = d < a.D ? static_cast<uint16_t>(from[d * a.q_stride[3]].bits ^ (job.negate ? 0x8000u : 0u)) : uint16_t(0);
@@ -88,11 +91,10 @@ class Dots {
                 }
             }
         }
-        reset(a, w);
     }
 
-    static void run(const Job& job, Work& w, int64_t k0, int64_t k1, bool careful) {
-        walk<kStepGranules>(job.program, w.tile.rows, k0, k1, w.scratch, w.block, [&](Block& block) { step(job, w, block, careful); });
+    static void run(const Job& job, const Program& program, Work& w, int64_t k0, int64_t k1, bool careful) {
+        walk<kStepGranules>(program, w.tile.rows, k0, k1, w.scratch, w.block, [&](Block& block) { step(job, w, block, careful); });
     }
 
     static bool spoiled(const Attention& a, const Work& w) {
@@ -141,9 +143,41 @@ class Dots {
             return fma(V::load(k), V::load(q), acc);
     }
 
+    // A granule's rows, as addresses to ask for before they are needed. Hints only: an address need not exist.
+    struct Ahead {
+        uintptr_t first, stride, bytes;
+        uintptr_t from, step;  // of each row, what this pass over the rows of queries asks for
+
+        // Asks for parts [part, end) of `parts` of the granule at once. Where keys lie one after the other the processor follows
+        // by itself, and this is enough; between them the passes fetch a granule.
+        QKV_INLINE void burst(int part, int end, int parts) const {
+            for (int i = kGranule * part / parts; i < kGranule * end / parts; ++i) lines(i, 0, 64);
+        }
+        // Asks for a part of row i. On pages the processor does not see what comes next: requests are spread over the products,
+        // few at a time, or they would queue.
+        QKV_INLINE void row(int i) const { lines(i, from, step); }
+        QKV_INLINE void share(int part, int parts) {
+            from = 64 * static_cast<uintptr_t>(part);
+            step = 64 * static_cast<uintptr_t>(parts);
+        }
+
+      private:
+        QKV_INLINE void lines(int i, uintptr_t o, uintptr_t by) const {
+#if defined(__GNUC__)
+            for (; o < bytes; o += by) __builtin_prefetch(reinterpret_cast<const void*>(first + static_cast<uintptr_t>(i) * stride + o));
+#else
+            (void)i, (void)o, (void)by;
+#endif
+        }
+    };
+    template <class S>
+    static QKV_INLINE Ahead ahead(const S* first, int64_t stride, int64_t width) {
+        return {reinterpret_cast<uintptr_t>(first), static_cast<uintptr_t>(stride) * sizeof(S), static_cast<uintptr_t>(first == nullptr ? 0 : width) * sizeof(S), 0, 64};
+    }
+
     // One granule's scores for `Rows_` rows of queries (1 or 2), keys in the order of memory. Past `live` there are no keys.
-    template <int Rows_>
-    static QKV_INLINE void scores(const Q* q, int64_t next_row, const T* keys, int64_t stride, int64_t width, int live, E* to) {
+    template <int Rows_, bool Spread>
+    static QKV_INLINE void scores(const Q* q, int64_t next_row, const T* keys, int64_t stride, int64_t width, int live, const Ahead& next, const Ahead& soon, E* to) {
         constexpr int kAtOnce = kKeys / Rows_;
         for (int g = 0; g < kGranule; g += kAtOnce) {
             V acc[kKeys];
@@ -151,6 +185,7 @@ class Dots {
                 V x[Rows_];
                 QKV_UNROLL for (int r = 0; r < Rows_; ++r) x[r] = V::zero();
                 const int64_t end = g + k < live ? width : 0;
+                if constexpr (Spread) next.row(g + k), soon.row(g + k);
                 for (int64_t d = 0; d < end; d += M::kStep)
                     QKV_UNROLL for (int r = 0; r < Rows_; ++r) x[r] = multiply(q + r * next_row + d, keys + (g + k) * stride + d, x[r]);
                 QKV_UNROLL for (int r = 0; r < Rows_; ++r) acc[r * kAtOnce + k] = x[r];
@@ -165,36 +200,36 @@ class Dots {
         }
     }
 
-    // Asks for parts [part, end) of `parts` of a granule's rows, in the order of memory. Between them the passes over the rows
-    // of queries fetch a granule, so that the requests do not pile up. A hint only: the address need not exist.
-    static QKV_INLINE void prefetch(const T* first, int64_t stride, int64_t width, int part, int end, int parts) {
-#if defined(__GNUC__)
-        const uintptr_t base = reinterpret_cast<uintptr_t>(first);
-        for (int i = kGranule * part / parts; i < kGranule * end / parts; ++i)
-            for (uintptr_t o = 0; o < static_cast<uintptr_t>(width) * sizeof(T); o += 64)
-                __builtin_prefetch(reinterpret_cast<const void*>(base + static_cast<uintptr_t>(i * stride) * sizeof(T) + o));
-#else
-        (void)first, (void)stride, (void)width, (void)part, (void)end, (void)parts;
-#endif
-    }
-
-    static const T* resident(const T* base, int64_t stride, int64_t stride_d, int64_t D, int64_t j, int64_t keys, T* copy, int64_t& step_to) {
+    // The granule of keys from j, as T: where it lies if it can be loaded there, else in `copy`.
+    template <class S>
+    static const T* resident(const Source<S>& source, int64_t D, int64_t j, int64_t keys, T* copy, int64_t& step_to) {
         const int64_t width = padded(D);
-        if ((stride_d == 1 || QKV_MUTANT(stride_ignored)) && D == width && j + kGranule <= keys) {
-            step_to = stride;
-            return base + j * stride;
+        if constexpr (std::is_same_v<S, T>) {
+            if ((source.stride_d == 1 || QKV_MUTANT(stride_ignored)) && D == width && j + kGranule <= keys && source.straight()) {
+                const T* first = source.row(j);
+                if (first != nullptr) {
+                    step_to = source.stride;
+                    return first;
+                }
+            }
         }
         // Rows past the end are not read, but for the second of a pair.
         step_to = width;
         const int64_t rows = lower(kGranule, keys - j);
         for (int64_t i = 0; i < rows; ++i) {
-            const T* from = base + (j + i) * stride;
+            const S* from = source.row(j + i);
             T* to = copy + i * width;
-            if (stride_d == 1 && D > 0)
-                std::memcpy(to, from, sizeof(T) * static_cast<size_t>(D));
-            else
-                for (int64_t d = 0; d < D; ++d) to[d] = from[d * stride_d];
-            std::memset(static_cast<void*>(to + D), 0, sizeof(T) * static_cast<size_t>(width - D));
+            if constexpr (!std::is_same_v<S, T>) {
+                unpack_row<V>(from, source.stride_d, D, width, to);
+            } else {
+                if (from == nullptr)
+                    std::memset(static_cast<void*>(to), 0, sizeof(T) * static_cast<size_t>(D));
+                else if (source.stride_d == 1 && D > 0)
+                    std::memcpy(to, from, sizeof(T) * static_cast<size_t>(D));
+                else
+                    for (int64_t d = 0; d < D; ++d) to[d] = from[d * source.stride_d];
+                std::memset(static_cast<void*>(to + D), 0, sizeof(T) * static_cast<size_t>(width - D));
+            }
         }
         if (rows % M::kPair != 0) std::memset(static_cast<void*>(copy + rows * width), 0, sizeof(T) * static_cast<size_t>(width));
         return copy;
@@ -267,37 +302,73 @@ class Dots {
     }
 
     static void step(const Job& job, Work& w, Block& block, bool careful) {
+        if constexpr (sizeof(E) == 4) {
+            if (is_scaled(*job.call)) {
+                if (job.call->kv_type == Type::i8)
+                    step_from<int8_t>(job, w, block, careful);
+                else
+                    step_from<f8>(job, w, block, careful);
+                return;
+            }
+        }
+        step_from<T>(job, w, block, careful);
+    }
+
+    // S: what keys and values are stored as.
+    template <class S>
+    static void step_from(const Job& job, Work& w, Block& block, bool careful) {
+        constexpr bool kScaled = !std::is_same_v<S, T>;
         const Attention& a = *job.call;
         const Sequence& sequence = *w.tile.sequence;
         const int64_t width = padded(a.D), width_v = padded(a.Dv);
         const int rows = w.tile.rows.count, n = block.keys();
-        const T* k = static_cast<const T*>(sequence.k) + w.tile.kv_head * a.k_stride[0];
-        const T* v = static_cast<const T*>(sequence.v) + w.tile.kv_head * a.v_stride[0];
+        const Source<S> k = keys_of<S>(a, sequence, w.tile.kv_head), v = values_of<S>(a, sequence, w.tile.kv_head);
         const T* from[kGranules];
         int64_t strides[kGranules];
         int live[kGranules];
         for (int g = 0; g < block.granules; ++g) {
             live[g] = static_cast<int>(lower(kGranule, sequence.k_count - block.key[g]));
             int64_t stride;
-            const T* keys = resident(k, a.k_stride[1], a.k_stride[2], a.D, block.key[g], sequence.k_count, w.keys + g * kGranule * width, stride);
-            from[g] = resident(v, a.v_stride[1], a.v_stride[2], a.Dv, block.key[g], sequence.k_count, w.values + g * kGranule * width_v, strides[g]);
-            const T* next = reinterpret_cast<const T*>(reinterpret_cast<uintptr_t>(keys) + static_cast<uintptr_t>(kGranule * stride) * sizeof(T));
+            const int64_t j = block.key[g];
+            const T* keys = resident(k, a.D, j, sequence.k_count, w.keys + g * kGranule * width, stride);
+            // Stored keys are converted a granule at a time, at once: they have to be there a granule earlier.
+            const int64_t then = j + (kScaled ? 2 : 1) * kGranule;
+            const bool more = then < sequence.k_count;
+            Ahead next = ahead(more ? k.row(then) : nullptr, k.stride, a.D), soon;
+            if constexpr (kScaled) {  // values are converted when they are wanted: until then they have time to come
+                gather_scales(a, sequence, w.tile.kv_head, j, w.k_scales + g * kGranule, w.v_scales + g * kGranule);
+                if (more) prefetch_scales(a, sequence, w.tile.kv_head, then);
+                soon = ahead(v.row(j), v.stride, a.Dv);
+            } else {
+                from[g] = resident(v, a.Dv, j, sequence.k_count, w.values + g * kGranule * width_v, strides[g]);
+                soon = ahead(from[g], strides[g], width_v);
+            }
+            const bool spread = kScaled || (more && next.first != reinterpret_cast<uintptr_t>(keys + kGranule * stride));
             for (int r = 0, two = 0; r < rows; r += 1 + two) {
                 two = r + 1 < rows;
-                prefetch(next, stride, width, r, r + 1 + two, rows);
-                if (rows > 1) prefetch(from[g], strides[g], width_v, r, r + 1 + two, rows);  // one row keeps up without
                 const Q* q = w.queries + r * width;
                 E* to = w.scores + r * kWindowKeys + g * kGranule;
-                if (two)
-                    scores<2>(q, width, keys, stride, width, live[g], to);
-                else
-                    scores<1>(q, width, keys, stride, width, live[g], to);
+                if (spread) {
+                    next.share(r / 2, (rows + 1) / 2);
+                    soon.share(r / 2, (rows + 1) / 2);
+                    if (two)
+                        scores<2, true>(q, width, keys, stride, width, live[g], next, soon, to);
+                    else
+                        scores<1, true>(q, width, keys, stride, width, live[g], next, soon, to);
+                } else {
+                    next.burst(r, r + 1 + two, rows);
+                    if (rows > 1) soon.burst(r, r + 1 + two, rows);  // one row keeps up without
+                    if (two)
+                        scores<2, false>(q, width, keys, stride, width, live[g], next, soon, to);
+                    else
+                        scores<1, false>(q, width, keys, stride, width, live[g], next, soon, to);
+                }
             }
         }
         E keep[kTileRows];
         for (int r = 0; r < rows; ++r) {
             E* s = w.scores + r * kWindowKeys;
-            if (job.transform) transform(job, w, block, r, s);
+            if (job.transform) transform<kScaled>(job, w, block, r, s);
             if (block.masked)
                 for (int j = 0; j < n; ++j) s[j] = block.words[j] >> r & 1 ? s[j] : -static_cast<E>(INFINITY);
             V top = V::set1(-static_cast<E>(INFINITY));
@@ -316,6 +387,11 @@ class Dots {
                 e.store(s + j);
             }
             w.l[r] = w.l[r] * (QKV_MUTANT(dots_rescale) ? E(1) : keep[r]) + sum(l);
+            if constexpr (kScaled) {
+                for (int j = 0; j < n && !QKV_MUTANT(scale_values); j += W) (V::load(s + j) * V::load(w.v_scales + j)).store(s + j);
+                if (block.masked)  // 0 times a scale that is NaN is not 0
+                    for (int j = 0; j < n; ++j) s[j] = block.words[j] >> r & 1 ? s[j] : E(0);
+            }
 #if defined(QKV_ISA_AVX512BF16)
             if constexpr (M::kPair == 2)
                 for (int j = 0; j < n; j += 16)
@@ -324,6 +400,9 @@ class Dots {
 #endif
         }
         w.masked |= block.masked;
+        if constexpr (kScaled)
+            for (int g = 0; g < block.granules; ++g)
+                from[g] = resident(v, a.Dv, block.key[g], sequence.k_count, w.values + g * kGranule * width_v, strides[g]);
         if (careful) {
             for (int r = 0; r < rows; ++r) all_values<1, 2, true>(block, from, strides, live, w, keep, r, width_v);
             return;
@@ -342,6 +421,7 @@ class Dots {
     }
 
     // The scores of one row as the definition has them, but for the mask.
+    template <bool Scaled>
     static void transform(const Job& job, Work& w, Block& block, int r, E* s) {
         const Attention& a = *job.call;
         const V scale = V::set1(static_cast<E>(a.scale)), cap = V::set1(static_cast<E>(a.softcap));
@@ -354,6 +434,7 @@ class Dots {
         }
         for (int j = 0; j < n; j += W) {
             V x = V::load(s + j) * scale;
+            if (Scaled && !QKV_MUTANT(scale_keys)) x = x * V::load(w.k_scales + j);
             if (QKV_MUTANT(bias_before_cap) && a.bias_count > 0) x = x + V::load(w.bias + j);
             if (a.softcap > 0 && !QKV_MUTANT(softcap_ignored)) x = cap * tanh_vector(x * shrink);
             if (a.bias_count > 0 && !QKV_MUTANT(bias_before_cap)) x = x + V::load(w.bias + j);

@@ -4,6 +4,7 @@
 // Few rows: one task a chunk of keys, over all rows; the chunks' results are merged in order. What is cut how depends on the
 // sequence alone, never on its neighbours in the batch or the number of threads, and so do the bits of the result.
 #include "arena.h"
+#include "cascade.h"
 #include "dots.h"
 #include "lanes.h"
 #include "pool.h"
@@ -29,7 +30,15 @@ struct Cut {
     int64_t first_counter;
     int64_t first_pack, packs;  // of the packing tasks
     int64_t pairs;              // offset of interleaved values, or -1
-    int64_t tasks(int64_t kv_heads) const { return rows == 0 ? 0 : kv_heads * (split ? chunks : tiles); }
+    uint64_t shared;            // chunks that are computed together with other sequences'
+    int64_t tasks(int64_t kv_heads) const { return rows == 0 ? 0 : kv_heads * (split ? chunks - __builtin_popcountll(shared) : tiles); }
+    // The chunk of one's own tasks.
+    int64_t chunk_of(int64_t n) const {
+        int64_t c = 0;
+        for (uint64_t bits = shared; bits != 0; bits >>= 1, ++c)
+            if (!(bits & 1) && n-- == 0) return c;
+        return c + n;
+    }
 };
 
 constexpr int64_t kPackKeys = 256;
@@ -53,11 +62,12 @@ struct Run {
     typename L::U* pairs = nullptr;
     int64_t states = 1;
     bool any_dots = false, any_lanes = false;
+    Cascade cascade;
 
     explicit Run(const Attention& call) : a(call), job{&call, Program(call.program, call.program_length, call.operands), false, 0, false, 0} {
         job.group = a.Hkv > 0 ? a.Hq / a.Hkv : 0;
         const double factor = a.scale * kLog2e / (QKV_MUTANT(scale_by_d) ? std::sqrt(static_cast<double>(a.D)) : 1);
-        job.transform = a.softcap > 0 || a.bias_count > 0 || !(std::fabs(factor) > 1e-30 && std::fabs(factor) < 1e30);
+        job.transform = a.softcap > 0 || a.bias_count > 0 || is_scaled(a) || !(std::fabs(factor) > 1e-30 && std::fabs(factor) < 1e30);
         job.negate = !job.transform && factor < 0 && !QKV_MUTANT(negative_scale);
         job.factor = job.transform ? kLog2e : std::fabs(factor);
     }
@@ -92,12 +102,13 @@ struct Run {
         int64_t bytes = up(sizeof(typename L::Work)) + 2 * up(kWindowKeys * n * sizeof(E));
         bytes += up(kWindowKeys * u * L::Products::kPair * sizeof(typename L::K)) + up(kWindowKeys * a.Dv * sizeof(typename L::U));
         bytes += up(n * L::row_width(a) * sizeof(E));
+        bytes += 2 * up(kWindowKeys * sizeof(E)) + up(kGranule * a.Dv * sizeof(T));
         return bytes + states * (up(sizeof(typename L::State)) + up(u * n * sizeof(typename L::Q)) + up(a.Dv * n * sizeof(E)));
     }
     int64_t dots_bytes() const {
         const int64_t n = D::kTileRows, d = D::padded(a.D), dv = D::padded(a.Dv);
         return up(sizeof(typename D::Work)) + up(n * d * sizeof(typename D::Q)) + up(n * dv * sizeof(E)) + up(n * kWindowKeys * sizeof(E)) +
-               up(kWindowKeys * sizeof(E)) + up(n * kWindowKeys / 2 * 4) + up(kWindowKeys * d * sizeof(T)) + up(kWindowKeys * dv * sizeof(T));
+               3 * up(kWindowKeys * sizeof(E)) + up(n * kWindowKeys / 2 * 4) + up(kWindowKeys * d * sizeof(T)) + up(kWindowKeys * dv * sizeof(T));
     }
 
     Status go() {
@@ -106,22 +117,33 @@ struct Run {
         // The table of cuts is needed before the sizes are known: it lives at the front of a first request.
         cuts = static_cast<Cut*>(scratch_memory(table));
         if (cuts == nullptr) return Status::no_memory;
-        layout(flops_keys);
+        layout();
+        int64_t candidates = 0, most = 0;
+        for (int64_t i = 0; i < a.sequence_count; ++i) {
+            flops_keys += cuts[i].rows * a.Hkv * a.sequences[i].k_count;
+            if (may_share(i)) ++candidates, most = upper(most, cuts[i].chunks);
+        }
+        if (candidates < 2 || !Cascade::possible(a)) candidates = 0;
+        const int64_t slots = candidates * 2 + 1;
         const int threads = worker_limit(4.0 * static_cast<double>(flops_keys) * static_cast<double>(a.D + a.Dv) / 2 < kSerialFlops ? 1 : a.threads);
-        worker_bytes = up(upper(any_lanes ? lanes_bytes() : 0, any_dots ? dots_bytes() : 0)) + up(sizeof(Tile)) + up((a.Dv + V::W) * sizeof(E));
+        worker_bytes = up(upper(any_lanes ? lanes_bytes() : 0, any_dots ? dots_bytes() : 0)) + 2 * up(sizeof(Tile)) + up((a.Dv + V::W) * sizeof(E));
         const int64_t bytes = table + worker_bytes * threads + up(partial_rows * a.Dv * sizeof(E)) + 2 * up(partial_rows * sizeof(E)) +
-                              up(counters * 4) + up(pair_words * sizeof(typename L::U));
+                              up(counters * 4) + up(pair_words * sizeof(typename L::U)) +
+                              (candidates > 0 ? up(candidates * sizeof(Candidate)) + up(slots * 4) + up(candidates * most * sizeof(Share)) + up(candidates * most * 8) +
+                                                    up(a.sequence_count * 8) + up(sizeof(Tile)) + up(sizeof(Scratch)) + up(sizeof(Bounds))
+                                              : 0);
         char* memory = static_cast<char*>(scratch_memory(static_cast<size_t>(bytes)));
         if (memory == nullptr) return Status::no_memory;
         Arena arena{memory};
         cuts = arena.take<Cut>(a.sequence_count);
-        layout(flops_keys);
+        layout();
         workers = arena.take<char>(worker_bytes * threads);
         partial_out = arena.take<E>(partial_rows * a.Dv);
         partial_m = arena.take<E>(partial_rows);
         partial_l = arena.take<E>(partial_rows);
         remaining = arena.take<int32_t>(counters);
         pairs = arena.take<typename L::U>(pair_words);
+        if (candidates > 0) share(arena, candidates, most, slots);
         for (int64_t i = 0; i < a.sequence_count; ++i)
             for (int64_t g = 0; cuts[i].split && cuts[i].chunks > 1 && g < a.Hkv; ++g) remaining[cuts[i].first_counter + g] = static_cast<int32_t>(cuts[i].chunks);
         if (packs > 0)
@@ -131,13 +153,50 @@ struct Run {
         return Status::ok;
     }
 
-    void layout(int64_t& flops_keys) {
-        tasks = packs = partial_rows = counters = pair_words = flops_keys = 0;
+    // Chunks in common need a page table, and results that are merged.
+    bool may_share(int64_t i) const { return a.sequences[i].pages != nullptr && cuts[i].dots && cuts[i].rows > 0 && cuts[i].chunks > 1 && cuts[i].chunks <= kMostChunks; }
+
+    void share(Arena& arena, int64_t count, int64_t most, int64_t slots) {
+        Candidate* candidates = arena.take<Candidate>(count);
+        int32_t* table = arena.take<int32_t>(slots);
+        cascade.shares = arena.take<Share>(count * most);
+        cascade.members = arena.take<int64_t>(count * most);
+        uint64_t* taken = arena.take<uint64_t>(a.sequence_count);
+        Tile& tile = *arena.take<Tile>(1);
+        Scratch& scratch = *arena.take<Scratch>(1);
+        Bounds& bounds = *arena.take<Bounds>(1);
+        int64_t n = 0;
+        for (int64_t i = 0; i < a.sequence_count; ++i) {
+            taken[i] = 0;
+            if (!may_share(i)) continue;
+            const Sequence& s = a.sequences[i];
+            Candidate& x = candidates[n++];
+            x.sequence = i, x.chunk = cuts[i].chunk, x.chunks = cuts[i].chunks;
+            bounds.full.clear();
+            if (job.program.empty()) {
+                bounds.full.set(0, s.k_count);
+            } else {
+                fill(s, cuts[i], 0, 0, tile);
+                job.program.bounds(tile.rows, scratch, bounds);
+            }
+            x.set_full(bounds.full);
+        }
+        cascade.find(a, candidates, n, table, slots, taken);
+        if (cascade.count == 0) return;
+        tasks = cascade.count * a.Hkv;
+        for (int64_t i = 0; i < a.sequence_count; ++i) {
+            cuts[i].shared = taken[i];
+            cuts[i].first_task = tasks;
+            tasks += cuts[i].tasks(a.Hkv);
+        }
+    }
+
+    void layout() {
+        tasks = packs = partial_rows = counters = pair_words = 0;
         for (int64_t i = 0; i < a.sequence_count; ++i) {
             const Sequence& s = a.sequences[i];
             Cut c = cut(s);
             (c.dots ? any_dots : any_lanes) = true;
-            flops_keys += c.rows * a.Hkv * s.k_count;
             if (c.split && !c.dots) states = upper(states, c.tiles);
             c.first_task = tasks;
             tasks += c.tasks(a.Hkv);
@@ -148,7 +207,7 @@ struct Run {
                 counters += a.Hkv;
             }
             c.first_pack = packs;
-            if (L::Products::kPair == 2 && !c.split && c.tiles > 2) {
+            if (L::Products::kPair == 2 && !c.split && c.tiles > 2 && !is_scaled(a)) {
                 c.pairs = pair_words;
                 const int64_t half = (s.k_count + kGranule - 1) / kGranule * kGranule / 2;
                 pair_words += a.Hkv * half * a.Dv;
@@ -178,7 +237,7 @@ struct Run {
         const int64_t per_head = c.packs / a.Hkv, head = (i - c.first_pack) / per_head, j = (i - c.first_pack) % per_head * kPackKeys;
         const int64_t padded = (s.k_count + kGranule - 1) / kGranule * kGranule;
         typename L::U* to = pairs + c.pairs + (head * padded / 2 + j / 2) * a.Dv;
-        L::interleave(static_cast<const T*>(s.v) + head * a.v_stride[0], a.v_stride[1], a.v_stride[2], s.k_count, j, lower(kPackKeys, padded - j), a.Dv, to);
+        L::interleave(values_of<T>(a, s, head), s.k_count, j, lower(kPackKeys, padded - j), a.Dv, to);
     }
 
     void fill(const Sequence& s, const Cut& c, int64_t kv_head, int64_t tile, Tile& to) const {
@@ -202,6 +261,10 @@ struct Run {
     }
 
     void task(int64_t i, int worker) {
+        if (i < cascade.count * a.Hkv) {
+            together(cascade.shares[i / a.Hkv], i % a.Hkv, worker);
+            return;
+        }
         const int64_t at = find(i, [](const Cut& c) { return c.first_task; });
         const Sequence& s = a.sequences[at];
         const Cut& c = cuts[at];
@@ -213,7 +276,7 @@ struct Run {
             whole(s, c, kv_head, by_index(c, tile), arena);
             return;
         }
-        const int64_t kv_head = local % a.Hkv, chunk = local / a.Hkv;
+        const int64_t kv_head = local % a.Hkv, chunk = c.chunk_of(local / a.Hkv);
         if (c.dots)
             few(s, c, kv_head, chunk, arena);
         else
@@ -239,6 +302,9 @@ struct Run {
         w.keys = arena.take<typename L::K>(kWindowKeys * L::units(a.D) * L::Products::kPair);
         w.values = arena.take<typename L::U>(kWindowKeys * a.Dv);
         w.rows = arena.take<E>(n * L::row_width(a));
+        w.k_scales = arena.take<E>(kWindowKeys);
+        w.v_scales = arena.take<E>(kWindowKeys);
+        w.staged = arena.take<T>(kGranule * a.Dv);
         w.pairs = nullptr;
         w.pairs_first = 0;
         return w;
@@ -275,12 +341,11 @@ struct Run {
             fill(s, c, kv_head, t, tiles[t]->tile);
             L::load(job, *tiles[t], work);
         }
-        const T* v = static_cast<const T*>(s.v) + kv_head * a.v_stride[0];
         const auto sweep = [&](int64_t from, int64_t to, bool careful) {
             for (int64_t j = k0; j < k1; j += kWindowKeys) {
                 const int64_t end = lower(k1, j + kWindowKeys);
-                if (L::Products::kPair == 2 && c.tiles > 1) {
-                    L::interleave(v, a.v_stride[1], a.v_stride[2], s.k_count, j, (end - j + kGranule - 1) / kGranule * kGranule, a.Dv, work.values);
+                if (L::Products::kPair == 2 && c.tiles > 1 && !is_scaled(a)) {
+                    L::interleave(values_of<T>(a, s, kv_head), s.k_count, j, (end - j + kGranule - 1) / kGranule * kGranule, a.Dv, work.values);
                     work.pairs = work.values;
                     work.pairs_first = j;
                 }
@@ -304,7 +369,7 @@ struct Run {
         }
     }
 
-    void few(const Sequence& s, const Cut& c, int64_t kv_head, int64_t chunk, Arena& arena) {
+    typename D::Work& dots_work(Arena& arena) const {
         const int64_t n = D::kTileRows, width = D::padded(a.Dv);
         auto& w = *arena.take<typename D::Work>(1);
         w.queries = arena.take<typename D::Q>(n * D::padded(a.D));
@@ -314,13 +379,22 @@ struct Run {
         w.pairs = arena.take<uint32_t>(n * kWindowKeys / 2);
         w.keys = arena.take<T>(kWindowKeys * D::padded(a.D));
         w.values = arena.take<T>(kWindowKeys * width);
+        w.k_scales = arena.take<E>(kWindowKeys);
+        w.v_scales = arena.take<E>(kWindowKeys);
+        return w;
+    }
+
+    void few(const Sequence& s, const Cut& c, int64_t kv_head, int64_t chunk, Arena& arena) {
+        const int64_t width = D::padded(a.Dv);
+        auto& w = dots_work(arena);
         fill(s, c, kv_head, 0, w.tile);
         const int64_t k0 = chunk * c.chunk, k1 = lower(s.k_count, k0 + c.chunk);
-        D::load(job, w);
-        D::run(job, w, k0, k1, false);
+        D::load(job, w, w.tile, 0);
+        D::reset(a, w);
+        D::run(job, job.program, w, k0, k1, false);
         if (D::spoiled(a, w)) {
             D::reset(a, w);
-            D::run(job, w, k0, k1, true);
+            D::run(job, job.program, w, k0, k1, true);
         }
         D::settle(a, w);
         if (c.chunks == 1) {
@@ -328,6 +402,48 @@ struct Run {
             return;
         }
         for (int r = 0; r < w.tile.rows.count; ++r) keep(partial(c, kv_head, chunk, r), w.out + r * width, w.m[r], w.l[r]);
+    }
+
+    // A chunk that several sequences have in common, a tile of as many of them as fit at a time.
+    void together(const Share& share, int64_t kv_head, int worker) {
+        const int64_t width = D::padded(a.Dv);
+        const Program everything(nullptr, 0, nullptr);
+        for (int64_t done = 0; done < share.members;) {
+            Arena arena{workers + worker * worker_bytes};
+            auto& w = dots_work(arena);
+            Tile& tile = *arena.take<Tile>(1);
+            const int64_t* members = cascade.members + share.first_member + done;
+            const int64_t k0 = share.chunk * cuts[*members].chunk;
+            int64_t n = 0;
+            int rows = 0;
+            for (; done + n < share.members && rows + cuts[members[n]].rows <= D::kTileRows; ++n) {
+                fill(a.sequences[members[n]], cuts[members[n]], kv_head, 0, tile);
+                D::load(job, w, tile, rows);
+                if (n == 0) w.tile = tile;
+                rows += tile.rows.count;
+            }
+            // All rows see all keys of the chunk: nothing of the tile but its keys is looked at.
+            w.tile.rows.count = rows;
+            w.tile.rows.key_count = k0 + cuts[*members].chunk;
+            D::reset(a, w);
+            D::run(job, everything, w, k0, k0 + cuts[*members].chunk, false);
+            D::settle(a, w);
+            for (int64_t i = 0, r = 0; i < n; ++i) {
+                const Cut& c = cuts[members[i]];
+                for (int64_t row = 0; row < c.rows; ++row, ++r) {
+                    const int64_t x = QKV_MUTANT(cascade_rows) ? row : r;
+                    keep(partial(c, kv_head, share.chunk, row), w.out + x * width, w.m[x], w.l[x]);
+                }
+            }
+            for (int64_t i = 0; i < n; ++i) {
+                const Cut& c = cuts[members[i]];
+                if (last_of(remaining + c.first_counter + kv_head)) {
+                    Arena again{workers + worker * worker_bytes};
+                    merge(a.sequences[members[i]], c, kv_head, again);
+                }
+            }
+            done += n;
+        }
     }
 
     int64_t partial(const Cut& c, int64_t kv_head, int64_t chunk, int64_t row) const {

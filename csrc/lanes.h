@@ -117,6 +117,9 @@ class Lanes {
         K* keys;       // converted keys of a block
         U* values;     // converted values of a block, or their pairs
         E* rows;       // [kTileRows][max(D, Dv) rounded up]
+        E* k_scales;   // [kWindowKeys], of stored keys that have them
+        E* v_scales;
+        T* staged;     // [kGranule][Dv]: stored values before they are interleaved
         const U* pairs;       // interleaved values of the sequence from pairs_first on, or null: made a block at a time
         int64_t pairs_first;
     };
@@ -214,18 +217,28 @@ class Lanes {
     }
 
     // Interleaves the values of keys [j0, j0 + n) by pairs of keys; keys past the end count as zeros.
-    static void interleave(const T* v, int64_t stride, int64_t stride_d, int64_t keys, int64_t j0, int64_t n, int64_t Dv, U* to) {
+    static void interleave(const Source<T>& v, int64_t keys, int64_t j0, int64_t n, int64_t Dv, U* to) {
         if constexpr (M::kPair == 2) {
+            const bool straight = v.straight();
+            const T* first = nullptr;
             for (int64_t j = j0; j < j0 + n; j += 2, to += Dv) {
-                const T* a = v + j * stride;
-                const T* b = a + stride;
+                const T *a, *b;
+                if (straight) {
+                    if ((j - j0) % kGranule == 0 && j < keys) first = v.row(j);
+                    a = j < keys && first != nullptr ? first + (j - j0) % kGranule * v.stride : nullptr;
+                    b = j + 1 < keys && a != nullptr ? a + v.stride : nullptr;
+                } else {
+                    a = j < keys ? v.row(j) : nullptr;
+                    b = j + 1 < keys ? v.row(j + 1) : nullptr;
+                }
+                if (QKV_MUTANT(odd_tail) && j + 2 > keys - 1) b = nullptr;
                 int64_t d = 0;
-                if (j + 1 < keys && stride_d == 1) {
+                if (a != nullptr && b != nullptr && v.stride_d == 1) {
                     for (; d + 32 <= Dv; d += 32) interleave_32(a + d, b + d, to + d);
                 }
                 for (; d < Dv; ++d) {
-                    const uint32_t low = j < keys ? a[d * stride_d].bits : 0u;
-                    const uint32_t high = j + 1 < keys - QKV_MUTANT(odd_tail) ? b[d * stride_d].bits : 0u;
+                    const uint32_t low = a != nullptr ? a[d * v.stride_d].bits : 0u;
+                    const uint32_t high = b != nullptr ? b[d * v.stride_d].bits : 0u;
                     to[d] = low | high << 16;
                 }
             }
@@ -320,7 +333,7 @@ class Lanes {
     }
 
     // The scores as the definition has them: scale, softcap, bias, mask.
-    template <int Z>
+    template <int Z, bool Scaled>
     static void transform(const Job& job, const State& s, Work& work, Block& block, V* top) {
         constexpr int n = Z * W;
         const Attention& a = *job.call;
@@ -339,6 +352,7 @@ class Lanes {
             QKV_UNROLL for (int z = 0; z < Z; ++z) {
                 E* at = work.scores + j * n + z * W;
                 V x = V::load(at) * scale;
+                if (Scaled && !QKV_MUTANT(scale_keys)) x = x * V::set1(work.k_scales[j]);
                 if (QKV_MUTANT(bias_before_cap) && a.bias_count > 0) x = x + V::load(work.bias + j * n + z * W);
                 if (QKV_MUTANT(cap_after_mask) && block.masked) x = choose(static_cast<uint32_t>(block.words[j] >> (z * W)), x, hidden);
                 if (a.softcap > 0 && !QKV_MUTANT(softcap_ignored)) x = cap * tanh_vector(x * shrink);
@@ -396,25 +410,33 @@ class Lanes {
     }
 
     // Where the keys and values of the block lie, converting those that cannot be multiplied as they are.
+    template <class S>
     static void gather(const Job& job, const State& s, Work& work, const Block& block, const K** keys, int64_t* key_strides,
                        const U** values_at, int64_t* value_strides) {
+        constexpr bool kScaled = !std::is_same_v<S, T>;
+        constexpr bool kInPlace = M::kDirect && !kScaled;
         const Attention& a = *job.call;
         const Sequence& sequence = *s.tile.sequence;
-        const T* k = static_cast<const T*>(sequence.k) + s.tile.kv_head * a.k_stride[0];
-        const T* v = static_cast<const T*>(sequence.v) + s.tile.kv_head * a.v_stride[0];
+        const Source<S> k = keys_of<S>(a, sequence, s.tile.kv_head), v = values_of<S>(a, sequence, s.tile.kv_head);
+        const bool straight = k.straight();
         const int64_t D2 = units(a.D) * M::kPair;
         for (int g = 0; g < block.granules; ++g) {
             const int64_t j = block.key[g];
             const bool whole = j + kGranule <= sequence.k_count;
             const int rows = whole ? kGranule : static_cast<int>(sequence.k_count - j + kFewKeys - 1) / kFewKeys * kFewKeys;
-            if (M::kDirect && whole && (a.k_stride[2] == 1 || QKV_MUTANT(stride_ignored)) && a.D % M::kPair == 0) {
-                keys[g] = reinterpret_cast<const K*>(k + j * a.k_stride[1]);
+            const S* first_key = kInPlace && whole && straight ? k.row(j) : nullptr;
+            const S* first_value = kInPlace && whole && straight ? v.row(j) : nullptr;
+            if (first_key != nullptr && (a.k_stride[2] == 1 || QKV_MUTANT(stride_ignored)) && a.D % M::kPair == 0) {
+                keys[g] = reinterpret_cast<const K*>(first_key);
                 key_strides[g] = a.k_stride[1];
             } else {
                 K* to = work.keys + g * kGranule * D2;
-                for (int i = 0; i < rows; ++i) convert_row(j + i < sequence.k_count ? k + (j + i) * a.k_stride[1] : nullptr, a.k_stride[2], a.D, D2, to + i * D2);
+                for (int i = 0; i < rows; ++i) convert_row(j + i < sequence.k_count ? k.row(j + i) : nullptr, a.k_stride[2], a.D, D2, to + i * D2);
                 keys[g] = to;
                 key_strides[g] = D2;
+            }
+            if constexpr (kScaled) {
+                gather_scales(a, sequence, s.tile.kv_head, j, work.k_scales + g * kGranule, work.v_scales + g * kGranule);
             }
             if constexpr (M::kPair == 2) {
                 value_strides[g] = a.Dv;
@@ -422,52 +444,68 @@ class Lanes {
                     values_at[g] = work.pairs + (j - work.pairs_first) / 2 * a.Dv;
                 } else {
                     U* to = work.values + g * kGranule / 2 * a.Dv;
-                    interleave(v, a.v_stride[1], a.v_stride[2], sequence.k_count, j, rows, a.Dv, to);
+                    if constexpr (kScaled) {
+                        for (int i = 0; i < rows; ++i) convert_row(j + i < sequence.k_count ? v.row(j + i) : nullptr, a.v_stride[2], a.Dv, a.Dv, work.staged + i * a.Dv);
+                        interleave(Source<T>{work.staged, a.Dv, 1, nullptr, 0, 0}, rows, 0, rows, a.Dv, to);
+                    } else {
+                        interleave(v, sequence.k_count, j, rows, a.Dv, to);
+                    }
                     values_at[g] = to;
                 }
-            } else if (M::kDirect && whole && a.v_stride[2] == 1) {
-                values_at[g] = reinterpret_cast<const U*>(v + j * a.v_stride[1]);
+            } else if (first_value != nullptr && a.v_stride[2] == 1) {
+                values_at[g] = reinterpret_cast<const U*>(first_value);
                 value_strides[g] = a.v_stride[1];
             } else {
                 U* to = work.values + g * kGranule * a.Dv;
                 if constexpr (M::kPair == 1)
-                    for (int i = 0; i < rows; ++i)
-                        convert_row(j + i < sequence.k_count ? v + (j + i) * a.v_stride[1] : nullptr, a.v_stride[2], a.Dv, a.Dv, to + i * a.Dv);
+                    for (int i = 0; i < rows; ++i) convert_row(j + i < sequence.k_count ? v.row(j + i) : nullptr, a.v_stride[2], a.Dv, a.Dv, to + i * a.Dv);
                 values_at[g] = to;
                 value_strides[g] = a.Dv;
             }
         }
     }
 
-    template <class To>
-    static void convert_row(const T* from, int64_t stride, int64_t D, int64_t padded, To* to) {
-        int64_t d = 0;
-        if constexpr (std::is_same_v<To, E>) {
-            if (from != nullptr && stride == 1)
-                for (; d + W <= D; d += W) V::load(from + d).store(to + d);
-            for (; d < D; ++d) to[d] = from == nullptr ? To(0) : widen(from[d * stride]);
+    template <class S, class To>
+    static void convert_row(const S* from, int64_t stride, int64_t D, int64_t padded, To* to) {
+        if constexpr (std::is_same_v<S, To> && !std::is_same_v<To, E>) {
+            for (int64_t d = 0; d < padded; ++d) to[d] = from == nullptr || d >= D ? To{} : from[d * stride];
         } else {
-            for (; d < D; ++d) to[d] = from == nullptr ? To{} : from[d * stride];
+            unpack_row<V>(from, stride, D, padded, to);
         }
-        for (; d < padded; ++d) to[d] = To{};
     }
 
     template <int Z>
     static void step(const Job& job, State& s, Work& work, Block& block, bool careful) {
+        if constexpr (sizeof(E) == 4) {
+            if (is_scaled(*job.call)) {
+                if (job.call->kv_type == Type::i8)
+                    step_from<Z, int8_t>(job, s, work, block, careful);
+                else
+                    step_from<Z, f8>(job, s, work, block, careful);
+                return;
+            }
+        }
+        step_from<Z, T>(job, s, work, block, careful);
+    }
+
+    // S: what keys and values are stored as.
+    template <int Z, class S>
+    static void step_from(const Job& job, State& s, Work& work, Block& block, bool careful) {
+        constexpr bool kScaled = !std::is_same_v<S, T>;
         const Attention& a = *job.call;
         const K* keys[kGranules];
         const U* from[kGranules];
         int64_t key_strides[kGranules], value_strides[kGranules];
         int live[kGranules];  // keys of each granule: fewer than 16 at the end
         for (int g = 0; g < block.granules; ++g) live[g] = static_cast<int>(lower(kGranule, s.tile.sequence->k_count - block.key[g]));
-        gather(job, s, work, block, keys, key_strides, from, value_strides);
+        gather<S>(job, s, work, block, keys, key_strides, from, value_strides);
         const V lowest = V::set1(-static_cast<E>(INFINITY));
         V top[Z];
         QKV_UNROLL for (int z = 0; z < Z; ++z) top[z] = lowest;
         const int64_t u = units(a.D);
         if (job.transform) {
             all_scores<Z, false, false>(s, block, keys, key_strides, live, u, work.scores, top);
-            transform<Z>(job, s, work, block, top);
+            transform<Z, kScaled>(job, s, work, block, top);
         } else if (block.masked) {
             all_scores<Z, true, true>(s, block, keys, key_strides, live, u, work.scores, top);
         } else {
@@ -489,7 +527,7 @@ class Lanes {
             now.store(s.m + z * W);
             l[z] = V::zero();
         }
-        exponentials<Z>(work.scores, block.keys(), factor, m, l);
+        exponentials<Z, kScaled>(work, block, factor, m, l);
         QKV_UNROLL for (int z = 0; z < Z; ++z) fma(V::load(s.l + z * W), keep[z], l[z]).store(s.l + z * W);
 
         if (careful)
@@ -500,9 +538,19 @@ class Lanes {
     }
 
 
-    template <int Z>
-    static QKV_INLINE void exponentials(E* scores_at, int keys, V factor, const V* m, V* l) {
+    // Weights from scores: in place, and times the scale of the value where values have scales.
+    template <int Z, bool Scaled>
+    static QKV_INLINE void exponentials(Work& work, const Block& block, V factor, const V* m, V* l) {
         constexpr int n = Z * W;
+        E* scores_at = work.scores;
+        const int keys = block.keys();
+        const auto scaled = [&](V x, int j, int z) {
+            if constexpr (Scaled) {
+                if (!QKV_MUTANT(scale_values)) x = x * V::set1(work.v_scales[j]);
+                if (block.masked) x = choose(static_cast<uint32_t>(block.words[j] >> (z * W)), x, V::zero());  // 0 times a scale that is NaN is not 0
+            }
+            return x;
+        };
         const auto e = [&](const E* at, int z) {
             const V x = V::load(at + z * W);
             // The fused product may exceed 0 by an ulp of m, which is much where m is huge. (A NaN stays: it is second.)
@@ -517,7 +565,7 @@ class Lanes {
                     QKV_UNROLL for (int z = 0; z < Z; ++z) {
                         const V even = e(scores_at + j * n, z), odd = e(scores_at + (j + 1) * n, z);
                         part[z] = part[z] + (even + odd);
-                        store_pair(to + j / 2 * n + z * W, even, odd);
+                        store_pair(to + j / 2 * n + z * W, scaled(even, j, z), scaled(odd, j + 1, z));
                     }
                 QKV_UNROLL for (int z = 0; z < Z; ++z) l[z] = l[z] + part[z];
             }
@@ -529,7 +577,7 @@ class Lanes {
                     QKV_UNROLL for (int z = 0; z < Z; ++z) {
                         const V x = e(scores_at + j * n, z);
                         part[z] = part[z] + x;
-                        x.store(scores_at + j * n + z * W);
+                        scaled(x, j, z).store(scores_at + j * n + z * W);
                     }
                 QKV_UNROLL for (int z = 0; z < Z; ++z) l[z] = l[z] + part[z];
             }

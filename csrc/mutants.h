@@ -32,6 +32,13 @@
     X(dots_rows, "dots: every second row takes its neighbour's weights")                \
     X(negative_scale, "the sign of the scale is lost")                                  \
     X(stride_ignored, "a last dimension with a stride is read as if it had none")       \
+    X(page_next, "a key is read from the page after its own")                           \
+    X(page_slot, "all keys of a page are read from its first slot")                     \
+    X(page_straight, "sixteen keys always lie one stride apart, whatever the page size") \
+    X(scale_keys, "stored keys are read without their scale")                           \
+    X(scale_values, "stored values are read without their scale")                       \
+    X(cascade_rows, "sequences that share a chunk all get the first one's result")      \
+    X(cascade_pages, "sequences with one page in common share the whole chunk")         \
     X(back_delta, "backward: the share of the softmax's sum is forgotten")              \
     X(back_lse, "backward: the gradient of lse is ignored")                             \
     X(back_head_map, "backward: query heads are dealt to key/value heads in turn")      \

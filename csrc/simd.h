@@ -32,6 +32,9 @@ struct bf16 {
 struct f16 {
     uint16_t bits;
 };
+struct f8 {  // e4m3: 4 bits of exponent, 3 of mantissa, no infinities, one NaN a sign
+    uint8_t bits;
+};
 
 template <class To, class From>
 QKV_INLINE To cast_bits(From from) {
@@ -55,6 +58,15 @@ QKV_INLINE float widen(f16 x) {
     const float magnitude = cast_bits<float>(rest << 13) * cast_bits<float>(0x77800000u);
     return cast_bits<float>(sign | cast_bits<uint32_t>(magnitude));
 #endif
+}
+
+QKV_INLINE float widen(int8_t x) { return static_cast<float>(x); }
+QKV_INLINE float widen(f8 x) {
+    const uint32_t sign = static_cast<uint32_t>(x.bits & 0x80u) << 24, rest = x.bits & 0x7fu;
+    if (rest == 0x7fu) return cast_bits<float>(sign | 0x7fc00000u);
+    // Below the least exponent the leading 1 is put there and taken away again: denormal numbers may be switched off.
+    const float magnitude = rest < 8 ? cast_bits<float>(0x3c800000u | rest << 20) - 0.015625f : cast_bits<float>((rest << 20) + 0x3c000000u);
+    return cast_bits<float>(sign | cast_bits<uint32_t>(magnitude));
 }
 
 QKV_INLINE void narrow(float x, float& to) { to = x; }

@@ -129,7 +129,7 @@ def test_malformed_programs_stop_at_the_door(native):
     ):
         assert not native.program_fits(words, 0), words
         with pytest.raises((ValueError, TypeError)):
-            native.Prepared("", 0, [1, 1, 1, 4, 4, 8, 8], *[[32, 32, 8, 1]] * 4, 1.0, 0.0, words, [], [], [], [0])
+            native.Prepared("", 0, [1, 1, 1, 4, 4, 8, 8], *[[32, 32, 8, 1]] * 4, 1.0, 0.0, words, [], [], [], [0], [])
     assert native.program_fits([1, -1, 0], 0)
 
 

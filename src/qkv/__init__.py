@@ -11,7 +11,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-from qkv.errors import ArgumentError, ArgumentTypeError, QKVError, ShapeError, UnsupportedError
+from qkv.errors import ArgumentError, ArgumentTypeError, PagesExhausted, QKVError, ShapeError, UnsupportedError
 from qkv.functional import attention, weights
 from qkv.masks import (
     Mask,
@@ -42,6 +42,7 @@ __version__ = "0.1.0"
 # Sub-packages and functions that are not needed to compute attention load on first use.
 _LAZY = {
     "why": ("qkv.insight.why", "why"),
+    "cache": ("qkv.cache", None),
     "nn": ("qkv.nn", None),
     "rotary": ("qkv.rotary", None),
     "compat": ("qkv.compat", None),
@@ -53,6 +54,7 @@ __all__ = [
     "ArgumentError",
     "ArgumentTypeError",
     "Mask",
+    "PagesExhausted",
     "QKVError",
     "ShapeError",
     "UnsupportedError",

@@ -1,7 +1,8 @@
 """The errors qkv raises, and the one way their messages are built.
 
 Every error says the rule that was broken, the named values that were given, and the fix.
-All of them are also a `ValueError` or a `TypeError`, so code written for PyTorch keeps working.
+All of them are also a `ValueError` or a `TypeError` (a full page pool: a `RuntimeError`), so code written for PyTorch
+keeps working.
 """
 
 from __future__ import annotations
@@ -25,6 +26,10 @@ class ArgumentTypeError(QKVError, TypeError):
 
 class UnsupportedError(QKVError, ValueError):
     """A backend was asked for something it cannot do."""
+
+
+class PagesExhausted(QKVError, RuntimeError):
+    """A page pool has too few free pages for a step; nothing was changed."""
 
 
 def describe(call: str, rule: str, given: str, fix: str) -> str:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from qkv import ops
+from qkv import cached, ops
 from qkv.backends import base
 from qkv.encoding import encode
 from qkv.errors import ArgumentError, ArgumentTypeError, UnsupportedError, describe
@@ -22,8 +22,9 @@ from qkv.masks.arguments import integers, shown, whole
 from qkv.numerics import no_autocast
 from qkv.planning import check_backend, choose, prepared
 from qkv.scores import ScoreTerm
-from qkv.spec import Inputs, Output, Problem
+from qkv.spec import Inputs, KVView, Output, Problem
 from qkv.validation import Options, named, validate
+from qkv.viewing import check_view, gathered, joined
 
 if TYPE_CHECKING:
     from qkv.gradients import Call
@@ -65,7 +66,7 @@ class OutputWithLse(NamedTuple):
 @overload
 def attention(
     q: Tensor,
-    k: Tensor,
+    k: Tensor | KVView,
     v: Tensor | None = None,
     mask: Mask | Tensor | None = None,
     *,
@@ -83,7 +84,7 @@ def attention(
 @overload
 def attention(
     q: Tensor,
-    k: Tensor,
+    k: Tensor | KVView,
     v: Tensor | None = None,
     mask: Mask | Tensor | None = None,
     *,
@@ -101,7 +102,7 @@ def attention(
 @overload
 def attention(
     q: Tensor,
-    k: Tensor,
+    k: Tensor | KVView,
     v: Tensor | None = None,
     mask: Mask | Tensor | None = None,
     *,
@@ -118,7 +119,7 @@ def attention(
 
 def attention(
     q: Tensor,
-    k: Tensor,
+    k: Tensor | KVView,
     v: Tensor | None = None,
     mask: Mask | Tensor | None = None,
     *,
@@ -144,7 +145,8 @@ def attention(
     q : Tensor, shape (B, Hq, Lq, D)
         Queries: float64, float32, bfloat16 or float16, any strides.
     k : Tensor, shape (B, Hkv, Lk, D)
-        Keys. Query head h reads key/value head h // (Hq // Hkv); Hq must be a multiple of Hkv.
+        Keys. Query head h reads key/value head h // (Hq // Hkv); Hq must be a multiple of Hkv. Or a cache's view, with
+        the values: `qkv.cache`. Then q holds the last tokens of its sequences, and v and positions are left out.
     v : Tensor, shape (B, Hkv, Lk, Dv)
         Values; may be a view of k's leading columns.
     mask : Mask or bool Tensor
@@ -201,6 +203,9 @@ def attention(
     >>> out.shape, lse.shape
     (torch.Size([1, 8, 5, 32]), torch.Size([1, 8, 5]))
     """
+    if k.__class__ is KVView:
+        given = Options(positions, bias, scale, softcap, sinks, dropout_p, return_lse)
+        return _over_view(q, k, v, mask, given, backend)
     if _dynamo():
         found = ops.traced(q, k, v, mask, positions, bias, scale, softcap, sinks, dropout_p, backend)
         return OutputWithLse(*found) if return_lse else found[0]
@@ -243,6 +248,18 @@ def attention(
     if output is None:
         output = _unfollowed()(q, k, v, mask, options, backend, fast_key)
     return OutputWithLse(*output) if return_lse else output.out  # type: ignore[arg-type]
+
+
+def _over_view(q: Any, view: KVView, v: Any, mask: Any, options: Options, backend: Any) -> Tensor | OutputWithLse:
+    attend: Callable[..., Output] = cached.attend if "torch._dynamo" not in sys.modules else _view_disabled()
+    output = attend(_CALL, q, view, v, mask, options, backend)
+    return OutputWithLse(output.out, output.lse) if options.return_lse else output.out  # type: ignore[arg-type]
+
+
+@cache
+def _view_disabled() -> Callable[..., Output]:
+    disabled: Callable[..., Output] = torch.compiler.disable(cached.attend)
+    return disabled
 
 
 def _traced(q: Any, k: Any, v: Any, mask: Any, options: Options, backend: Any) -> Output | None:
@@ -439,7 +456,7 @@ ops.implement(_Door)
 
 def weights(
     q: Tensor,
-    k: Tensor,
+    k: Tensor | KVView,
     *,
     rows: slice | int | Any = slice(None),
     mask: Mask | Tensor | None = None,
@@ -454,7 +471,7 @@ def weights(
     Parameters
     ----------
     q : Tensor, shape (B, Hq, Lq, D)
-    k : Tensor, shape (B, Hkv, Lk, D)
+    k : Tensor, shape (B, Hkv, Lk, D), or a cache's view of one sequence, or of several of one length
     rows : slice, int, or ints
         The query indices wanted; all of them by default.
     mask, positions, bias, scale, softcap, sinks
@@ -485,6 +502,8 @@ def weights(
     from qkv.backends.reference import definition  # backends load on first use
 
     call = "qkv.weights()"
+    if isinstance(k, KVView):
+        k, mask, positions = _keys_of_view(call, q, k, mask, Options(positions, bias, scale, softcap, sinks))
     if not isinstance(k, Tensor) or k.dim() != 4:
         validate(call, q, k, k, mask, Options())
     problem, inputs = validate(call, q, k, k[..., :0], mask, Options(positions, bias, scale, softcap, sinks))
@@ -496,6 +515,17 @@ def weights(
     with no_autocast(problem.device):
         parts = [definition(problem, inputs, some)[0].to(problem.accumulate) for some in chosen.split(step)]
     return torch.cat(parts, dim=2)
+
+
+def _keys_of_view(call: str, q: Any, view: KVView, mask: Any, options: Options) -> tuple[Tensor, Any, str]:
+    with torch.no_grad():
+        check_view(call, q, view, None, options)
+    lengths = view.layout.lengths
+    if view.layout.queries is not None or len(set(lengths)) > 1:
+        rule = "weights of a view are those of one sequence, or of several of one length"
+        fix = "Take a view of one sequence at a time"
+        raise ArgumentError(describe(call, rule, f"lengths {list(lengths)}", fix))
+    return gathered(view)[0], joined(call, mask, view.held), "end"
 
 
 def _rows(call: str, rows: Any, Lq: int) -> Tensor:

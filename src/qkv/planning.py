@@ -13,9 +13,10 @@ from qkv.backends import base
 from qkv.errors import ArgumentError, ArgumentTypeError, UnsupportedError, describe
 from qkv.masks.arguments import shown
 from qkv.scores import ScoreTerm
-from qkv.spec import Inputs, Problem
+from qkv.spec import Inputs, KVView, Problem
 from qkv.tiling import TileCount, View, count_tiles
 from qkv.validation import Options, validate
+from qkv.viewing import check_view, joined, problem_of, whole
 
 _warned = False
 
@@ -190,7 +191,7 @@ def _warn_once(problem: Problem, why: str) -> None:
 
 def plan(
     q: Tensor,
-    k: Tensor,
+    k: Tensor | KVView,
     v: Tensor | None = None,
     mask: Any = None,
     *,
@@ -208,7 +209,8 @@ def plan(
     Parameters
     ----------
     q, k, v, mask and all others
-        As in `attention`; v may be left out, and then counts as a tensor like k.
+        As in `attention`; v may be left out, and then counts as a tensor like k. For a cache's view the plan counts
+        every sequence as long as the longest.
 
     Returns
     -------
@@ -236,10 +238,22 @@ def plan(
     call = "qkv.plan()"
     check_backend(call, backend)
     options = Options(positions, bias, scale, softcap, sinks, dropout_p, return_lse)
+    if isinstance(k, KVView):
+        return _plan_view(call, q, k, v, mask, options, backend)
     problem, inputs = validate(call, q, k, k if v is None else v, mask, options)
     if problem.device == "meta":  # tensors without data stand for ones that have it
         problem = replace(problem, device="cpu")
     return choose(problem, backend, inputs.positions)
+
+
+def _plan_view(call: str, q: Any, view: KVView, v: Any, mask: Any, options: Options, backend: str | None) -> Plan:
+    check_view(call, q, view, v, options)
+    problem, inputs = problem_of(call, q, view, joined(call, mask, view.held), options, whole(q, view))
+    found = choose(problem, backend, inputs.positions)
+    in_place = getattr(base.load(found.backend), "prepare_view", None) is not None
+    stored = str(view.k.dtype).removeprefix("torch.")
+    pages = f"keys in {stored} on pages of {view.k.shape[2]}, {'read where they lie' if in_place else 'copied first'}"
+    return replace(found, note=f"{found.note}; {pages}" if found.note else pages)
 
 
 def prepared(problem: Problem, backend: base.Backend, inputs: Inputs) -> base.Execute | None:

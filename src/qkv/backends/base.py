@@ -18,6 +18,10 @@ Execute: TypeAlias = Callable[
 ]
 
 
+# execute(q, view, bias_tensors, sinks, return_lse, to=None, sequences=[]) -> output; the last two: a part of a batch
+ExecuteView: TypeAlias = Callable[..., Output]
+
+
 class Gradients(NamedTuple):
     """Gradients in the shapes and dtypes of the inputs; bias has one entry a tensor of the bias."""
 
@@ -36,6 +40,8 @@ class Backend(Protocol):
     * ``prepare(problem, inputs) -> Execute``: do per call only what depends on data pointers. The plan cache keeps the
       callable for calls with the same shapes, strides, dtypes, device, mask and options, and the same answer to "does v
       start where k starts". It must not keep a tensor of `inputs` alive, and is called from any thread.
+    * ``prepare_view(problem, q, view, bias_tensors, sinks) -> ExecuteView``: the same for keys on a cache's pages. What
+      is prepared holds for any lengths and pages of as many sequences, unless the mask or bias is made for some.
     * ``backward(problem, inputs, output, d_out, d_lse) -> Gradients`` and ``backward_supports(problem)`` (None, or the
       reason why not): gradients by kernels of its own. Without them they come from `tiled` and the saved lse.
     * ``missing``: a reason, if the whole backend is not installed here (str or None).

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qkv.backends.base import ISAS, Execute, Gradients
-from qkv.spec import Inputs, Output, Problem, dense_strides
+from qkv.backends.base import ISAS, Execute, ExecuteView, Gradients
+from qkv.spec import Inputs, KVView, Output, Problem, dense_strides
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+_STORED = {**_TYPES, torch.int8: 4, torch.float8_e4m3fn: 5}
 _BIAS_KINDS = {"tensor": 0, "alibi": 1, "relative": 2}
 # Rows of a tile by instruction set: three vectors of queries.
 _TILE_ROWS = {"avx512bf16": 48, "avx512": 48, "avx2": 24, "portable": 12}
@@ -127,9 +128,35 @@ class CpuBackend:
             self.isa, _TYPES[p.dtype], [p.B, p.Hq, p.Hkv, p.Lq, p.Lk, p.D, p.Dv],
             list(q.stride()), list(k.stride()), list(v.stride()), list(strides),
             p.scale, p.softcap or 0.0, list(words), [(t.data_ptr(), _extent(t)) for t in operands],
-            bias, [] if sinks is None else [_TYPES[sinks.dtype], sinks.stride(0)], offsets,
+            bias, [] if sinks is None else [_TYPES[sinks.dtype], sinks.stride(0)], offsets, [],
         )  # fmt: skip
         return call, operands, size, strides
+
+    def prepare_view(
+        self, problem: Problem, q: Tensor, view: KVView, bias: tuple[Tensor, ...], sinks: Tensor | None
+    ) -> ExecuteView:
+        """The call on keys and values where they lie in a cache's pages."""
+        module, p, k, v = self.module, problem, view.k, view.v
+        assert not isinstance(module, str)
+        ragged = view.layout.queries is not None
+        size = (*q.shape[:3], p.Dv)
+        strides = dense_strides(size, q.stride())
+        words: list[int] = []
+        operands: tuple[Tensor, ...] = ()
+        if p.mask is not None:
+            program = p.mask.program(B=p.B, Hq=p.Hq, Lq=p.Lq, Lk=p.Lk)
+            assert program is not None
+            words, operands = program.words, program.operands
+        scales = (0, 0, 0) if view.k_scale is None else view.k_scale.stride()
+        call = module.Prepared(
+            self.isa, _TYPES[p.dtype], [p.B, p.Hq, p.Hkv, q.shape[2], 0, p.D, p.Dv],
+            list(q.stride()), list(k.stride()), list(v.stride()), list(strides),
+            p.scale, p.softcap or 0.0, list(words), [(t.data_ptr(), _extent(t)) for t in operands],
+            [_bias(spec.kind, t) for spec, t in zip(p.bias, bias, strict=True)],
+            [] if sinks is None else [_TYPES[sinks.dtype], sinks.stride(0)], [],
+            [k.shape[2], k.shape[0], _STORED[k.dtype], *scales],
+        )  # fmt: skip
+        return _view_executor(call, operands, size, strides, p, ragged)
 
     def backward_supports(self, problem: Problem) -> str | None:
         """None if `backward` can run the problem, else the reason why not."""
@@ -209,6 +236,45 @@ def _executor(
             [t.data_ptr() for t in bias],
         )  # fmt: skip
         return out, lse
+
+    execute.operands = operands  # type: ignore[attr-defined]
+    return execute
+
+
+def _view_executor(
+    call: Any, operands: tuple[Tensor, ...], size: tuple[int, ...], strides: tuple[int, ...], p: Problem, ragged: bool
+) -> ExecuteView:
+    run, threads, empty = call.run_pages, torch.get_num_threads, torch.empty_strided
+    dtype, accumulate, rows = p.dtype, p.accumulate, size[:3]
+    cpu = torch.device("cpu")
+
+    def execute(
+        q: Tensor,
+        view: KVView,
+        bias: tuple[Tensor, ...],
+        sinks: Tensor | None,
+        return_lse: bool,
+        to: Output | None = None,
+        sequences: list[int] = [],  # noqa: B006 (never changed)
+    ) -> Output:
+        out, lse = to if to is not None else (empty(size, strides, dtype=dtype, device=cpu), None)
+        if to is None and return_lse:
+            lse = torch.empty(rows, dtype=accumulate, device=cpu)
+        k_scale, v_scale, layout = view.k_scale, view.v_scale, view.layout
+        tables, tables_count = layout.tables.buffer_info()
+        run(
+            [
+                q.data_ptr(), view.k.data_ptr(), view.v.data_ptr(), 0 if k_scale is None else k_scale.data_ptr(),
+                0 if v_scale is None else v_scale.data_ptr(), out.data_ptr(), 0 if lse is None else lse.data_ptr(),
+            ],
+            threads(), 0 if sinks is None else sinks.data_ptr() or 1, [t.data_ptr() for t in bias],
+            [
+                tables, layout.starts.buffer_info()[0], layout.lengths.buffer_info()[0],
+                0 if layout.queries is None else layout.queries.buffer_info()[0],
+            ],
+            tables_count, len(layout.lengths), sequences,
+        )  # fmt: skip
+        return Output(out, lse)
 
     execute.operands = operands  # type: ignore[attr-defined]
     return execute

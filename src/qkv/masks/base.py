@@ -56,6 +56,11 @@ class Mask:
         """Whether query heads may differ."""
         return False
 
+    @property
+    def fits_any_length(self) -> bool:
+        """Whether its check and its program are the same for all numbers of queries and keys."""
+        return False
+
     def check(self, call: str, *, B: int, Hq: int, Lq: int, Lk: int, device: torch.device | str) -> None:
         """Raise a typed error, as of `call`, unless the mask fits these sizes and this device."""
 
@@ -285,6 +290,10 @@ class _Several(Mask):
     def varies_by_head(self) -> bool:
         return any(part.varies_by_head for part in self.parts)
 
+    @property
+    def fits_any_length(self) -> bool:
+        return all(part.fits_any_length for part in self.parts)
+
     def check(self, call: str, *, B: int, Hq: int, Lq: int, Lk: int, device: torch.device | str) -> None:
         for part in self.parts:
             part.check(call, B=B, Hq=Hq, Lq=Lq, Lk=Lk, device=device)
@@ -374,6 +383,10 @@ class Not(Mask):
     @property
     def varies_by_head(self) -> bool:
         return self.part.varies_by_head
+
+    @property
+    def fits_any_length(self) -> bool:
+        return self.part.fits_any_length
 
     def check(self, call: str, *, B: int, Hq: int, Lq: int, Lk: int, device: torch.device | str) -> None:
         self.part.check(call, B=B, Hq=Hq, Lq=Lq, Lk=Lk, device=device)

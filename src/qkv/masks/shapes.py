@@ -28,6 +28,10 @@ class Window(Mask):
     def depends_on_position(self) -> bool:
         return self.left is not None or self.right is not None
 
+    @property
+    def fits_any_length(self) -> bool:
+        return True
+
     def visible(
         self, b: Tensor, h: Tensor, i: Tensor, p: Tensor, j: Tensor, *, B: int, Hq: int, Lq: int, Lk: int
     ) -> Tensor:
@@ -134,6 +138,10 @@ class Prefix(Mask):
     def check(self, call: str, *, B: int, Hq: int, Lq: int, Lk: int, device: torch.device | str) -> None:
         check_batch(call, "prefix(n)", self.n, B)
 
+    @property
+    def fits_any_length(self) -> bool:
+        return True
+
     def visible(
         self, b: Tensor, h: Tensor, i: Tensor, p: Tensor, j: Tensor, *, B: int, Hq: int, Lq: int, Lk: int
     ) -> Tensor:
@@ -197,6 +205,10 @@ class Chunked(Mask):
     def depends_on_position(self) -> bool:
         return True
 
+    @property
+    def fits_any_length(self) -> bool:
+        return True
+
     def visible(
         self, b: Tensor, h: Tensor, i: Tensor, p: Tensor, j: Tensor, *, B: int, Hq: int, Lq: int, Lk: int
     ) -> Tensor:
@@ -255,6 +267,10 @@ class Strided(Mask):
     def depends_on_position(self) -> bool:
         return self.n > 1
 
+    @property
+    def fits_any_length(self) -> bool:
+        return True
+
     def visible(
         self, b: Tensor, h: Tensor, i: Tensor, p: Tensor, j: Tensor, *, B: int, Hq: int, Lq: int, Lk: int
     ) -> Tensor:
@@ -304,6 +320,10 @@ class Dilated(Mask):
 
     @property
     def depends_on_position(self) -> bool:
+        return True
+
+    @property
+    def fits_any_length(self) -> bool:
         return True
 
     def visible(
@@ -364,6 +384,10 @@ class GlobalTokens(Mask):
     @property
     def depends_on_position(self) -> bool:
         return self.indices.tensor.numel() > 0
+
+    @property
+    def fits_any_length(self) -> bool:
+        return True
 
     def visible(
         self, b: Tensor, h: Tensor, i: Tensor, p: Tensor, j: Tensor, *, B: int, Hq: int, Lq: int, Lk: int

@@ -70,6 +70,10 @@ class RandomBlocks(Mask):
             chosen[..., n] = torch.where(taken, last, draw)
         return chosen
 
+    @property
+    def fits_any_length(self) -> bool:
+        return True
+
     def visible(
         self, b: Tensor, h: Tensor, i: Tensor, p: Tensor, j: Tensor, *, B: int, Hq: int, Lq: int, Lk: int
     ) -> Tensor:
@@ -246,6 +250,10 @@ class PerHead(Mask):
     @property
     def varies_by_head(self) -> bool:
         return len(set(self.masks)) > 1 or any(mask.varies_by_head for mask in self.masks)
+
+    @property
+    def fits_any_length(self) -> bool:
+        return all(mask.fits_any_length for mask in self.masks)
 
     def check(self, call: str, *, B: int, Hq: int, Lq: int, Lk: int, device: torch.device | str) -> None:
         if len(self.masks) != Hq:
