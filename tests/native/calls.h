@@ -12,7 +12,10 @@
 
 namespace stress {
 
+struct Paged;  // pages.h
+
 struct Call {
+    std::shared_ptr<Paged> paged;
     Sizes z{};
     Type type = Type::f32;
     std::string isa;
@@ -395,6 +398,7 @@ inline std::string describe(const Call& c) {
                   c.poisoned ? " poisoned" : "", c.a.threads, long(c.q.stride[3]), long(c.k.stride[3]), long(c.v.stride[3]), long(c.out.stride[3]));
     std::string all = text;
     for (int64_t i = 0; i < c.a.program_length && i < 60; ++i) all += " " + std::to_string(c.a.program[i]);
+    if (c.a.page_size > 0) all += "; pages of " + std::to_string(c.a.page_size) + " type " + std::to_string(static_cast<int>(c.a.kv_type));
     for (const qkv::Sequence& s : c.sequences)
         all += "; rows " + std::to_string(s.q_first) + "+" + std::to_string(s.q_count) + " keys " + std::to_string(s.k_count) + " at " +
                (s.positions ? "array" : std::to_string(s.position));

@@ -40,7 +40,7 @@ class Random {
     uint64_t state_;
 };
 
-inline int64_t bytes_of(Type type) { return type == Type::f64 ? 8 : type == Type::f32 ? 4 : 2; }
+inline int64_t bytes_of(Type type) { return type == Type::f64 ? 8 : type == Type::f32 ? 4 : type == Type::i8 || type == Type::f8 ? 1 : 2; }
 
 inline double decode(Type type, const void* at) {
     if (type == Type::f64) {
@@ -52,6 +52,14 @@ inline double decode(Type type, const void* at) {
         float x;
         std::memcpy(&x, at, 4);
         return x;
+    }
+    if (type == Type::i8 || type == Type::f8) {
+        signed char byte;
+        std::memcpy(&byte, at, 1);
+        if (type == Type::i8) return byte;
+        const int exponent = byte >> 3 & 15, fraction = byte & 7;
+        const double size = (byte & 127) == 127 ? std::nan("") : exponent == 0 ? std::ldexp(fraction, -9) : std::ldexp(8 + fraction, exponent - 10);
+        return byte < 0 ? -size : size;
     }
     uint16_t half;
     std::memcpy(&half, at, 2);

@@ -11,6 +11,7 @@
 #include <chrono>
 
 #include "gradients.h"
+#include "pages.h"
 
 extern "C" {
 // Clean allocations hold NaN; a fork after threads is what one of the modes is for.
@@ -76,6 +77,7 @@ std::string fault_of(const Call& c, const std::string& what) { return what + "\n
 std::string one_call(Random& random, double budget) {
     Call c;
     make_call(random, c, budget, options.isa);
+    if (random.chance(0.45)) put_on_pages(random, c);
     soil_scratch();
     qkv::Status status = qkv::Status::ok;
     if (random.chance(0.3)) {
