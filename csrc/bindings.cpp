@@ -89,11 +89,13 @@ class Prepared {
     }
 
     // Keys and values on pages. The layout: int32 tables one after the other, and int64 starts (n + 1), lengths (n) and, for
-    // a ragged batch, queries (n). `which`: the sequences that run, or none for all. Their tables are checked here: a wrong
-    // number would be a wrong address.
+    // a ragged batch, queries (n), with the sizes of all four. `which`: the sequences that run, or none for all. Their tables
+    // are checked here: a wrong number would be a wrong address.
     void run_pages(const std::vector<uintptr_t>& tensors, int threads, uintptr_t sinks, const std::vector<uintptr_t>& bias, const std::vector<uintptr_t>& layout,
-                   int64_t tables, int64_t n, const Integers& which) const {
-        require(tensors.size() == 7 && layout.size() == 4, "tensors are q, k, v, k_scale, v_scale, out, lse; a layout is tables, starts, lengths, queries");
+                   const Integers& sizes, const Integers& which) const {
+        require(tensors.size() == 7 && layout.size() == 4 && sizes.size() == 4, "tensors are q, k, v, k_scale, v_scale, out, lse; a layout is tables, starts, lengths, queries");
+        const int64_t tables = sizes[0], n = sizes[2];
+        require(sizes[1] == n + 1 && (layout[3] == 0 || sizes[3] == n), "a layout has n lengths, n + 1 starts and n queries");
         require(page_size_ > 0, "the call was prepared without pages");
         require((sinks != 0) == has_sinks_, "sinks were prepared otherwise");
         require(bias.size() == bias_.size(), "bias was prepared otherwise");
@@ -116,9 +118,10 @@ class Prepared {
             s.k = pointer(tensors[1]);
             s.v = pointer(tensors[2]);
             require(starts[i] >= 0 && starts[i + 1] >= starts[i] && starts[i + 1] <= tables, "a page table lies outside of the tables");
-            const int64_t needed = (s.k_count + page_size_ - 1) / page_size_;
+            const int64_t needed = s.k_count / page_size_ + (s.k_count % page_size_ != 0);
             require(s.k_count >= 0 && needed <= starts[i + 1] - starts[i], "a page table is too short for its sequence");
-            require(s.q_count >= 0 && q_first + s.q_count <= Lq_, "there are more queries than rows");
+            require(s.q_count >= 0 && s.q_count <= Lq_ - q_first, "there are more queries than rows");
+            require(s.q_count <= s.k_count, "there are more queries than keys");
             s.pages = table + starts[i];
             int32_t low = 0, high = -1;
             for (int64_t p = 0; p < needed; ++p) low = std::min(low, s.pages[p]), high = std::max(high, s.pages[p]);
@@ -129,8 +132,12 @@ class Prepared {
         size_t next = 0;
         for (int64_t i = 0; i < n; ++i) {
             if (which.empty() || (next < which.size() && which[next] == i)) add(i, queries != nullptr ? first : 0), ++next;
-            if (queries != nullptr) first += queries[i];
+            if (queries != nullptr) {
+                require(queries[i] >= 0 && queries[i] <= Lq_ - first, "there are more queries than rows");
+                first += queries[i];
+            }
         }
+        require(queries == nullptr || first == Lq_, "there are fewer queries than rows");
         Attention call = a_;
         if (queries != nullptr) call.q_stride[0] = call.out_stride[0] = call.lse_stride[0] = 0;
         call.q = pointer(tensors[0]);

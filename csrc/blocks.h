@@ -120,6 +120,10 @@ struct Source {
         const int64_t number = pages[j / page_size] + QKV_MUTANT(page_next);
         return number < 0 ? nullptr : base + number * page + (QKV_MUTANT(page_slot) ? 0 : j % page_size) * stride;
     }
+    // Row i of the granule that begins at key j; `first` is its row 0. Looking a page up costs a division.
+    QKV_INLINE const S* row_of(const S* first, bool straight_, int64_t j, int64_t i) const {
+        return !straight_ ? row(j + i) : first == nullptr ? nullptr : first + i * stride;
+    }
     // Whether the keys of every granule lie one stride apart.
     bool straight() const { return pages == nullptr || (page_size % kGranule == 0 || QKV_MUTANT(page_straight)); }
 };
@@ -159,9 +163,12 @@ inline void gather_scales(const Attention& a, const Sequence& s, int64_t kv_head
         const int64_t slot = (j0 + i) % a.page_size, number = s.pages[(j0 + i) / a.page_size];
         const int64_t at = number * a.scale_stride[0] + kv_head * a.scale_stride[1] + slot * step;
         const int64_t end = lower(live, i + a.page_size - slot);
-        for (int64_t x = 0; i < end; ++i, ++x) {
-            k_to[i] = number < 0 ? E(0) : static_cast<E>(a.k_scale[at + x * step]);
-            v_to[i] = number < 0 ? E(0) : static_cast<E>(a.v_scale[at + x * step]);
+        if (number < 0) {
+            for (; i < end; ++i) k_to[i] = v_to[i] = 0;
+        } else if (step == 1) {
+            for (int64_t x = at - i; i < end; ++i) k_to[i] = static_cast<E>(a.k_scale[x + i]), v_to[i] = static_cast<E>(a.v_scale[x + i]);
+        } else {
+            for (int64_t x = at; i < end; ++i, x += step) k_to[i] = static_cast<E>(a.k_scale[x]), v_to[i] = static_cast<E>(a.v_scale[x]);
         }
     }
     for (; i < kGranule; ++i) k_to[i] = v_to[i] = 0;
@@ -202,6 +209,10 @@ inline void gather_bias(const Attention& call, const Tile& tile, int r, int64_t 
     const Rows& rows = tile.rows;
     const int64_t keys = rows.key_count, h = rows.head[r], p = rows.position[r];
     const int stop = static_cast<int>(lower(n, keys - j0));
+    // One term of -inf hides its key, whatever the others are: -inf and NaN would be NaN.
+    const bool several = call.bias_count > 1;
+    const E hidden = -static_cast<E>(INFINITY);
+    const auto plus = [&](E& to, E x) { to = several && (to == hidden || x == hidden) ? hidden : to + x; };
     for (int64_t t = 0; t < call.bias_count; ++t) {
         const Bias& bias = call.bias[t];
         const auto value = [&](int64_t offset) -> E {
@@ -216,19 +227,19 @@ inline void gather_bias(const Attention& call, const Tile& tile, int r, int64_t 
             const E slope = value(h * bias.stride[1]);
             for (int j = 0; j < stop; ++j) {
                 const int64_t away = p - (j0 + j);
-                add[j * stride] -= slope * static_cast<E>(away < 0 && !QKV_MUTANT(alibi_signed) ? -away : away);
+                plus(add[j * stride], -(slope * static_cast<E>(away < 0 && !QKV_MUTANT(alibi_signed) ? -away : away)));
             }
         } else if (bias.kind == BiasKind::relative) {
             const int64_t table = h * bias.stride[1];
             for (int j = 0; j < stop; ++j)
-                add[j * stride] += value(table + (clamp(j0 + j - p + QKV_MUTANT(relative_shift), -bias.reach, bias.reach) + bias.reach) * bias.stride[3]);
+                plus(add[j * stride], value(table + (clamp(j0 + j - p + QKV_MUTANT(relative_shift), -bias.reach, bias.reach) + bias.reach) * bias.stride[3]));
         } else {
             const int64_t row = rows.batch * bias.stride[0] + h * bias.stride[1] + rows.index[r] * bias.stride[2] + j0 * bias.stride[3];
             if (bias.type == Type::f32 && bias.stride[3] == 1) {
                 const float* from = static_cast<const float*>(bias.data) + row;
-                for (int j = 0; j < stop; ++j) add[j * stride] += static_cast<E>(from[j]);
+                for (int j = 0; j < stop; ++j) plus(add[j * stride], static_cast<E>(from[j]));
             } else {
-                for (int j = 0; j < stop; ++j) add[j * stride] += value(row + j * bias.stride[3]);
+                for (int j = 0; j < stop; ++j) plus(add[j * stride], value(row + j * bias.stride[3]));
             }
         }
     }

@@ -44,6 +44,7 @@ class Dots {
     using Q = typename M::Q;
     static constexpr int W = V::W;
     static constexpr int kTileRows = 16;
+    static constexpr int kConvertedGranules = 2;
     static constexpr int kStepGranules = 8;  // divides a chunk: all steps of a long call are as long as each other
 
     struct Work {
@@ -204,20 +205,19 @@ class Dots {
     template <class S>
     static const T* resident(const Source<S>& source, int64_t D, int64_t j, int64_t keys, T* copy, int64_t& step_to) {
         const int64_t width = padded(D);
+        const bool straight = source.straight();
+        const S* first = straight ? source.row(j) : nullptr;
         if constexpr (std::is_same_v<S, T>) {
-            if ((source.stride_d == 1 || QKV_MUTANT(stride_ignored)) && D == width && j + kGranule <= keys && source.straight()) {
-                const T* first = source.row(j);
-                if (first != nullptr) {
-                    step_to = source.stride;
-                    return first;
-                }
+            if ((source.stride_d == 1 || QKV_MUTANT(stride_ignored)) && D == width && j + kGranule <= keys && first != nullptr) {
+                step_to = source.stride;
+                return first;
             }
         }
         // Rows past the end are not read, but for the second of a pair.
         step_to = width;
         const int64_t rows = lower(kGranule, keys - j);
         for (int64_t i = 0; i < rows; ++i) {
-            const S* from = source.row(j + i);
+            const S* from = source.row_of(first, straight, j, i);
             T* to = copy + i * width;
             if constexpr (!std::is_same_v<S, T>) {
                 unpack_row<V>(from, source.stride_d, D, width, to);
@@ -285,14 +285,14 @@ class Dots {
     }
 
     template <int Rows_, int Vectors, bool Careful>
-    static void all_values(const Block& block, const T* const* from, const int64_t* strides, const int* live, Work& w, const E* keep, int row, int64_t width) {
+    static void all_values(const Block& block, const T* const* from, const int64_t* strides, const int* live, Work& w, const E* keep, int row, int64_t width, int first, int last) {
         const E* p = w.scores + row * kWindowKeys;
         const uint32_t* pairs = w.pairs + row * kWindowKeys / 2;
         E* out = w.out + row * width;
         int64_t d = 0;
         const auto columns = [&]<int C>(std::integral_constant<int, C>) {
-            for (int g = 0; g < block.granules; g += M::kRunGranules) {
-                const int end = block.granules < g + M::kRunGranules ? block.granules : g + M::kRunGranules;
+            for (int g = first; g < last; g += M::kRunGranules) {
+                const int end = last < g + M::kRunGranules ? last : g + M::kRunGranules;
                 values<Rows_, C, Careful>(block, g, end, from, strides, live, p, pairs, out, width, d, keep + row, row);
             }
         };
@@ -330,14 +330,13 @@ class Dots {
             live[g] = static_cast<int>(lower(kGranule, sequence.k_count - block.key[g]));
             int64_t stride;
             const int64_t j = block.key[g];
-            const T* keys = resident(k, a.D, j, sequence.k_count, w.keys + g * kGranule * width, stride);
+            const T* keys = resident(k, a.D, j, sequence.k_count, w.keys, stride);
             // Stored keys are converted a granule at a time, at once: they have to be there a granule earlier.
             const int64_t then = j + (kScaled ? 2 : 1) * kGranule;
             const bool more = then < sequence.k_count;
             Ahead next = ahead(more ? k.row(then) : nullptr, k.stride, a.D), soon;
-            if constexpr (kScaled) {  // values are converted when they are wanted: until then they have time to come
-                gather_scales(a, sequence, w.tile.kv_head, j, w.k_scales + g * kGranule, w.v_scales + g * kGranule);
-                if (more) prefetch_scales(a, sequence, w.tile.kv_head, then);
+            if constexpr (kScaled) {  // scales are read and values converted when they are wanted: until then they have time to come
+                prefetch_scales(a, sequence, w.tile.kv_head, j);
                 soon = ahead(v.row(j), v.stride, a.Dv);
             } else {
                 from[g] = resident(v, a.Dv, j, sequence.k_count, w.values + g * kGranule * width_v, strides[g]);
@@ -365,6 +364,9 @@ class Dots {
                 }
             }
         }
+        if constexpr (kScaled)
+            for (int g = 0; g < block.granules; ++g)
+                gather_scales(a, sequence, w.tile.kv_head, block.key[g], w.k_scales + g * kGranule, w.v_scales + g * kGranule);
         E keep[kTileRows];
         for (int r = 0; r < rows; ++r) {
             E* s = w.scores + r * kWindowKeys;
@@ -400,18 +402,23 @@ class Dots {
 #endif
         }
         w.masked |= block.masked;
-        if constexpr (kScaled)
-            for (int g = 0; g < block.granules; ++g)
-                from[g] = resident(v, a.Dv, block.key[g], sequence.k_count, w.values + g * kGranule * width_v, strides[g]);
-        if (careful) {
-            for (int r = 0; r < rows; ++r) all_values<1, 2, true>(block, from, strides, live, w, keep, r, width_v);
-            return;
+        // Converted values are used while they are in the first cache.
+        const int at_once = kScaled ? kConvertedGranules : block.granules;
+        for (int first = 0; first < block.granules; first += at_once) {
+            const int last = block.granules < first + at_once ? block.granules : first + at_once;
+            if constexpr (kScaled)
+                for (int g = first; g < last; ++g)
+                    from[g] = resident(v, a.Dv, block.key[g], sequence.k_count, w.values + (g - first) * kGranule * width_v, strides[g]);
+            if (careful) {
+                for (int r = 0; r < rows; ++r) all_values<1, 2, true>(block, from, strides, live, w, keep, r, width_v, first, last);
+                continue;
+            }
+            constexpr bool kWide = W * sizeof(E) == 64;
+            int r = 0;
+            for (; r + 4 <= rows; r += 4) all_values<4, kWide ? 4 : 2, false>(block, from, strides, live, w, keep, r, width_v, first, last);
+            for (; r + 2 <= rows; r += 2) all_values<2, kWide ? 8 : 4, false>(block, from, strides, live, w, keep, r, width_v, first, last);
+            for (; r < rows; ++r) all_values<1, kWide ? 8 : 4, false>(block, from, strides, live, w, keep, r, width_v, first, last);
         }
-        constexpr bool kWide = W * sizeof(E) == 64;
-        int r = 0;
-        for (; r + 4 <= rows; r += 4) all_values<4, kWide ? 4 : 2, false>(block, from, strides, live, w, keep, r, width_v);
-        for (; r + 2 <= rows; r += 2) all_values<2, kWide ? 8 : 4, false>(block, from, strides, live, w, keep, r, width_v);
-        for (; r < rows; ++r) all_values<1, kWide ? 8 : 4, false>(block, from, strides, live, w, keep, r, width_v);
     }
 
     static QKV_INLINE E first_lane(V x) {

@@ -424,14 +424,15 @@ class Lanes {
             const int64_t j = block.key[g];
             const bool whole = j + kGranule <= sequence.k_count;
             const int rows = whole ? kGranule : static_cast<int>(sequence.k_count - j + kFewKeys - 1) / kFewKeys * kFewKeys;
-            const S* first_key = kInPlace && whole && straight ? k.row(j) : nullptr;
-            const S* first_value = kInPlace && whole && straight ? v.row(j) : nullptr;
-            if (first_key != nullptr && (a.k_stride[2] == 1 || QKV_MUTANT(stride_ignored)) && a.D % M::kPair == 0) {
+            const S* first_key = straight ? k.row(j) : nullptr;
+            const S* first_value = straight ? v.row(j) : nullptr;
+            const bool in_place = kInPlace && whole;
+            if (in_place && first_key != nullptr && (a.k_stride[2] == 1 || QKV_MUTANT(stride_ignored)) && a.D % M::kPair == 0) {
                 keys[g] = reinterpret_cast<const K*>(first_key);
                 key_strides[g] = a.k_stride[1];
             } else {
                 K* to = work.keys + g * kGranule * D2;
-                for (int i = 0; i < rows; ++i) convert_row(j + i < sequence.k_count ? k.row(j + i) : nullptr, a.k_stride[2], a.D, D2, to + i * D2);
+                for (int i = 0; i < rows; ++i) convert_row(j + i < sequence.k_count ? k.row_of(first_key, straight, j, i) : nullptr, a.k_stride[2], a.D, D2, to + i * D2);
                 keys[g] = to;
                 key_strides[g] = D2;
             }
@@ -445,20 +446,22 @@ class Lanes {
                 } else {
                     U* to = work.values + g * kGranule / 2 * a.Dv;
                     if constexpr (kScaled) {
-                        for (int i = 0; i < rows; ++i) convert_row(j + i < sequence.k_count ? v.row(j + i) : nullptr, a.v_stride[2], a.Dv, a.Dv, work.staged + i * a.Dv);
+                        for (int i = 0; i < rows; ++i)
+                            convert_row(j + i < sequence.k_count ? v.row_of(first_value, straight, j, i) : nullptr, a.v_stride[2], a.Dv, a.Dv, work.staged + i * a.Dv);
                         interleave(Source<T>{work.staged, a.Dv, 1, nullptr, 0, 0}, rows, 0, rows, a.Dv, to);
                     } else {
                         interleave(v, sequence.k_count, j, rows, a.Dv, to);
                     }
                     values_at[g] = to;
                 }
-            } else if (first_value != nullptr && a.v_stride[2] == 1) {
+            } else if (in_place && first_value != nullptr && a.v_stride[2] == 1) {
                 values_at[g] = reinterpret_cast<const U*>(first_value);
                 value_strides[g] = a.v_stride[1];
             } else {
                 U* to = work.values + g * kGranule * a.Dv;
                 if constexpr (M::kPair == 1)
-                    for (int i = 0; i < rows; ++i) convert_row(j + i < sequence.k_count ? v.row(j + i) : nullptr, a.v_stride[2], a.Dv, a.Dv, to + i * a.Dv);
+                    for (int i = 0; i < rows; ++i)
+                        convert_row(j + i < sequence.k_count ? v.row_of(first_value, straight, j, i) : nullptr, a.v_stride[2], a.Dv, a.Dv, to + i * a.Dv);
                 values_at[g] = to;
                 value_strides[g] = a.Dv;
             }

@@ -46,6 +46,7 @@ _LAZY = {
     "nn": ("qkv.nn", None),
     "rotary": ("qkv.rotary", None),
     "compat": ("qkv.compat", None),
+    "integrations": ("qkv.integrations", None),
     "insight": ("qkv.insight", None),
     "cli": ("qkv.cli", None),
 }

@@ -31,7 +31,9 @@ def attend(call: str, q: Any, view: KVView, v: Any, mask: Any, options: Options,
     """What `attention` returns for queries and a view."""
     key = _key(q, view, mask, options, backend) if v is None and options.positions is None else None
     execute = _PREPARED.get(key) if key is not None else None
-    if execute is not None and view.layout.clock.now == view.layout.alive_at and not _learns(q, options.sinks):
+    layout = view.layout
+    fresh = layout.clock.now == layout.alive_at and (layout.most is None or q.shape[2] <= layout.most)
+    if execute is not None and fresh and not _learns(q, options.sinks):
         try:
             return execute(q, view, (), options.sinks, options.return_lse)
         except ValueError:  # lengths or pages that do not fit: the checks below say which
@@ -44,7 +46,7 @@ def attend(call: str, q: Any, view: KVView, v: Any, mask: Any, options: Options,
         group = whole(q, view)
         problem, inputs = problem_of(call, q, view, known, options, group)
         if all(term.kind in ("alibi", "relative") for term in problem.bias):
-            native = _native(problem, backend)
+            native = _native(problem, view, backend)
             if native is None:
                 return _copied(call, q, view, known, options, backend)
             execute = _prepare(native, problem, q, view, inputs)
@@ -62,7 +64,7 @@ def _by_group(call: str, q: Tensor, view: KVView, mask: Mask | None, options: Op
     planned: list[tuple[Group, base.ExecuteView, Inputs]] = []
     for group in groups(q, view):
         problem, inputs = problem_of(call, q, view, mask, options, group)
-        native = _native(problem, backend)
+        native = _native(problem, view, backend)
         if native is None:
             return _copied(call, q, view, mask, options, backend)
         planned.append((group, _prepare(native, problem, q, view, inputs), inputs))
@@ -74,6 +76,10 @@ def _by_group(call: str, q: Tensor, view: KVView, mask: Mask | None, options: Op
 
 def _copied(call: str, q: Tensor, view: KVView, mask: Mask | None, options: Options, backend: Any) -> Output:
     """On copies of the keys and values, by a backend that knows no pages."""
+    given = q
+    if view.k_scale is not None and q.dtype in (torch.bfloat16, torch.float16):
+        # What is stored has more digits than q's dtype: it is computed with as it is, and only the result is rounded.
+        view, q = view._replace(dtype=torch.float32), q.float()
     keys, values = gathered(view)
     queries = view.layout.queries
     starts = [0]
@@ -99,16 +105,20 @@ def _copied(call: str, q: Tensor, view: KVView, mask: Mask | None, options: Opti
                 to.out[i], to.lse[i] = out[i], lse[i]
             else:
                 to.out[0, :, starts[i] : starts[i + 1]], to.lse[0, :, starts[i] : starts[i + 1]] = out[i], lse[i]
+    if given.dtype != q.dtype:
+        to = Output(empty_output(given, view.v.shape[3]).copy_(to.out), to.lse)
     return to if options.return_lse else Output(to.out, None)
 
 
-def _native(problem: Problem, backend: str | None) -> Any:
-    """The backend that will run the problem, if it reads pages where they lie."""
+def _native(problem: Problem, view: KVView, backend: str | None) -> Any:
+    """The backend that will run the problem, if it reads these pages where they lie."""
     chosen = base.load(backend or choose(problem, None).backend)
     if getattr(chosen, "prepare_view", None) is None:
         return None
     if backend is not None:
         choose(problem, backend)  # raises where it cannot run the call
+    if view.k_scale is not None and problem.dtype == torch.float64:
+        return None  # stored numbers are multiplied in float32 there
     return chosen
 
 
@@ -143,13 +153,14 @@ def _key(q: Any, view: KVView, mask: Any, options: Options, backend: Any) -> Any
         return None
     if not (mask is None or (isinstance(mask, Mask) and mask.fits_any_length)):
         return None
-    k, v, scales = view.k, view.v, view.k_scale
+    k, v, k_scale, v_scale = view.k, view.v, view.k_scale, view.v_scale
     try:
         if not q.is_cpu or q.is_neg():
             return None
         return (
             q.shape, q.stride(), q.dtype, q.__class__, k.shape, k.stride(), k.dtype, v.shape, v.stride(),
-            None if scales is None else scales.stride(), view.dtype, len(view.layout.lengths),
+            None if k_scale is None else k_scale.stride(), None if v_scale is None else v_scale.stride(),
+            view.dtype, len(view.layout.lengths),
             view.layout.queries is None, view.held, mask, o.scale, o.scale.__class__, o.softcap, o.softcap.__class__,
             None if o.sinks is None else (o.sinks.shape, o.sinks.stride(), o.sinks.dtype, o.sinks.device),
             o.sinks.__class__, o.return_lse, backend,

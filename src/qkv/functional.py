@@ -503,7 +503,7 @@ def weights(
 
     call = "qkv.weights()"
     if isinstance(k, KVView):
-        k, mask, positions = _keys_of_view(call, q, k, mask, Options(positions, bias, scale, softcap, sinks))
+        q, k, mask, positions = _keys_of_view(call, q, k, mask, Options(positions, bias, scale, softcap, sinks))
     if not isinstance(k, Tensor) or k.dim() != 4:
         validate(call, q, k, k, mask, Options())
     problem, inputs = validate(call, q, k, k[..., :0], mask, Options(positions, bias, scale, softcap, sinks))
@@ -517,7 +517,7 @@ def weights(
     return torch.cat(parts, dim=2)
 
 
-def _keys_of_view(call: str, q: Any, view: KVView, mask: Any, options: Options) -> tuple[Tensor, Any, str]:
+def _keys_of_view(call: str, q: Any, view: KVView, mask: Any, options: Options) -> tuple[Tensor, Tensor, Any, str]:
     with torch.no_grad():
         check_view(call, q, view, None, options)
     lengths = view.layout.lengths
@@ -525,7 +525,9 @@ def _keys_of_view(call: str, q: Any, view: KVView, mask: Any, options: Options) 
         rule = "weights of a view are those of one sequence, or of several of one length"
         fix = "Take a view of one sequence at a time"
         raise ArgumentError(describe(call, rule, f"lengths {list(lengths)}", fix))
-    return gathered(view)[0], joined(call, mask, view.held), "end"
+    if view.k_scale is not None and q.dtype in (torch.bfloat16, torch.float16):  # stored keys have more digits
+        q, view = q.float(), view._replace(dtype=torch.float32)
+    return q, gathered(view)[0], joined(call, mask, view.held), "end"
 
 
 def _rows(call: str, rows: Any, Lq: int) -> Tensor:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from qkv.backends import base
@@ -16,7 +17,7 @@ from qkv.scores import ScoreTerm
 from qkv.spec import Inputs, KVView, Problem
 from qkv.tiling import TileCount, View, count_tiles
 from qkv.validation import Options, validate
-from qkv.viewing import check_view, joined, problem_of, whole
+from qkv.viewing import check_view, groups, joined, problem_of, whole
 
 _warned = False
 
@@ -34,6 +35,8 @@ class Plan:
     """What the backend wants its reader to know, such as promises that do not hold."""
     tile: tuple[int, int]
     positions: Tensor | None = None
+    cached: bool = False
+    """Whether the keys are a cache's view."""
 
     @cached_property
     def tiles(self) -> TileCount:
@@ -69,6 +72,8 @@ class Plan:
     @property
     def gradients(self) -> str:
         """What computes first derivatives, and what further ones and forward mode."""
+        if self.cached:
+            return "none: the keys of a cache have none"
         backend = base.load(self.backend)
         if backend.differentiable:
             return f"{self.backend}, by autograd through its own operations"
@@ -248,12 +253,17 @@ def plan(
 
 def _plan_view(call: str, q: Any, view: KVView, v: Any, mask: Any, options: Options, backend: str | None) -> Plan:
     check_view(call, q, view, v, options)
-    problem, inputs = problem_of(call, q, view, joined(call, mask, view.held), options, whole(q, view))
-    found = choose(problem, backend, inputs.positions)
-    in_place = getattr(base.load(found.backend), "prepare_view", None) is not None
+    known = joined(call, mask, view.held)
+    if (known is not None and not known.fits_any_length) or options.bias is not None:
+        for group in groups(q, view):
+            problem_of(call, q, view, known, options, group)
+    problem, inputs = problem_of(call, q, view, known, options, whole(q, view))
+    found, k_scaled = choose(problem, backend, inputs.positions), view.k_scale is not None
+    wide = k_scaled and problem.dtype == torch.float64
+    in_place = getattr(base.load(found.backend), "prepare_view", None) is not None and not wide
     stored = str(view.k.dtype).removeprefix("torch.")
     pages = f"keys in {stored} on pages of {view.k.shape[2]}, {'read where they lie' if in_place else 'copied first'}"
-    return replace(found, note=f"{found.note}; {pages}" if found.note else pages)
+    return replace(found, note=f"{found.note}; {pages}" if found.note else pages, cached=True)
 
 
 def prepared(problem: Problem, backend: base.Backend, inputs: Inputs) -> base.Execute | None:

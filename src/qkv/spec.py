@@ -105,7 +105,7 @@ class KVLayout:
     back: the view's `held` hides its keys, and no kernel touches it.
     """
 
-    __slots__ = ("alive_at", "clock", "lengths", "queries", "starts", "tables")
+    __slots__ = ("alive_at", "clock", "lengths", "most", "queries", "starts", "tables")
 
     def __init__(
         self,
@@ -114,12 +114,14 @@ class KVLayout:
         lengths: array[int],
         queries: array[int] | None,
         clock: Clock,
+        most: int | None = None,
     ) -> None:
         self.tables = tables  # 'i': all tables, one after the other
         self.starts = starts  # 'q', n + 1 of them: where each table begins, and the end of the last
         self.lengths = lengths  # 'q': keys of each sequence, these with the step's own
         self.queries = queries  # 'q': of a ragged step, queries of each sequence; None: all have q.shape[2]
         self.clock, self.alive_at = clock, clock.now
+        self.most = most  # queries that a sequence may have at most: what earlier ones see was given back; None: all
 
 
 class KVView(NamedTuple):

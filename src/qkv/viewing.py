@@ -37,6 +37,7 @@ def check_view(call: str, q: Any, view: KVView, v: Any, options: Options) -> Non
         rule = "a view lives until its cache gives pages back or writes over them"
         given = "a view from before a free, truncate, eviction, swap, copy on write or overwritten window"
         raise ArgumentError(describe(call, rule, given, "Ask the cache for a new view"))
+    _check_layout(call, view)
     _check_queries(call, q, view)
     if options.dropout_p != 0:
         rule, fix = "a cache is for inference, without dropout", "Leave dropout_p out"
@@ -46,6 +47,33 @@ def check_view(call: str, q: Any, view: KVView, v: Any, options: Options) -> Non
         rule = "a cache's keys have no gradients, so none are computed through a view"
         fix = "Call it under torch.inference_mode() or torch.no_grad(); for training pass k and v"
         raise UnsupportedError(describe(call, rule, "tensors that require grad", fix))
+
+
+def _check_layout(call: str, view: KVView) -> None:
+    """What a cache makes is right; what others make by hand may not be."""
+    layout, P = view.layout, view.k.shape[2]
+    n, starts = len(layout.lengths), layout.starts
+    sizes = f"{n} lengths, {len(starts)} starts"
+    if len(starts) != n + 1 or (layout.queries is not None and len(layout.queries) != n):
+        rule, fix = "a layout has n lengths, n + 1 starts and n queries", "Take views from a cache or qkv.cache.stored"
+        raise ShapeError(describe(call, rule, sizes, fix))
+    for i, length in enumerate(layout.lengths):
+        table = layout.tables[max(starts[i], 0) : max(starts[i + 1], 0)]
+        used = table[: length // P + (length % P > 0)] if length >= 0 else table
+        if length < 0 or starts[i] < 0 or len(used) * P < length or min(used, default=0) < -1:
+            given = f"sequence {i} of length {length} with {len(table)} pages of {P}"
+            fix = "Take views from a cache or qkv.cache.stored"
+            raise ArgumentError(describe(call, "a page table has a page for every key", given, fix))
+        if max(used, default=-1) >= view.k.shape[0]:
+            given = f"page {max(used)} of sequence {i}, and {view.k.shape[0]} pages"
+            raise ArgumentError(describe(call, "a page table names pages of its pool", given, "Check the table"))
+    if layout.queries is not None and min(layout.queries, default=0) < 0:
+        given = f"queries {list(layout.queries)}"
+        raise ArgumentError(describe(call, "numbers of queries are >= 0", given, "Check lengths="))
+    scales = (view.k_scale, view.v_scale)
+    if any(s is not None for s in scales) and len({None if s is None else s.stride() for s in scales}) > 1:
+        given = f"k_scale and v_scale with strides {[None if s is None else s.stride() for s in scales]}"
+        raise ArgumentError(describe(call, "both scales have the same strides", given, "Make both contiguous"))
 
 
 def _check_queries(call: str, q: Any, view: KVView) -> None:
@@ -73,6 +101,14 @@ def _check_queries(call: str, q: Any, view: KVView) -> None:
         given = f"{named(q=q)} and a cache with {Hkv} heads of {D} numbers"
         rule = "q must have the cache's head size, and a multiple of its heads"
         raise ShapeError(describe(call, rule, given, "Check that q is (B, H, L, D)"))
+    most = view.layout.most
+    if most is not None and queries is None and q.shape[2] > most:
+        given = f"{q.shape[2]} queries, and keys for the last {most}"
+        rule, fix = (
+            "what the queries see must still be stored",
+            "Attend to a window's keys in the step that appends them",
+        )
+        raise ShapeError(describe(call, rule, given, fix))
     for i, length in enumerate(lengths):
         rows = queries[i] if queries is not None else q.shape[2]
         if rows > length:

@@ -261,18 +261,15 @@ def _view_executor(
         if to is None and return_lse:
             lse = torch.empty(rows, dtype=accumulate, device=cpu)
         k_scale, v_scale, layout = view.k_scale, view.v_scale, view.layout
-        tables, tables_count = layout.tables.buffer_info()
+        tables, starts, lengths = layout.tables.buffer_info(), layout.starts.buffer_info(), layout.lengths.buffer_info()
+        queries = (0, 0) if layout.queries is None else layout.queries.buffer_info()
         run(
             [
-                q.data_ptr(), view.k.data_ptr(), view.v.data_ptr(), 0 if k_scale is None else k_scale.data_ptr(),
-                0 if v_scale is None else v_scale.data_ptr(), out.data_ptr(), 0 if lse is None else lse.data_ptr(),
+                q.data_ptr(), view.k.data_ptr(), view.v.data_ptr(), 0 if k_scale is None else k_scale.data_ptr() or 1,
+                0 if v_scale is None else v_scale.data_ptr() or 1, out.data_ptr(), 0 if lse is None else lse.data_ptr(),
             ],
             threads(), 0 if sinks is None else sinks.data_ptr() or 1, [t.data_ptr() for t in bias],
-            [
-                tables, layout.starts.buffer_info()[0], layout.lengths.buffer_info()[0],
-                0 if layout.queries is None else layout.queries.buffer_info()[0],
-            ],
-            tables_count, len(layout.lengths), sequences,
+            [tables[0], starts[0], lengths[0], queries[0]], [tables[1], starts[1], lengths[1], queries[1]], sequences,
         )  # fmt: skip
         return Output(out, lse)
 

@@ -1,0 +1,470 @@
+"""What all caches share: sequences, steps that are committed or not, and views."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence as Ordered
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qkv.cache import arguments
+from qkv.cache.books import Books, Recent
+from qkv.cache.guard import check_seqs, refuse_layer, refuse_open
+from qkv.cache.sequence import Sequence
+from qkv.cache.stats import Stats
+from qkv.cache.step import Step, Unfinished
+from qkv.cache.storage import Places
+from qkv.errors import ArgumentError, describe
+from qkv.masks.arguments import integer, shown
+from qkv.spec import KVLayout, KVView
+
+_INT = frozenset((int,))
+_RECENT = 4  # layouts kept for the layers to come: one for each group of sequences that a model steps apart
+
+
+class Cache(Books):
+    """The base of all caches."""
+
+    # ---- what users call
+
+    def add(self, tokens: Any = None, salt: Any = None, adapter: Any = None) -> Sequence:
+        """Begin a sequence.
+
+        Parameters
+        ----------
+        tokens, salt, adapter
+            For caches on pages, which share prefixes; others refuse them.
+
+        Raises
+        ------
+        PagesExhausted
+            All places are taken; nothing was changed.
+        ArgumentError
+            A prefix for a cache that shares none.
+        """
+        call = f"{self._name}.add()"
+        self._mend()
+        if tokens is not None or salt is not None or adapter is not None:
+            rule = f"tokens, salt and adapter are for caches that share prefixes, and a {self._name} does not"
+            given = ", ".join(n for n, x in (("tokens", tokens), ("salt", salt), ("adapter", adapter)) if x is not None)
+            raise ArgumentError(describe(call, rule, given, "Leave them out, or use qkv.cache.PagedCache"))
+        return self._add(call)
+
+    def append(
+        self, seqs: Ordered[Sequence], k: Tensor, v: Tensor, layer: int = 0, *, lengths: Any = None, tokens: Any = None
+    ) -> None:
+        """Store the keys and values of a step's tokens in one layer; the last layer ends the step.
+
+        Parameters
+        ----------
+        seqs : list of Sequence
+            Each once.
+        k : Tensor, shape (n, Hkv, T, D)
+            Keys of T tokens for each sequence; ragged: all tokens packed as (1, Hkv, sum T, D).
+        v : Tensor, shape (n, Hkv, T, Dv)
+        layer : int
+            Layers come in order 0, 1, ..., with the same sequences and counts. Pages are taken at layer 0, and
+            `seq.length` grows with the last one.
+        lengths : list of int
+            Ragged: the tokens of each sequence, 0 or more.
+        tokens : list of n rows of T ids, ragged: one packed list
+            The step's token ids, so that a prefix cache can share the pages that they fill. Ids that follow a gap, a
+            step without them, cannot be used and are only checked.
+
+        Raises
+        ------
+        PagesExhausted
+            Too few free pages; nothing was changed, for no sequence.
+        ShapeError, ArgumentError, ArgumentTypeError
+            Arguments that do not fit; nothing was changed.
+
+        Notes
+        -----
+        Cost: a copy of the numbers, and about 1 microsecond a sequence. What is stored has no gradient.
+        """
+        if layer.__class__ is not int or layer < 0 or layer >= self.layers:
+            refuse_layer(self, "append", layer)
+        self._mend()
+        if layer:
+            step = self._going_on(seqs, layer, lengths)
+            T = step.T if step.seqs or not isinstance(k, Tensor) or k.ndim < 2 else k.shape[-2]
+            rows = self._rows(k, v, 1 if lengths is not None else len(step.seqs), T)
+            if tokens is not None:
+                self._check_repeated(step, tokens)
+            if step.places is not None:
+                self._storage.write(layer, rows, step.places)
+            if layer + 1 < self.layers:
+                step.next = layer + 1
+                return
+            self._dirty = True
+            try:
+                self._commit(step)
+            except BaseException:
+                self._repair()
+                raise
+            self._dirty = False
+            return
+        call = f"{self._name}.append()"
+        names = check_seqs(self, call, seqs)
+        if self._steps:
+            refuse_open(self, call, names)
+        if lengths is None:
+            T = k.shape[-2] if isinstance(k, Tensor) and k.ndim >= 2 else -1
+            rows = self._rows(k, v, len(names), T)
+            ragged = None
+        else:
+            ragged = arguments.counts(call, "lengths", lengths, len(names))
+            T = sum(ragged)
+            rows = self._rows(k, v, 1, T)
+        known = None if tokens is None else self._check_tokens(call, names, tokens, T, ragged)
+        step = Unfinished(names, T, ragged, known)
+        claim = self._count(call, step)
+        self._dirty = True
+        try:
+            self._recent = []
+            self._claim(claim)
+            if step.total:
+                step.places = self._places(step)
+                self._storage.write(0, rows, step.places)
+            if self.layers == 1:
+                self._commit(step)
+            else:
+                for seq, end in zip(names, step.ends, strict=True):
+                    seq._step, seq._end = step, end
+                step.next = 1
+                if names:
+                    self._steps[step] = None
+        except BaseException:
+            self._repair()
+            raise
+        self._dirty = False
+
+    def view(self, seqs: Ordered[Sequence], layer: int = 0, *, lengths: Any = None) -> KVView:
+        """All keys and values of one layer that were appended, an unfinished step's among them, where they lie.
+
+        Parameters
+        ----------
+        seqs : list of Sequence
+            Each once; the rows of q are theirs, in this order.
+        layer : int
+        lengths : list of int
+            Ragged queries: how many each sequence has, packed as q (1, Hq, sum, D).
+
+        Returns
+        -------
+        KVView
+            For `qkv.attention(q, view)`. It ends when a page that it may name is given back, overwritten or moved:
+            attention refuses it then.
+
+        Notes
+        -----
+        Cost: the layout is made once a step, and about 1 microsecond in each further layer. No key is copied.
+        """
+        if layer.__class__ is not int or layer < 0 or layer >= self.layers:
+            refuse_layer(self, "view", layer)
+        if self._dirty:
+            self._repair()
+        names = tuple(seqs) if seqs.__class__ is list else seqs if seqs.__class__ is tuple else None
+        counts = lengths
+        if lengths is not None:  # 1.0 and True equal 1, and are refused: they must not be found here
+            counts = (
+                tuple(lengths) if lengths.__class__ in (list, tuple) and _INT.issuperset(map(type, lengths)) else ...
+            )
+        for recent in self._recent:
+            if recent.seqs == names and recent.lengths == counts:
+                for step, included in recent.steps:
+                    if (layer < step.next) != included:
+                        break
+                else:
+                    layout = recent.layout
+                    break
+        else:
+            layout = self._layout(seqs, layer, lengths)
+        return KVView(*self._storage.parts[layer], layout, self._held)
+
+    def step(self, seqs: Ordered[Sequence], lengths: Any = None, T: int | None = None, *, tokens: Any = None) -> Step:
+        """A step of T tokens a sequence, or ragged of lengths[i], for a model's layers to fill in turn."""
+        call = f"{self._name}.step()"
+        self._mend()
+        names = check_seqs(self, call, seqs)
+        refuse_open(self, call, names)
+        if (lengths is None) == (T is None):
+            given = "neither" if T is None else f"T={shown(T)} and lengths={shown(lengths)}"
+            raise ArgumentError(describe(call, "a step takes T or lengths", given, "Pass T=1, or lengths=[...]"))
+        if lengths is None:
+            return Step(self, names, arguments.size(call, "T", T, low=0), None, tokens)
+        counts = arguments.counts(call, "lengths", lengths, len(names))
+        return Step(self, names, sum(counts), counts, tokens)
+
+    def rollback(self, seqs: Ordered[Sequence] | Sequence) -> None:
+        """Forget the unfinished steps that these sequences are in, for all sequences of those steps.
+
+        Finished steps stay; nothing happens to sequences without an unfinished one.
+        """
+        self._mend()
+        names = check_seqs(self, f"{self._name}.rollback()", [seqs] if isinstance(seqs, Sequence) else seqs)
+        self._undo({seq._step: None for seq in names if seq._step is not None})
+
+    def truncate(self, seq: Sequence, length: int) -> None:
+        """Forget a sequence's tokens past `length`, as speculative decoding does with what was not accepted.
+
+        Known token ids past it are forgotten, too. Pages that others use stay as they are.
+
+        Raises
+        ------
+        ArgumentError
+            length > seq.length, an unfinished step, or (with a window) keys that a query at `length` sees and that
+            were given back. The tokens of the last step can always be taken back.
+        """
+        call = f"{self._name}.truncate()"
+        self._mend()
+        check_seqs(self, call, [seq])
+        refuse_open(self, call, (seq,))
+        length = integer(call, "length", length)
+        if length > seq._length:
+            given = f"length={length} and a sequence of {seq._length} tokens"
+            fix = "Pass a length of at most seq.length"
+            raise ArgumentError(describe(call, "truncate only makes a sequence shorter", given, fix))
+        if not self._reaches(seq, length):
+            first = max(length - (self.window or 0) + 1, 0)
+            given = f"length={length}, window={self.window}, and the keys before {seq._gone * self.page_size} are gone"
+            fix = "Truncate by at most the last step's tokens, or free the sequence and compute it anew"
+            rule = f"a query at {length} sees the keys from {first} on, so they must still be stored"
+            raise ArgumentError(describe(call, rule, given, fix))
+        if length == seq._length and (seq._tokens is None or len(seq._tokens) <= length):
+            return
+        self._dirty = True
+        try:
+            self._tick()
+            self._shorten(seq, length)
+            self._trim(seq)
+        except BaseException:
+            self._repair()
+            raise
+        self._dirty = False
+
+    def free(self, seqs: Ordered[Sequence] | Sequence) -> None:
+        """End sequences and give their pages back; an unfinished step that one of them is in is rolled back first."""
+        call = f"{self._name}.free()"
+        self._mend()
+        names = check_seqs(self, call, [seqs] if isinstance(seqs, Sequence) else seqs, swapped=True)
+        self._undo({seq._step: None for seq in names if seq._step is not None})
+        self._dirty = True
+        try:
+            self._tick()
+            for seq in names:
+                seq._live = seq._host = None
+                del self._seqs[seq]
+                self._give_back(self._owned(seq))
+                seq._table, seq._own = array("i"), None
+        except BaseException:
+            self._repair()
+            raise
+        self._dirty = False
+
+    def stats(self) -> Stats:
+        """Figures of the cache as it is now; str() of them is a readable table."""
+        self._mend()
+        pool, storage, P = self._pool, self._storage, self.page_size
+        used = [page for page, refs in enumerate(pool.refs) if refs]
+        tokens = len(used) * P - self._empty_slots()
+        waste = len(used) * P - tokens
+        return Stats(
+            cache=self._name,
+            pages=len(pool.refs),
+            page_size=P,
+            pages_used=len(used),
+            pages_shared=sum(1 for page in used if pool.refs[page] > 1),
+            pages_cached=len(pool.cached),
+            pages_free=len(pool.free),
+            sequences=len(self._seqs),
+            tokens=tokens,
+            waste_tokens=waste,
+            waste_bytes=waste * storage.bytes_per_slot,
+            hits=self._hits,
+            lookups=self._lookups,
+            bytes=storage.bytes,
+            bytes_per_token=storage.bytes_per_slot,
+            dtype=self.dtype,
+            storage=storage.planes[0][0].data.dtype,
+        )
+
+    def __repr__(self) -> str:
+        pool = self._pool
+        used = len(pool.refs) - pool.available
+        return (
+            f"{self._name}({used} of {len(pool.refs)} pages of {self.page_size} used, {len(self._seqs)} sequences, "
+            f"layers={self.layers}, dtype={arguments.short(self.dtype)}, storage={arguments.short(self.storage)})"
+        )
+
+    # ---- what differs between caches
+
+    def _add(self, call: str) -> Sequence:
+        seq = Sequence(self, self._made, None)
+        seq._live = self
+        self._made += 1
+        self._seqs[seq] = None
+        return seq
+
+    def _rows(self, k: Any, v: Any, n: int, T: int) -> tuple[Tensor, ...]:
+        """The step's tensors, checked, as one (n, Hkv, T, width) for each plane of the storage."""
+        storage = self._storage
+        H, (D, Dv), dtype = storage.heads, storage.widths, storage.dtype
+        try:
+            if (
+                k.shape == (n, H, T, D)
+                and v.shape == (n, H, T, Dv)
+                and k.dtype is dtype
+                and v.dtype is dtype
+                and k.device == v.device == storage.device
+                and k.layout is v.layout is torch.strided
+            ):
+                return k, v
+        except AttributeError:
+            pass
+        sizes = ((n, H, T, D), (n, H, T, Dv))
+        arguments.check_rows(f"{self._name}.append()", (("k", k), ("v", v)), sizes, dtype, storage.device)
+        return k, v
+
+    def _count(self, call: str, step: Unfinished) -> Any:
+        """What the step needs, or an error where there is not enough. Changes nothing."""
+        raise NotImplementedError
+
+    def _claim(self, claim: Any) -> None:
+        """Take what `_count` found."""
+        raise NotImplementedError
+
+    def _settle(self, step: Unfinished) -> None:
+        """What follows once a step is committed."""
+
+    def _empty_slots(self) -> int:
+        """Slots of pages in use that hold no token."""
+        raise NotImplementedError
+
+    def _check_tokens(
+        self, call: str, names: tuple[Sequence, ...], tokens: Any, T: int, lengths: tuple[int, ...] | None
+    ) -> list[array[int]]:
+        rule = f"tokens are for caches that share prefixes, and a {self._name} does not"
+        raise ArgumentError(describe(call, rule, "tokens", "Leave them out, or use qkv.cache.PagedCache"))
+
+    # ---- steps
+
+    def _going_on(self, seqs: Any, layer: int, lengths: Any) -> Unfinished:
+        """The unfinished step that layer > 0 of `seqs` belongs to."""
+        call = f"{self._name}.append()"
+        try:
+            step: Unfinished | None = seqs[0]._step if seqs else None
+            if (
+                step is not None
+                and step.next == layer
+                and step in self._steps
+                and step.seqs == (seqs if seqs.__class__ is tuple else tuple(seqs))
+                and (
+                    lengths is step.lengths
+                    or (
+                        step.lengths is not None
+                        and arguments.counts(call, "lengths", lengths, len(step.seqs)) == step.lengths
+                    )
+                )
+            ):
+                return step
+        except (AttributeError, TypeError, KeyError):
+            pass
+        names = check_seqs(self, call, seqs)
+        if not names:
+            return Unfinished((), 0, None if lengths is None else (), None)
+        step = names[0]._step
+        fix = "Append the layers of a step in order, or forget it with cache.rollback(seqs)"
+        if step is None or step.next != layer:
+            expected = 0 if step is None else step.next
+            given = f"layer={layer}, expected layer={expected} of {self.layers}"
+            raise ArgumentError(describe(call, "the layers of a step come in order 0, 1, ...", given, fix))
+        if step.seqs != names:
+            given = f"{len(names)} sequences, and {len(step.seqs)} in layer 0 (or others, or in another order)"
+            raise ArgumentError(describe(call, "all layers of a step have the same sequences", given, fix))
+        if lengths is not None:
+            arguments.counts(call, "lengths", lengths, len(names))
+        given = f"lengths={shown(lengths)}, and {step.lengths} in layer 0"
+        raise ArgumentError(describe(call, "all layers of a step have the same lengths", given, fix))
+
+    def _places(self, step: Unfinished) -> Places:
+        P = self.page_size
+        wide = self._storage.heads * P
+        base = array("q")
+        if step.lengths is None and step.T == 1:
+            base.extend([seq._table[seq._length // P] * wide + seq._length % P for seq in step.seqs])
+            return Places(base, len(step.seqs), 1, P, self.device)
+        for seq, end in zip(step.seqs, step.ends, strict=True):
+            at, table = seq._length, seq._table
+            while at < end:
+                stop = min(end, at - at % P + P)
+                first = table[at // P] * wide + at % P
+                base.extend(range(first, first + stop - at))
+                at = stop
+        n = 1 if step.lengths is not None else len(step.seqs)
+        return Places(base, n, step.T, P, self.device)
+
+    def _commit(self, step: Unfinished) -> None:
+        self._committing = step  # from here on the step is finished, whatever interrupts: `_repair` goes on
+        self._advance(step)
+        self._committing = None  # layouts that had the step's tokens stay what they are: `next` is past all layers
+        self._settle(step)
+
+    # ---- views
+
+    def _layout(self, seqs: Any, layer: int, lengths: Any) -> KVLayout:
+        call = f"{self._name}.view()"
+        names = check_seqs(self, call, seqs)
+        counts = None if lengths is None else arguments.counts(call, "lengths", lengths, len(names))
+        P = self.page_size
+        tables, starts, held = array("i"), array("q", [0]), array("q")
+        steps: dict[Unfinished, bool] = {}
+        for seq in names:
+            length, table, step = seq._length, seq._table, seq._step
+            if step is not None:
+                steps[step] = layer < step.next
+                if layer < step.next:
+                    length = seq._end
+            pages = -(-length // P)
+            tables.extend(table if len(table) == pages else table[:pages])
+            starts.append(len(tables))
+            held.append(length)
+        queries = most = None
+        if counts is not None:
+            queries = array("q", counts)
+            for seq, count, length in zip(names, counts, held, strict=True):
+                if count > length or not self._reaches(seq, length - count):
+                    self._refuse_queries(call, seq, count, length)
+        elif self.window is not None:
+            short = [(seq, length) for seq, length in zip(names, held, strict=True) if seq._gone > self._pinned]
+            most = min((length - (seq._gone * P + self.window - 1) for seq, length in short), default=None)
+        layout = KVLayout(tables, starts, held, queries, self.clock, most)
+        recent = Recent(names, counts, list(steps.items()), layout)
+        self._recent = [recent, *self._recent[: _RECENT - 1]]
+        return layout
+
+    def _reaches(self, seq: Sequence, position: int) -> bool:
+        """Whether all keys before `position` that a query there sees are still stored."""
+        if self.window is None or position == 0 or seq._gone <= self._pinned:
+            return True
+        first = max((position - self.window + 1) // self.page_size, self._pinned)
+        return first >= seq._gone or position <= self._pinned * self.page_size
+
+    def _refuse_queries(self, call: str, seq: Sequence, count: int, length: int) -> None:
+        given = f"{count} queries of {seq!r} with {length} keys"
+        if count > length:
+            rule, fix = "queries are the last of a sequence's tokens", "Append their keys first, or pass fewer"
+        else:
+            rule = f"the queries' window of {self.window} keys must still be stored"
+            fix = "Ask for the queries of the last step only"
+        raise ArgumentError(describe(call, rule, given, fix))
+
+    def _check_repeated(self, step: Unfinished, tokens: Any) -> None:
+        """tokens= of a later layer: what layer 0 was given."""
+        call = f"{self._name}.append()"
+        again = arguments.step_tokens(call, tokens, len(step.seqs), step.T, step.lengths)
+        if again != step.tokens:
+            rule, fix = "tokens of a step are given with layer 0", "Pass them there; further layers may leave them out"
+            raise ArgumentError(describe(call, rule, "other tokens, or none, in layer 0", fix))

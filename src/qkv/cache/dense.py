@@ -1,0 +1,141 @@
+"""The plainest cache: one contiguous stretch of memory a sequence."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Collection
+from typing import Any
+
+import torch
+
+from qkv.cache import arguments
+from qkv.cache.base import Cache
+from qkv.cache.pool import PagePool
+from qkv.cache.sequence import Sequence
+from qkv.cache.step import Unfinished
+from qkv.cache.storage import Storage
+from qkv.errors import ArgumentError, PagesExhausted, describe
+
+_FIRST = 64  # slots of a growing cache at the start
+_MULTIPLE = 16
+
+
+class DenseCache(Cache):
+    """Keys and values of up to `sequences` sequences, each in one contiguous stretch of `capacity` slots.
+
+    Parameters
+    ----------
+    sequences : int
+        Most sequences at a time.
+    num_kv_heads, head_dim, value_dim : int
+        Hkv, D and Dv (= D unless given).
+    capacity : int
+        Most tokens of a sequence, all allocated at once. None: the memory doubles when full (new tensors, copied).
+    layers, dtype, storage, device, debug
+        As in `qkv.cache.PagedCache`.
+
+    Raises
+    ------
+    ArgumentError, ArgumentTypeError
+        Sizes and types that do not fit, or tensors that memory cannot hold.
+
+    Notes
+    -----
+    Memory: sequences * capacity tokens whatever is stored; `PagedCache` wastes less than a page a sequence.
+
+    Examples
+    --------
+    >>> import torch, qkv
+    >>> cache = DenseCache(sequences=1, num_kv_heads=2, head_dim=16, dtype=torch.float32)
+    >>> seq = cache.add()
+    >>> cache.append([seq], torch.randn(1, 2, 100, 16), torch.randn(1, 2, 100, 16))
+    >>> seq.length, cache.page_size
+    (100, 128)
+    """
+
+    def __init__(
+        self,
+        *,
+        sequences: int,
+        num_kv_heads: int,
+        head_dim: int,
+        value_dim: int | None = None,
+        capacity: int | None = None,
+        layers: int = 1,
+        dtype: torch.dtype = torch.bfloat16,
+        storage: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+        debug: bool = False,
+    ) -> None:
+        call = "qkv.cache.DenseCache()"
+        heads = arguments.heads(call, num_kv_heads, head_dim, value_dim)
+        self._begin_dense(call, sequences, capacity, heads, (layers, dtype, storage, device, debug))
+
+    def _begin_dense(
+        self, call: str, sequences: Any, capacity: Any, heads: dict[str, Any], rest: tuple[Any, ...]
+    ) -> None:
+        """What is the same for keys and values, and for latents."""
+        pages = arguments.size(call, "sequences", sequences)
+        self.capacity = None if capacity is None else arguments.size(call, "capacity", capacity)
+        slots = _FIRST if self.capacity is None else _rounded(self.capacity)
+        storage = Storage(pages=pages, page_size=slots, **heads, **arguments.common(call, *rest))
+        super().__init__(storage, PagePool(pages))
+
+    def _add(self, call: str) -> Sequence:
+        pool = self._pool
+        if not pool.free:
+            given = f"{len(pool.refs)} sequences, all in use"
+            fix = "free() one, or build the cache with more sequences"
+            raise PagesExhausted(describe(call, "each sequence needs a place of its own", given, fix))
+        self._dirty = True
+        try:
+            pages, _ = pool.take(1)
+            seq = Sequence(self, self._made, None)
+            seq._table = array("i", pages)
+            seq._live = self
+            self._made += 1
+            self._seqs[seq] = None
+        except BaseException:
+            self._repair()
+            raise
+        self._dirty = False
+        return seq
+
+    def _count(self, call: str, step: Unfinished) -> Any:
+        longest = max(step.ends, default=0)
+        if self.capacity is not None and longest > self.capacity:
+            given = f"{longest} tokens and capacity={self.capacity}"
+            fix = "Build the cache with a larger capacity, or leave it out to let it grow"
+            raise ArgumentError(describe(call, "a sequence must fit into the capacity", given, fix))
+        return longest
+
+    def _claim(self, claim: Any) -> None:
+        if claim <= self.page_size:
+            return
+        self._storage = self._storage.grown(_rounded(max(claim, 2 * self.page_size)))
+        self.page_size = self._storage.page_size
+        self._tick()
+
+    def _repair(self) -> None:
+        self.page_size = self._storage.page_size
+        super()._repair()
+
+    def _owned(self, seq: Sequence) -> Collection[int]:
+        return seq._table
+
+    def _trim(self, seq: Sequence) -> None:
+        if self.debug:
+            self._poison_tail(seq)
+
+    def _cut(self, seq: Sequence) -> None:
+        pass
+
+    def _poison_tail(self, seq: Sequence) -> None:
+        self._storage.poison_slots(seq._table[0], seq._length)
+
+    def _empty_slots(self) -> int:
+        return sum(self.page_size - seq._length for seq in self._seqs)
+
+
+def _rounded(slots: int) -> int:
+    return -(-slots // _MULTIPLE) * _MULTIPLE

@@ -1,0 +1,180 @@
+"""A cache for multi-head latent attention: one compressed vector and one rotary part a token, for all heads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qkv.cache import arguments
+from qkv.cache.base import Cache
+from qkv.cache.dense import DenseCache
+from qkv.cache.paged import PagedCache
+from qkv.cache.storage import Storage
+from qkv.errors import ArgumentError, describe
+
+_CALL = "qkv.cache.LatentCache()"
+
+
+class LatentCache(Cache):
+    """Latents of multi-head latent attention (MLA), on pages or dense: R + rope numbers a token, whatever the heads.
+
+    ::
+
+        key of a token     [ latent (R) | rotary part (rope) ]       one for all query heads, Hkv = 1
+        value of a token   [ latent (R) ]                            the same memory, read once
+
+    Parameters
+    ----------
+    rank, rope_dim : int
+        R, numbers of the compressed vector, and those of the rotary part.
+    pages, page_size, identity
+        On pages, with all that `qkv.cache.PagedCache` does: sharing, forks, eviction, swapping.
+    sequences, capacity
+        Dense, as `qkv.cache.DenseCache`; in place of pages.
+    layers, dtype, storage, device, debug
+        As in `qkv.cache.PagedCache`; in 8 bits one scale serves key and value.
+
+    Raises
+    ------
+    ArgumentError, ArgumentTypeError
+        Sizes and types that do not fit, or both or neither of pages and sequences.
+
+    Notes
+    -----
+    Queries are absorbed: q (n, Hq, T, R + rope), and attention's output is (n, Hq, T, R). `qkv.nn.LatentAttention` says
+    how. Source: DeepSeek-AI (2024), DeepSeek-V2, arXiv 2405.04434.
+
+    Examples
+    --------
+    >>> import torch, qkv
+    >>> cache = LatentCache(rank=32, rope_dim=8, pages=4, dtype=torch.float32)
+    >>> seq = cache.add()
+    >>> cache.append([seq], torch.randn(1, 5, 32), torch.randn(1, 5, 8))
+    >>> view = cache.view([seq])
+    >>> view.k.shape, view.v.shape, view.v.data_ptr() == view.k.data_ptr()
+    (torch.Size([4, 1, 16, 40]), torch.Size([4, 1, 16, 32]), True)
+    """
+
+    def __new__(cls, *, pages: int | None = None, sequences: int | None = None, **rest: Any) -> LatentCache:
+        if (pages is None) == (sequences is None):
+            given = "neither" if pages is None else f"pages={pages!r} and sequences={sequences!r}"
+            rule = "a latent cache is on pages or dense"
+            raise ArgumentError(describe(_CALL, rule, given, "Pass pages=, or sequences= for a dense one"))
+        chosen = cls
+        if cls is LatentCache:
+            chosen = PagedLatentCache if sequences is None else DenseLatentCache
+        return object.__new__(chosen)
+
+    def __init__(
+        self,
+        *,
+        rank: int,
+        rope_dim: int,
+        pages: int | None = None,
+        page_size: int = 16,
+        sequences: int | None = None,
+        capacity: int | None = None,
+        layers: int = 1,
+        dtype: torch.dtype = torch.bfloat16,
+        storage: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+        identity: str | bytes | int | None = None,
+        debug: bool = False,
+    ) -> None:
+        raise NotImplementedError  # __new__ chose one of the classes below
+
+    def append(  # type: ignore[override]
+        self,
+        seqs: Any,
+        latent: Tensor,
+        rope: Tensor,
+        layer: int = 0,
+        *,
+        lengths: Any = None,
+        tokens: Any = None,
+    ) -> None:
+        """Store the latents and rotary parts of a step's tokens in one layer; the last layer ends the step.
+
+        Parameters
+        ----------
+        latent : Tensor, shape (n, T, R); ragged (1, sum T, R)
+        rope : Tensor, shape (n, T, rope_dim)
+            After rotation.
+        seqs, layer, lengths, tokens
+            As in `qkv.cache.PagedCache.append`; so are the errors.
+        """
+        super().append(seqs, latent, rope, layer, lengths=lengths, tokens=tokens)
+
+    def _rows(self, latent: Any, rope: Any, n: int, T: int) -> tuple[Tensor, ...]:
+        storage = self._storage
+        R = storage.rank or 0
+        sizes = ((n, T, R), (n, T, storage.widths[0] - R))
+        named = (("latent", latent), ("rope", rope))
+        arguments.check_rows(f"{self._name}.append()", named, sizes, storage.dtype, storage.device)
+        return (torch.cat((latent.detach(), rope.detach()), dim=-1)[:, None],)
+
+
+def _widths(rank: Any, rope_dim: Any) -> dict[str, Any]:
+    R = arguments.size(_CALL, "rank", rank)
+    return {"heads": 1, "widths": (R + arguments.size(_CALL, "rope_dim", rope_dim),), "rank": R}
+
+
+class PagedLatentCache(LatentCache, PagedCache):
+    """A `LatentCache` on pages."""
+
+    def __init__(
+        self,
+        *,
+        rank: int,
+        rope_dim: int,
+        pages: int,
+        page_size: int = 16,
+        sequences: None = None,
+        capacity: None = None,
+        layers: int = 1,
+        dtype: torch.dtype = torch.bfloat16,
+        storage: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+        identity: str | bytes | int | None = None,
+        debug: bool = False,
+    ) -> None:
+        if capacity is not None:
+            fix = "Leave it out, or pass sequences= in place of pages="
+            raise ArgumentError(describe(_CALL, "capacity is of a dense cache", f"capacity={capacity!r}", fix))
+        made = Storage(
+            pages=arguments.size(_CALL, "pages", pages),
+            page_size=arguments.size(_CALL, "page_size", page_size),
+            **_widths(rank, rope_dim),
+            **arguments.common(_CALL, layers, dtype, storage, device, debug),
+        )
+        self._begin(_CALL, made, identity, None, 0)
+        self._name = "LatentCache"
+
+
+class DenseLatentCache(LatentCache, DenseCache):
+    """A dense `LatentCache`."""
+
+    def __init__(
+        self,
+        *,
+        rank: int,
+        rope_dim: int,
+        sequences: int,
+        capacity: int | None = None,
+        pages: None = None,
+        page_size: int = 16,
+        layers: int = 1,
+        dtype: torch.dtype = torch.bfloat16,
+        storage: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+        identity: None = None,
+        debug: bool = False,
+    ) -> None:
+        if page_size != 16 or identity is not None:
+            given = f"page_size={page_size!r}, identity={identity!r}"
+            fix = "Leave them out, or pass pages= in place of sequences="
+            raise ArgumentError(describe(_CALL, "page_size and identity are of a cache on pages", given, fix))
+        self._begin_dense(_CALL, sequences, capacity, _widths(rank, rope_dim), (layers, dtype, storage, device, debug))
+        self._name = "LatentCache"

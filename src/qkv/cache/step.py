@@ -1,0 +1,124 @@
+"""A step: the tokens that some sequences get at once, layer after layer."""
+
+from __future__ import annotations
+
+from array import array
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from qkv.cache.sequence import Sequence
+from qkv.cache.storage import Places
+from qkv.errors import ArgumentError, ShapeError, describe
+from qkv.masks.arguments import integer
+from qkv.spec import KVView, LayerCache
+
+if TYPE_CHECKING:
+    from qkv.cache.base import Cache
+
+
+class Unfinished:
+    """What a cache knows about a step between its first layer and its last."""
+
+    __slots__ = ("T", "counts", "ends", "lengths", "next", "places", "seqs", "tokens", "total")
+
+    def __init__(
+        self, seqs: tuple[Sequence, ...], T: int, lengths: tuple[int, ...] | None, tokens: list[array[int]] | None
+    ) -> None:
+        self.seqs, self.T, self.lengths, self.tokens = seqs, T, lengths, tokens
+        self.counts = (T,) * len(seqs) if lengths is None else lengths
+        self.ends = [seq._length + count for seq, count in zip(seqs, self.counts, strict=True)]
+        self.total = T * len(seqs) if lengths is None else T
+        self.next = 0  # the layer that comes next
+        self.places: Places | None = None  # None where no token is stored
+
+
+class Step:
+    """A step of some sequences, layer by layer, as a model takes it; made by `cache.step(seqs, T=1)`.
+
+    `layer(i)` is a `qkv.spec.LayerCache`: append the layer's keys and values, then attend to its view.
+
+    >>> import torch, qkv
+    >>> cache = qkv.cache.PagedCache(pages=8, num_kv_heads=1, head_dim=4, layers=2, dtype=torch.float32)
+    >>> seqs = [cache.add(), cache.add()]
+    >>> step = cache.step(seqs, T=3)
+    >>> for i in range(2):
+    ...     layer = step.layer(i)
+    ...     layer.append(torch.randn(2, 1, 3, 4), torch.randn(2, 1, 3, 4))
+    >>> step.positions, seqs[0].length
+    (tensor([[0, 1, 2],
+            [0, 1, 2]]), 3)
+    """
+
+    __slots__ = ("T", "_cache", "_positions", "_starts", "_tokens", "lengths", "seqs")
+
+    def __init__(
+        self, cache: Cache, seqs: tuple[Sequence, ...], T: int, lengths: tuple[int, ...] | None, tokens: Any
+    ) -> None:
+        self._cache, self.seqs, self.T, self.lengths, self._tokens = cache, seqs, T, lengths, tokens
+        self._starts = [seq._length for seq in seqs]
+        self._positions: Tensor | None = None
+
+    @property
+    def positions(self) -> Tensor:
+        """int64 (n, T), ragged (1, sum T): where the step's tokens stand in their sequences."""
+        if self._positions is None:
+            starts, T = self._starts, self.T
+            if self.lengths is None:
+                first = torch.tensor(starts, dtype=torch.int64).view(-1, 1)
+                made = first + torch.arange(T, dtype=torch.int64)
+            else:
+                flat = array("q")
+                for start, count in zip(starts, self.lengths, strict=True):
+                    flat.extend(range(start, start + count))
+                made = torch.tensor(flat, dtype=torch.int64).view(1, T)
+            self._positions = made.to(self._cache.device)
+        return self._positions
+
+    def layer(self, i: int) -> LayerCache:
+        """Layer i of the step."""
+        integer("Step.layer()", "i", i, high=self._cache.layers - 1)
+        return LayerStep(self, i)
+
+    def _append(self, layer: int, k: Tensor, v: Tensor) -> None:
+        call = "LayerCache.append()"
+        if layer == 0 and [seq._length for seq in self.seqs] != self._starts:
+            rule = "a Step is for the lengths its sequences had when it was made"
+            given = f"lengths {self._starts} then, {[seq._length for seq in self.seqs]} now"
+            raise ArgumentError(describe(call, rule, given, "Make a new one with cache.step() for each step"))
+        T = k.shape[-2] if isinstance(k, Tensor) and k.ndim >= 2 else self.T
+        if self.T != T:
+            given = f"{T} tokens and a step of {self.T}"
+            raise ShapeError(describe(call, "a step has one number of tokens in all layers", given, "Pass them all"))
+        tokens = self._tokens if layer == 0 else None
+        self._cache.append(self.seqs, k, v, layer, lengths=self.lengths, tokens=tokens)
+
+    def _view(self, layer: int) -> KVView:
+        return self._cache.view(self.seqs, layer, lengths=self.lengths)
+
+    def __repr__(self) -> str:
+        counts = self.T if self.lengths is None else list(self.lengths)
+        return f"Step({len(self.seqs)} sequences, {counts} tokens, {self._cache.layers} layers)"
+
+
+class LayerStep:
+    """One layer of a `Step`; a `qkv.spec.LayerCache`."""
+
+    __slots__ = ("_layer", "_step")
+
+    def __init__(self, step: Step, layer: int) -> None:
+        self._step, self._layer = step, layer
+
+    def append(self, k: Tensor, v: Tensor) -> None:
+        """Store the step's keys (n, Hkv, T, D) and values; ragged: packed as (1, Hkv, T, D)."""
+        self._step._append(self._layer, k, v)
+
+    def view(self) -> KVView:
+        """All keys of the sequences in this layer, the step's own among them."""
+        return self._step._view(self._layer)
+
+    @property
+    def positions(self) -> Tensor:
+        """int64 (n, T), ragged (1, T): where the step's tokens stand in their sequences."""
+        return self._step.positions
