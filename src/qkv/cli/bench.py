@@ -28,7 +28,6 @@ _QUICK_SECONDS, _FULL_SECONDS = 70.0, 300.0
 _MOST_SECONDS = 12.0  # a row, however much time is left
 # Compiled for the first time, FlexAttention takes longer than a quick run has.
 _QUICK_PEERS = ("sdpa", "matmuls", "openvino", "onnxruntime", "ggml")
-_PLANNED = "paged decode 8x4096 (PyTorch: gather + SDPA): not built yet, needs qkv.cache"
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -44,6 +43,16 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--quick", action="store_true", help="the main rows and fewer peers, under 90 seconds")
     parser.add_argument(
         "--training", action="store_true", help="forward + backward against PyTorch, instead of forward"
+    )
+    parser.add_argument(
+        "--models",
+        action="store_true",
+        help="decoding in a Hugging Face model instead, about ten minutes (--quick: two)",
+    )
+    parser.add_argument(
+        "--caches",
+        action="store_true",
+        help="decoding on pages, shared prefixes, 8-bit storage and a cache's books instead, about four minutes",
     )
     parser.add_argument("--only", metavar="REGEX", help="rows whose name matches")
     parser.add_argument("--peers", metavar="NAMES", help="these peers only, such as sdpa,openvino")
@@ -66,6 +75,14 @@ def run(args: argparse.Namespace) -> int:
     if args.isa == "avx2" and any(os.environ.get(key) != value for key, value in _AVX2.items()):
         return _again_as_avx2(args)
     _check(args)
+    if args.models:
+        from qkv.cli.benching import models
+
+        return models.run(args)
+    if args.caches:
+        from qkv.cli.benching import caches
+
+        return caches.run(args)
     import torch
 
     from qkv.cli.benching import machine, report
@@ -101,8 +118,6 @@ def run(args: argparse.Namespace) -> int:
         torch.set_num_threads(before)
     whole = save(results, extras["data"])
     print(report.table_text(results), report.summary(results), *extras["text"], sep="\n\n")
-    if not (args.quick or args.only or args.training or isa):
-        print(f"\n{_PLANNED}")
     print(f"\n{whole['seconds']:.0f} s")
     _tell(args, whole)
     wrong = [r for r in results if not r.timings["qkv"].agrees or r.timings["qkv"].unavailable]
@@ -120,10 +135,14 @@ def _check(args: argparse.Namespace) -> None:
                 "qkv bench", "an instruction set is part of the backend's name", "both", f"Use --backend cpu:{args.isa}"
             )
         )
-    forward = [f"--{name}" for name in ("sweep", "mla", "chart", "markdown") if args.training and getattr(args, name)]
-    if forward:
-        rule, given = "--training measures forward + backward only", f"{', '.join(forward)}, of forward calls"
-        raise ArgumentError(describe("qkv bench", rule, given, "Make two runs"))
+    calls = "sweep mla chart markdown"  # options of the forward calls
+    if args.models:
+        other = f"training caches only peers list isa backend seconds {calls}"
+        _alone(args, "--models measures decoding in a model only", other, "of single calls")
+    if args.caches:
+        _alone(args, "--caches measures caches only", f"training peers no_memory {calls}", "of other calls")
+    if args.training:
+        _alone(args, "--training measures forward + backward only", calls, "of forward calls")
     try:
         re.compile(args.only or "")
     except re.error as error:
@@ -133,6 +152,12 @@ def _check(args: argparse.Namespace) -> None:
     for path in (args.json, args.chart, args.markdown):
         if path and not path.resolve().parent.is_dir():
             raise ArgumentError(describe("qkv bench", "the folder must exist", str(path), "Make it first"))
+
+
+def _alone(args: argparse.Namespace, rule: str, other: str, what: str) -> None:
+    others = [f"--{name.replace('_', '-')}" for name in other.split() if getattr(args, name)]
+    if others:
+        raise ArgumentError(describe("qkv bench", rule, f"{', '.join(others)}, {what}", "Make two runs"))
 
 
 def _peers(args: argparse.Namespace) -> set[str] | None:

@@ -1,0 +1,86 @@
+"""A cache for generate() that grows without copying what it holds at every token."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+_LEAST = 64  # slots that a layer begins with, beyond its first tokens
+
+
+class GrowingCache(DynamicCache):
+    """A `DynamicCache` that doubles its room where it is full, instead of copying all keys for each new token.
+
+    Parameters
+    ----------
+    config : the model's config, so that layers with a sliding window keep their window only
+    others : as for `transformers.DynamicCache`
+
+    Results are those of DynamicCache to the last bit: layers are given a view of what is filled. Beams, cropping and
+    speculative decoding work as there. Layers with windows or a state of their own are transformers'.
+    Cost: a token is written once, and copied less than twice in all; memory up to twice what is held.
+
+    >>> import torch
+    >>> from qkv.integrations.transformers import GrowingCache
+    >>> cache = GrowingCache()
+    >>> k, v = torch.zeros(1, 2, 5, 8), torch.zeros(1, 2, 5, 8)
+    >>> keys, values = cache.update(k, v, layer_idx=0)
+    >>> cache.update(k[:, :, :1], v[:, :, :1], layer_idx=0)[0].shape
+    torch.Size([1, 2, 6, 8])
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        for layer in self.layers:
+            if type(layer) is DynamicLayer:
+                layer.__class__ = GrowingLayer
+        if self.layer_class_to_replicate is DynamicLayer:
+            self.layer_class_to_replicate = GrowingLayer
+
+
+class GrowingLayer(DynamicLayer):  # type: ignore[misc]
+    """One layer's keys and values: views of the filled part of two stores."""
+
+    _stores: tuple[Tensor, Tensor] | None = None
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """All keys and values, the new ones at their end."""
+        if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
+            found: tuple[Tensor, Tensor] = super().update(key_states, value_states, *args, **kwargs)
+            return found  # autograd keeps what it is given, which must not be written to
+        if not self.is_initialized:
+            super().update(key_states[:, :, :0], value_states[:, :, :0], *args, **kwargs)
+            self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
+        keys, values, stores = self.keys, self.values, self._stores
+        assert keys is not None
+        assert values is not None
+        held = keys.shape[-2]
+        new = held + key_states.shape[-2]
+        if stores is None or new > stores[0].shape[-2] or not (_of(keys, stores[0]) and _of(values, stores[1])):
+            room = new + max(new, _LEAST)
+            self._stores = stores = _roomy(keys, room), _roomy(values, room)
+        for store, given in zip(stores, (key_states, value_states), strict=True):
+            store[:, :, held:new] = given
+        self.keys, self.values = stores[0][:, :, :new], stores[1][:, :, :new]
+        return self.keys, self.values
+
+    def reset(self) -> None:
+        self._stores = None
+        super().reset()
+
+
+def _of(view: Tensor, store: Tensor) -> bool:
+    """Whether `view` is still the beginning of `store`: beams and batch changes put other tensors in its place."""
+    return view.data_ptr() == store.data_ptr() and view.stride() == store.stride() and view.shape[:2] == store.shape[:2]
+
+
+def _roomy(held: Tensor, room: int) -> Tensor:
+    B, H, length, D = held.shape
+    with torch.inference_mode(False):  # so that it may be written to inside inference mode and outside
+        store = torch.empty(B, H, room, D, dtype=held.dtype, device=held.device)
+    with torch.no_grad():
+        store[:, :, :length] = held
+    return store
