@@ -9,7 +9,7 @@ CODE := src tests benchmarks examples docs
 NATIVE := CMakeLists.txt pyproject.toml $(wildcard csrc/*)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test check gate sanitize bench format clean
+.PHONY: demo test check gate soak sanitize bench format clean
 
 demo: $(VENV)/.installed
 	@$(BIN)/qkv demo
@@ -26,7 +26,13 @@ check: $(VENV)/.installed-dev
 # The mutants live in a build of their own: the shipped kernels do not contain them.
 gate: $(VENV)/.installed-dev $(VENV)/.mutants
 	$(BIN)/python -m tests.gate
+	$(BIN)/python -m tests.cache_model --operations 100000
+	$(BIN)/python -m tests.cache_mutants
 	PYTHONPATH=build/mutants $(BIN)/python -m tests.mutants
+
+# A million operations, in two processes: some ten minutes.
+soak: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.soak
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/qkv bench

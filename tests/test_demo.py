@@ -12,8 +12,9 @@ import pytest
 import torch
 
 import qkv
-from qkv.cli import measure
-from qkv.cli.demo import REFERENCE_QUESTION
+from qkv.cli import demo, measure, serving
+from qkv.cli.continuation import continue_prompt, load
+from qkv.cli.demo import BATCH, PAGES, PROMPTS, REFERENCE_QUESTION, SYSTEM
 from qkv.cli.features import Features, count, stem
 from qkv.cli.lookup import Lookup
 from qkv.cli.main import main
@@ -142,15 +143,93 @@ def reference() -> Lookup:
 
 
 def test_the_default_screen_fits_too(capsys: pytest.CaptureFixture[str]) -> None:
-    lines, _ = _demo(capsys)
+    """The lookup first, on a screen of its own; then what is served, on another; nothing is wider than 80."""
+    every, progress = _demo(capsys)
+    assert max(map(cells, every)) <= 80
+    cut = next(n for n, line in enumerate(every) if "after one system prompt" in line)
+    lines, serving = every[:cut], every[cut:]
     assert len(lines) <= 24
-    assert max(map(cells, lines)) <= 80
+    assert len(serving) <= 24
     assert REFERENCE_QUESTION in lines[1]
     assert "language reference" in lines[0]
     assert 'skipping the optional "else" clause if the loop has one' in " ".join(" ".join(lines[2:5]).split())
-    spoken = " ".join(lines[-3:-1])
+    assert lines.pop() == ""
+    spoken = " ".join(lines[-2:])
     assert spoken.startswith("a model of 1.2 M weights, trained on this text by qkv train: “The break statement” ")
     assert "no model" not in spoken
+    assert len(re.findall(r"qkv (why|demo|doctor|mask|bench)", every[-1])) == 3
+    assert "one by one" in progress
+    _served(serving)
+
+
+def _served(lines: list[str]) -> None:
+    """A line a sequence, its row of pages, the counts, and that each is what it is alone."""
+    assert lines[0] == f"{len(PROMPTS)} prompts after one system prompt of {len(SYSTEM)} bytes, on one paged cache:"
+    names = "ABCDEF"
+    for name, (prompt, length), line, row in zip(names, PROMPTS, lines[1:7], lines[8:14], strict=True):
+        assert line.startswith(f"{name} {prompt}")
+        assert len(line) > 2 + len(prompt) + length // 2
+        assert re.match(rf"{name} +(\d+ ( +\d+[ *▏▎▍▌▋▊▉█]?)+|-  (has left|waits))$", row), row
+    full = len(SYSTEM) // 16
+    assert sum("".join(f"{page:>4}*" for page in range(full)) in row for row in lines[8:14]) == BATCH
+    parts = r"(\d+) used, (\d+) of them shared \*, (\d+) cached, (\d+) free"
+    counts = re.match(rf"{PAGES} pages of 16 bytes: {parts}$", lines[14])
+    assert counts is not None
+    used, shared, kept, free = map(int, counts.groups())
+    assert (used + kept + free, shared) == (PAGES, full)
+    last = max(length for _, length in PROMPTS)
+    told = re.match(rf"6 sequences, (\d+) steps, {full} pages shared, waste ([\d.]+)%, [\d,]+ tokens/s$", lines[15])
+    assert told is not None
+    assert last < int(told[1]) < sum(length for _, length in PROMPTS)
+    assert 0 < float(told[2]) < 100 * BATCH / used
+    assert lines[16].startswith("equal to one-by-one: yes (")
+
+
+def test_a_question_is_answered_and_nothing_is_served(capsys: pytest.CaptureFixture[str]) -> None:
+    lines, _ = _demo(capsys, "--ask", QUESTION)
+    assert len(lines) <= 24
+    assert "system prompt" not in "\n".join(lines)
+    assert len(re.findall(r"qkv (why|demo|doctor|mask|bench)", lines[-1])) == 3
+
+
+def test_an_answer_that_differs_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The comparison is made: where one by one says something else for two of them, the summary says which."""
+    written: dict[serving.Request, bytes] = {}
+    run = serving.Server.run
+
+    def running(self: serving.Server, watch: Callable[[], object]) -> None:
+        run(self, watch)
+        written.update({job.request: job.written for job in self.jobs})
+
+    def otherwise(model: object, request: serving.Request) -> bytes:
+        return written[request][:-1] + (b"~" if request.length in (56, 40) else written[request][-1:])
+
+    monkeypatch.setattr(serving.Server, "run", running)
+    monkeypatch.setattr(serving, "alone", otherwise)
+    demo._serve()
+    assert "\nequal to one-by-one: no, B, F differ (" in capsys.readouterr().out
+
+
+def test_without_a_model_nothing_is_served(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("qkv.cli.continuation.SHIPPED", Path("nowhere"))
+    demo._serve()
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.5])
+def test_a_continuation_is_that_of_whole_passes(temperature: float) -> None:
+    """With a cache up to the model's context, and past it on a window that moves."""
+    model = load()
+    prompt = "The break statement " * 11 + "and "
+    said = continue_prompt(prompt, 45, temperature=temperature, seed=2).text
+    tokens, rng = list(prompt.encode()), torch.Generator().manual_seed(2)
+    start = len(tokens)
+    assert start < model.config.context < start + 45
+    with torch.inference_mode():
+        for _ in range(45):
+            logits = model(torch.tensor([tokens[-model.config.context :]]))[0, -1]
+            tokens.append(serving.pick(logits, temperature, rng))
+    assert said == bytes(tokens[start:]).decode(errors="replace")
 
 
 def test_projection_is_close_to_exact_word_matching(reference: Lookup) -> None:

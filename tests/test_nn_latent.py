@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import qkv
-from qkv.errors import ArgumentError, ArgumentTypeError, ShapeError, UnsupportedError
+from qkv.errors import ArgumentError, ArgumentTypeError, ShapeError
 from qkv.nn import LatentAttention, latent
 from qkv.rotary import Rotary, YaRN
 from tests.layers import CLOSE, close, sample, turn
@@ -344,7 +344,7 @@ x = torch.zeros(2, 5, 24)
         (ShapeError, r"x must be \(B, L, dim\)", lambda: given()(x[..., :8])),
         (ShapeError, "positions must be", lambda: given()(x, positions=torch.zeros(4).long())),
         (ArgumentTypeError, "positions must be", lambda: given()(x, positions="end")),
-        (UnsupportedError, "caches are not supported yet", lambda: given()(x, cache={})),
+        (ArgumentTypeError, r"Pass step\.layer\(i\)", lambda: given()(x, cache={})),
         (ArgumentError, "dropout_p", lambda: given(dropout_p=1.0)(x)),
     ],
 )

@@ -11,7 +11,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import qkv
-from qkv.errors import ArgumentError, ArgumentTypeError, ShapeError, UnsupportedError
+from qkv.errors import ArgumentError, ArgumentTypeError, ShapeError
 from qkv.nn import Attention
 from qkv.rotary import Rotary
 from tests.layers import LAYERS, built, close, sample
@@ -157,7 +157,7 @@ rotary = Rotary(8)
         (ShapeError, "positions must be", lambda: Attention(32, 4)(x, positions=torch.zeros(4).long())),
         (ArgumentTypeError, "positions must", lambda: Attention(32, 4)(x, positions="end")),
         (ArgumentTypeError, "positions must", lambda: Attention(32, 4, context_dim=20)(x, y, positions="middle")),
-        (UnsupportedError, "caches are not supported yet", lambda: Attention(32, 4)(x, cache=object())),
+        (ArgumentTypeError, r"Pass step\.layer\(i\)", lambda: Attention(32, 4)(x, cache=object())),
         (ArgumentError, "dropout_p", lambda: Attention(32, 4, dropout_p=1.0)(x)),
     ],
 )

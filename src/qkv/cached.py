@@ -80,6 +80,10 @@ def _copied(call: str, q: Tensor, view: KVView, mask: Mask | None, options: Opti
     if view.k_scale is not None and q.dtype in (torch.bfloat16, torch.float16):
         # What is stored has more digits than q's dtype: it is computed with as it is, and only the result is rounded.
         view, q = view._replace(dtype=torch.float32), q.float()
+        if isinstance(options.bias, Tensor):
+            options = options._replace(bias=options.bias.float())
+        elif options.bias is not None:
+            options = options._replace(bias=options.bias.with_tensors(tuple(t.float() for t in options.bias.tensors())))
     keys, values = gathered(view)
     queries = view.layout.queries
     starts = [0]

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from qkv.cli.decoder import Decoder
+from qkv.cli.serving import one_thread, pick
 from qkv.cli.training import checkpoint, loop
 from qkv.errors import ArgumentError, UnsupportedError, describe
 
@@ -50,29 +51,43 @@ def continue_prompt(
 
     Notes
     -----
-    Cost: a pass over up to `context` bytes for every byte written; nothing is cached.
+    Cost: a pass over the prompt, then one over each byte written, with the others' keys and values in a cache. Past
+    the model's context the window of the last bytes moves on, and each byte takes a pass over `context` bytes.
     """
     tokens = list(prompt.encode())
     if not tokens or length < 0 or not 0 <= temperature < float("inf"):
         given = f"a prompt of {len(tokens)} bytes, length={length}, temperature={temperature}"
         rule, fix = "a prompt has at least one byte, length and temperature are >= 0", "Use a word as the prompt"
         raise ArgumentError(describe("qkv demo", rule, given, fix))
+    model = load(path)
+    rng = torch.Generator().manual_seed(seed)
+    context, start = model.config.context, len(tokens)
+    cache = model.cache(pages=-(-context // 16)) if model.config.caches else None
+    seq = None if cache is None else cache.add()
+    with torch.inference_mode(), one_thread():
+        bits = _surprise(model, tokens[-context:])
+        for _ in range(length):
+            if cache is None or seq is None or len(tokens) > context:
+                logits = model(torch.tensor([tokens[-context:]]))[0, -1]
+            else:
+                new = tokens[seq.length :]
+                logits = model(torch.tensor([new]), cache.step([seq], T=len(new)))[0, -1]
+            tokens.append(pick(logits, temperature, rng))
+    return Continuation(prompt, bytes(tokens[start:]).decode(errors="replace"), bits)
+
+
+def load(path: Path | None = None) -> Decoder:
+    """Return the shipped model, or that of another checkpoint or export of `qkv train`.
+
+    Raises
+    ------
+    UnsupportedError
+        If this installation carries no model, or safetensors is not installed.
+    """
     if path is None and not SHIPPED.exists():
         rule, fix = "the shipped model is part of the package", "Train one with qkv train, and pass its path"
         raise UnsupportedError(describe("qkv demo", rule, f"no {SHIPPED.name}", fix))
-    model = loop.decoder(checkpoint.load(path or SHIPPED))
-    rng = torch.Generator().manual_seed(seed)
-    context, start = model.config.context, len(tokens)
-    with torch.inference_mode():
-        bits = _surprise(model, tokens[-context:])
-        for _ in range(length):
-            logits = model(torch.tensor([tokens[-context:]]))[0, -1]
-            if temperature == 0:
-                tokens.append(int(logits.argmax()))
-            else:
-                p = torch.softmax(logits.double() / temperature, dim=-1)
-                tokens.append(int(torch.multinomial(p, 1, generator=rng)))
-    return Continuation(prompt, bytes(tokens[start:]).decode(errors="replace"), bits)
+    return loop.decoder(checkpoint.load(path or SHIPPED))
 
 
 def _surprise(model: Decoder, tokens: list[int]) -> float:

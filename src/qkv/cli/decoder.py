@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qkv.errors import ArgumentError, describe
+from qkv.cache import PagedCache, Step
+from qkv.cache.latent import PagedLatentCache
+from qkv.errors import ArgumentError, UnsupportedError, describe
 from qkv.masks import Mask, causal, sliding_window
 from qkv.nn import Attention, LatentAttention
 from qkv.rotary import Rotary
+from qkv.spec import LayerCache
 
 BYTES = 256
 PLAIN = ("mha", "gqa", "mqa", "window")  # qkv.nn.Attention
@@ -58,6 +62,11 @@ class Config:
         """What a byte may attend to."""
         return sliding_window(self.window) if self.attention == "window" else causal()
 
+    @property
+    def caches(self) -> bool:
+        """Whether the layers take a cache: those of the library do, what they are compared with does not."""
+        return self.attention in KINDS and self.op == "qkv"
+
     def cached_numbers(self) -> int:
         """Return how many numbers a decoding step must keep of each earlier byte, over all layers."""
         latent = self.head_dim * 3 // 2 + self.head_dim // 2  # the compressed part, and the rotated key
@@ -66,7 +75,7 @@ class Config:
 
 
 def attention_layer(config: Config) -> nn.Module:
-    """Return the attention of one layer; all are called as layer(x, mask=mask) with x (B, L, dim)."""
+    """Return the attention of one layer, called as layer(x, mask=mask), with x (B, L, dim); cache= if config.caches."""
     if config.attention not in KINDS:
         from qkv.cli.training import ablations
 
@@ -116,8 +125,9 @@ class Block(nn.Module):
         self.attention = attention_layer(config)
         self.mlp = SwiGLU(config.dim)
 
-    def forward(self, x: Tensor, mask: Mask) -> Tensor:
-        x = x + self.gain * self.attention(self.before_attention(x), mask=mask)
+    def forward(self, x: Tensor, mask: Mask, cache: LayerCache | None = None) -> Tensor:
+        held = {} if cache is None else {"cache": cache}
+        x = x + self.gain * self.attention(self.before_attention(x), mask=mask, **held)
         out: Tensor = x + self.gain * self.mlp(self.before_mlp(x))
         return out
 
@@ -137,11 +147,37 @@ class Decoder(nn.Module):
             if parameter.dim() > 1:
                 nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5, generator=rng)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Return the logits (B, L, 256) of the byte after each of `tokens`, integers (B, L)."""
+    def cache(self, pages: int, page_size: int = 16, *, storage: torch.dtype | None = None) -> PagedCache:
+        """Return a cache on pages for the keys and values of all layers.
+
+        Raises
+        ------
+        UnsupportedError
+            If the layers take none.
+        """
+        config = self.config
+        if not config.caches:
+            rule, given = "layers for comparison have no cache", f"attention={config.attention!r}, op={config.op!r}"
+            fix = f"Use op='qkv' and one of {', '.join(KINDS)}"
+            raise UnsupportedError(describe("qkv train", rule, given, fix))
+        weight, attention = self.embedding.weight, self.blocks[0].attention
+        made: dict[str, Any] = {"pages": pages, "page_size": page_size, "layers": config.layers, "storage": storage}
+        made |= {"dtype": weight.dtype, "device": weight.device}
+        if isinstance(attention, LatentAttention):
+            return PagedLatentCache(rank=attention.kv_lora_rank, rope_dim=attention.qk_rope_head_dim, **made)
+        assert isinstance(attention, Attention)
+        window = config.window if config.attention == "window" else None
+        return PagedCache(num_kv_heads=attention.num_kv_heads, head_dim=attention.head_dim, window=window, **made)
+
+    def forward(self, tokens: Tensor, step: Step | None = None) -> Tensor:
+        """Return the logits (B, L, 256) of the byte after each of `tokens`, integers (B, L).
+
+        With a step of this decoder's cache, tokens (n, T) are the next ones of its sequences, ragged (1, sum T); what
+        the cache holds of these sequences comes before them.
+        """
         x = self.embedding(tokens) * self.config.dim**0.5
-        for block in self.blocks:
-            x = block(x, self.config.mask)
+        for n, block in enumerate(self.blocks):
+            x = block(x, self.config.mask, None if step is None else step.layer(n))
         x = self.norm(x)
         if self.head is None:  # scaled: x still points to its own byte's embedding, and would begin by repeating it
             x = x * self.config.dim**-0.5

@@ -1,14 +1,21 @@
-"""`qkv demo`: a question answered from a text by attention, on one screen."""
+"""`qkv demo`: a question answered from a text by attention, on one screen; then prompts served on a paged cache."""
 
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Callable
 
 from qkv.errors import ArgumentError, UnsupportedError, describe
 
 REFERENCE_QUESTION = "What does break do to the else clause of a loop?"
 PROMPT = "The break statement "  # continued by the model that ships with the package
+SYSTEM = "The Python language reference describes the exact syntax and semantics of the language. "
+PROMPTS = (  # and how many bytes to write: some leave early, and others join in their place
+    ("The for statement ", 28), ("A list ", 56), ("An exception ", 50), ("If a class ", 58), ("A generator ", 46),
+    ("The else clause ", 40),
+)  # fmt: skip
+PAGES, BATCH = 40, 4  # fewer at a time than there are prompts, so that some join when others leave
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -17,7 +24,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "demo",
         help="answer a question from a text by attention, and show every step",
         description="Look a question up in a text by attention and show every step. Nothing of that is trained: q, k "
-        "and v count words. Takes well under a minute.",
+        "and v count words. Then the model that ships with the package serves several prompts at once, its keys and "
+        "values on pages of one cache. Takes well under a minute.",
     )
     parser.add_argument("file", nargs="?", metavar="FILE", help="a text file (default: Python's language reference)")
     parser.add_argument("--ask", metavar="QUESTION", help="what to look up (default: a question about the text)")
@@ -34,6 +42,7 @@ def run(args: argparse.Namespace) -> int:
     from qkv.cli.passages import read_file, read_reference
     from qkv.cli.progress import Progress
 
+    plain = args.file is None and args.ask is None
     with Progress("qkv demo") as progress:
         progress.say("reading the text")
         text = read_reference() if args.file is None else read_file(args.file)
@@ -44,10 +53,36 @@ def run(args: argparse.Namespace) -> int:
         agreed = measure.agreement(found.q, lookup.features.k, lookup.features.v, progress.say)
         timings = [measure.decode(dtype, progress.say) for dtype in ("bfloat16", "float32")]
         said = _continued(progress.say) if args.file is None else ""
-    print(screen.first(text, found, agreed, timings, said))
+    print(screen.first(text, found, agreed, timings, said, last=not plain))
     if args.full:
         print(screen.details(text, found, agreed, timings))
+    if plain:
+        _serve()
+        print(screen.hint())
     return 0
+
+
+def _serve() -> None:
+    """Let the shipped model answer several prompts at once, and check each answer against one by one."""
+    from qkv.cli import pages, screen
+    from qkv.cli.continuation import load
+    from qkv.cli.progress import Progress
+    from qkv.cli.serving import Request, Server, alone
+
+    try:
+        model = load()
+    except UnsupportedError:
+        return  # the first screen said so
+    server = Server(model, model.cache(PAGES), batch=BATCH)
+    for n, (prompt, length) in enumerate(PROMPTS):  # half of them take the likeliest byte, half draw
+        server.submit(Request((SYSTEM + prompt).encode(), length, temperature=0.3 * (n % 2), seed=n))
+    print("\n" + screen.serving(len(PROMPTS), len(SYSTEM)))
+    picture = pages.show(server, hidden=len(SYSTEM))
+    begun = time.perf_counter()
+    with Progress("qkv demo") as progress:
+        progress.say("the same one by one, without a cache")
+        differing = [job.name for job in server.jobs if job.written != alone(model, job.request)]
+    print(screen.served(server, picture, differing, time.perf_counter() - begun))
 
 
 def _continued(say: Callable[[str], None]) -> str:

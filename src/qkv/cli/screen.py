@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import textwrap
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -14,6 +15,10 @@ from qkv.cli.passages import Text
 from qkv.insight.terminal import bar, cells, fit, number, pad, paint, table
 from qkv.planning import plan
 
+if TYPE_CHECKING:
+    from qkv.cli.pages import Picture
+    from qkv.cli.serving import Server
+
 WIDTH, LINES = 80, 24  # the first screen fits the smallest terminal in use
 HIT_LINES = (3, 2, 1, 1, 1)  # lines quoted of each passage
 
@@ -21,8 +26,11 @@ _WORD = re.compile(r"[^\W_]+")
 _EMPHASIS = re.compile(r"\*{1,2}(?=\S)([^*]+)(?<=\S)\*{1,2}")
 
 
-def first(text: Text, found: Found, agreed: Agreement, timings: list[Timing], said: str = "") -> str:
-    """Return the first screen. `said`: a prompt and what a model trained on the text makes of it."""
+def first(text: Text, found: Found, agreed: Agreement, timings: list[Timing], said: str = "", last: bool = True) -> str:
+    """Return the first screen.
+
+    `said`: a prompt and what a model trained on the text makes of it. `last`: whether nothing but details follow.
+    """
     lines = [
         paint(fit(f"qkv demo · {text.name}, {len(text.passages):,} passages", WIDTH), "dim"),
         paint(fit(f"? {found.question}", WIDTH), "bold"),
@@ -33,10 +41,33 @@ def first(text: Text, found: Found, agreed: Agreement, timings: list[Timing], sa
         *_shapes(found),
         *_agreed(agreed),
         *_timed(timings),
-        *(_spoken(said) or [""]),
-        paint("next: ", "dim") + 'qkv why scale · qkv demo FILE --ask "…" --full · qkv doctor',
     ]
+    lines += _spoken(said, LINES - len(lines) - 1) or [""]
+    lines += [hint()] if last else []
     return "\n".join(line.rstrip() for line in lines)
+
+
+def hint() -> str:
+    """What to try next."""
+    return paint("next: ", "dim") + 'qkv why scale · qkv demo FILE --ask "…" --full · qkv doctor'
+
+
+def serving(requests: int, hidden: int) -> str:
+    """Say what is about to be served."""
+    line = f"{requests} prompts after one system prompt of {hidden} bytes, on one paged cache:"
+    return paint(fit(line, WIDTH), "bold")
+
+
+def served(server: Server, picture: Picture, differing: list[str], seconds: float) -> str:
+    """Sum up what was served; `differing` names the sequences that differ from one-by-one generation."""
+    count, speed = len(server.jobs), sum(len(job.written) for job in server.jobs) / max(server.seconds, 1e-9)
+    equal = f"no, {', '.join(differing)} differ" if differing else "yes"
+    lines = [
+        f"{count} sequences, {server.steps} steps, {picture.shared} pages shared, waste {picture.waste:.1%}, "
+        f"{speed:,.0f} tokens/s",
+        f"equal to one-by-one: {equal} (that took {seconds:.1f} s without a cache, this {server.seconds:.1f} s)",
+    ]
+    return "\n".join(fit(line, WIDTH) for line in lines)
 
 
 def _hits(found: Found) -> list[str]:
@@ -106,11 +137,11 @@ def _agreed(agreed: Agreement) -> list[str]:
     return [fit(f"{count} {verb} with float64 to {agreed.worst:.1e} ({', '.join(agreed.errors)})", WIDTH)]
 
 
-def _spoken(said: str) -> list[str]:
+def _spoken(said: str, room: int) -> list[str]:
     if not said:
         return []
     spoken = " ".join(f"a model of 1.2 M weights, trained on this text by qkv train: {said}".split())
-    return textwrap.wrap(spoken, WIDTH, max_lines=2, placeholder="…")
+    return textwrap.wrap(spoken, WIDTH, max_lines=max(1, min(2, room)), placeholder="…")
 
 
 def _timed(timings: list[Timing]) -> list[str]:

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from qkv.errors import ArgumentError, ArgumentTypeError, ShapeError, describe
 from qkv.functional import attention
 from qkv.masks import Mask, as_mask
-from qkv.nn.parts import RMSNorm, check_tokens, combined, refuse_cache, size
+from qkv.nn.parts import RMSNorm, check_step, check_tokens, combined, eager, size
 from qkv.rotary import Rotary, as_positions
+from qkv.spec import KVView, LayerCache
 
 _CALL = "qkv.nn.Attention()"
 _FORWARD = "qkv.nn.Attention.forward()"
@@ -162,7 +163,7 @@ class Attention(nn.Module):
         *,
         mask: Mask | Tensor | None = None,
         positions: int | str | Tensor | None = None,
-        cache: None = None,
+        cache: LayerCache | None = None,
     ) -> Tensor:
         """Attend within x, or from x to a context.
 
@@ -178,8 +179,10 @@ class Attention(nn.Module):
             Self-attention: the tokens' positions for rotary, the first one's or each one's; 0 unless given. With a
             context: where the queries stand among its tokens, which stand on 0 .. Lk - 1, for rotary and masks;
             needed where Lq != Lk and one of them depends on it.
-        cache : None
-            Not supported yet.
+        cache : qkv.spec.LayerCache
+            One layer of a step of a cache's sequences, `cache.step(seqs, T=...).layer(i)`. x is (n, T, dim), the next T
+            tokens of each, or ragged (1, sum T, dim). Their keys and values are stored, and each token attends to what
+            its sequence holds; masks and rotary read its position there. For inference only.
 
         Returns
         -------
@@ -191,16 +194,51 @@ class Attention(nn.Module):
         ShapeError, ArgumentError, ArgumentTypeError
             Inputs that do not fit the layer or each other.
         UnsupportedError
-            A cache.
+            A cache and gradients, dropout, or a rotary scaling whose frequencies have changed since keys were stored.
+        PagesExhausted
+            A cache without room for the step; nothing was changed.
+
+        Examples
+        --------
+        >>> import torch, qkv
+        >>> layer = Attention(64, 4, num_kv_heads=2, rotary=qkv.rotary.Rotary(16), mask=qkv.causal())
+        >>> cache = qkv.cache.PagedCache(pages=8, num_kv_heads=2, head_dim=16, dtype=torch.float32)
+        >>> seqs, x = [cache.add(), cache.add()], torch.randn(2, 7, 64)
+        >>> with torch.inference_mode():
+        ...     prompt = layer(x[:, :6], cache=cache.step(seqs, T=6).layer(0))
+        ...     last = layer(x[:, 6:], cache=cache.step(seqs, T=1).layer(0))
+        ...     torch.allclose(last, layer(x)[:, 6:], atol=1e-5)
+        True
         """
-        refuse_cache(_FORWARD, cache)
-        at = self._query_positions(x, context, positions)
+        run = Attention._forward if cache is None else eager(Attention._forward)
+        return run(self, x, context, mask, positions, cache)
+
+    def _forward(
+        self,
+        x: Tensor,
+        context: Tensor | None,
+        mask: Mask | Tensor | None,
+        positions: int | str | Tensor | None,
+        cache: LayerCache | None,
+    ) -> Tensor:
+        at: int | str | Tensor | None
+        seen = combined(self.mask, mask)
+        if cache is None:
+            at = self._query_positions(x, context, positions)
+        else:
+            at = self._step_positions(x, context, positions, cache)
+            seen = as_mask(seen, _FORWARD)
         q, k, v = self._project(x, context, at)
+        keys: Tensor | KVView = k
+        values: Tensor | None = v
+        if cache is not None:
+            cache.append(k, v)
+            keys, values = cache.view(), None
         out = attention(
             q,
-            k,
-            v,
-            combined(self.mask, mask),
+            keys,
+            values,
+            seen,
             positions=_for_mask(at) if context is not None else None,
             scale=self.scale,
             softcap=self.softcap,
@@ -290,6 +328,15 @@ class Attention(nn.Module):
         if isinstance(positions, str) and context is not None and positions in ("start", "end"):
             return positions
         return as_positions(_FORWARD, positions, B, Lq)
+
+    def _step_positions(self, x: Tensor, context: Tensor | None, positions: Any, cache: LayerCache) -> Tensor:
+        """Check the inputs; where a cache's step says that its tokens stand."""
+        if context is not None:
+            rule, given = "a cache holds the tokens of x, so there is none for a context", "context and cache"
+            fix = "Leave cache out: keys of a context are the same in each step, project() gives them once"
+            raise ArgumentError(describe(_FORWARD, rule, given, fix))
+        self._query_positions(x, None, None)
+        return check_step(_FORWARD, self, x, positions, self.rotary, cache)
 
     def _head_dim(self) -> int:
         if self.dim % self.num_heads:

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from qkv.errors import ArgumentError, ArgumentTypeError, describe
 from qkv.functional import attention
 from qkv.masks import Mask, as_mask
-from qkv.nn.parts import RMSNorm, check_tokens, combined, refuse_cache, size
+from qkv.nn.parts import RMSNorm, check_step, check_tokens, combined, eager, size
 from qkv.rotary import Rotary, as_positions
+from qkv.spec import KVView, LayerCache
 
 _CALL = "qkv.nn.LatentAttention()"
 _FORWARD = "qkv.nn.LatentAttention.forward()"
@@ -47,7 +48,8 @@ class LatentAttention(nn.Module):
     bias : bool
         Whether q_a_proj, kv_a_proj_with_mqa and o_proj have a bias (`attention_bias` of the published configs).
     absorb : bool or None
-        The form to compute in, see Notes; None takes the one of fewer FLOPs.
+        The form to compute in, see Notes; None takes the one of fewer FLOPs. Over a cache, which holds latents, it is
+        the absorbed form.
     norm_eps : float
     mask, softcap, scale, dropout_p, backend
         As in `qkv.nn.Attention`.
@@ -172,7 +174,7 @@ class LatentAttention(nn.Module):
         *,
         mask: Mask | Tensor | None = None,
         positions: int | Tensor | None = None,
-        cache: None = None,
+        cache: LayerCache | None = None,
     ) -> Tensor:
         """Attend within x.
 
@@ -184,8 +186,11 @@ class LatentAttention(nn.Module):
             0 .. L - 1 in x.
         positions : int, or int Tensor (L,) or (B or 1, L)
             The tokens' positions for rotary, the first one's or each one's; 0 unless given.
-        cache : None
-            Not supported yet.
+        cache : qkv.spec.LayerCache
+            One layer of a step of a `qkv.cache.LatentCache` with rank R and rope_dim dr: `cache.step(seqs, T=...)
+            .layer(i)`. x is (n, T, dim), the next T tokens of each sequence, or ragged (1, sum T, dim). Their latents
+            are stored, and each token attends to what its sequence holds; masks and rotary read its position there.
+            For inference only.
 
         Returns
         -------
@@ -197,21 +202,53 @@ class LatentAttention(nn.Module):
         ShapeError, ArgumentError, ArgumentTypeError
             Inputs that do not fit the layer or each other.
         UnsupportedError
-            A cache.
+            A cache and gradients, dropout, or a rotary scaling whose frequencies have changed since keys were stored.
+        PagesExhausted
+            A cache without room for the step; nothing was changed.
+
+        Examples
+        --------
+        >>> import torch, qkv
+        >>> layer = LatentAttention(64, 4, q_lora_rank=None, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=4,
+        ...                         v_head_dim=8, mask=qkv.causal())
+        >>> cache = qkv.cache.LatentCache(rank=16, rope_dim=4, pages=8, dtype=torch.float32)
+        >>> seqs, x = [cache.add(), cache.add()], torch.randn(2, 7, 64)
+        >>> with torch.inference_mode():
+        ...     prompt = layer(x[:, :6], cache=cache.step(seqs, T=6).layer(0))
+        ...     last = layer(x[:, 6:], cache=cache.step(seqs, T=1).layer(0))
+        ...     torch.allclose(last, layer(x)[:, 6:], atol=1e-5)
+        True
         """
-        refuse_cache(_FORWARD, cache)
-        at = self._positions(x, positions)
-        absorb = self._absorbed_is_cheaper() if self.absorb is None else self.absorb
+        run = LatentAttention._forward if cache is None else eager(LatentAttention._forward)
+        return run(self, x, mask, positions, cache)
+
+    def _forward(
+        self, x: Tensor, mask: Mask | Tensor | None, positions: int | Tensor | None, cache: LayerCache | None
+    ) -> Tensor:
+        at: int | Tensor
+        seen = combined(self.mask, mask)
+        if cache is None:
+            at = self._positions(x, positions)
+            absorb = self._absorbed_is_cheaper() if self.absorb is None else self.absorb
+        else:
+            check_tokens(_FORWARD, "x", x, "dim", self.dim)
+            at, absorb = check_step(_FORWARD, self, x, positions, self.rotary, cache), True
+            seen = as_mask(seen, _FORWARD)
         q, k, v = self._project(x, at, absorb)
+        keys: Tensor | KVView = k
+        values: Tensor | None = v
+        if cache is not None:
+            cache.append(*k[:, 0].split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1))
+            keys, values = cache.view(), None
         scale = self.scale
         if scale is None:  # of the head sizes, in both forms: the absorbed query is longer but means the same
             scale = (self.qk_nope_head_dim + self.qk_rope_head_dim) ** -0.5
             scale *= 1.0 if self.rotary.scaling is None else self.rotary.scaling.latent_scale
         out = attention(
             q,
-            k,
-            v,
-            combined(self.mask, mask),
+            keys,
+            values,
+            seen,
             scale=scale,
             softcap=self.softcap,
             dropout_p=self.dropout_p if self.training else 0.0,

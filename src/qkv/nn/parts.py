@@ -1,8 +1,9 @@
-"""What the layers share: checks of sizes and inputs, the norm, masks combined."""
+"""What the layers share: checks of sizes, inputs and caches, the norm, masks combined."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,10 @@ from torch import Tensor, nn
 from qkv.errors import ArgumentError, ArgumentTypeError, ShapeError, UnsupportedError, describe
 from qkv.masks import Mask
 from qkv.masks.arguments import shown, whole
+from qkv.rotary import Rotary
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class RMSNorm(nn.Module):
@@ -63,12 +68,47 @@ def check_tokens(call: str, name: str, x: Any, width_name: str, width: int) -> N
         raise ShapeError(describe(call, f"{name} must be (B, L, {width_name})", given, fix))
 
 
-def refuse_cache(call: str, cache: Any) -> None:
-    """No cache exists yet: none is silently ignored."""
-    if cache is not None:
-        rule, given = "caches are not supported yet", f"cache of type {type(cache).__name__}"
-        fix = "Leave cache out and pass the whole sequence, with mask=qkv.causal()"
+def check_step(call: str, layer: nn.Module, x: Tensor, positions: Any, rotary: Rotary | None, held: Any) -> Tensor:
+    """Where the step's tokens stand, int64 (B, L); an error unless x fits the layer of a cache's step.
+
+    All that can be told before keys are stored is told here: a layer that raises has not begun its step.
+    """
+    at = getattr(held, "positions", None)
+    parts = getattr(held, "append", None), getattr(held, "view", None)
+    if not isinstance(at, Tensor) or not all(map(callable, parts)):
+        rule, given = "cache must be one layer of a cache's step", f"cache of type {type(held).__name__}"
+        fix = "Pass step.layer(i), of step = cache.step(seqs, T=1) or cache.step(seqs, lengths=[...])"
+        raise ArgumentTypeError(describe(call, rule, given, fix))
+    if positions is not None:
+        rule, given = "a cache says where its tokens stand", f"positions={shown(positions)} with a cache"
+        raise ArgumentError(describe(call, rule, given, "Leave positions out"))
+    if at.shape != x.shape[:2]:
+        rule = "x must be the tokens of the cache's step, (n, T, dim), or packed as (1, sum T, dim) if it is ragged"
+        given = f"x {tuple(x.shape)} and a step of {tuple(at.shape)} tokens"
+        raise ShapeError(describe(call, rule, given, "Make a step of as many tokens: cache.step(seqs, T=x.shape[1])"))
+    if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in layer.parameters())):
+        rule, given = "a cache keeps no gradients, so nothing is trained through one", "tensors that require grad"
+        fix = "Run the model under torch.inference_mode() or torch.no_grad(); for training leave cache out"
         raise UnsupportedError(describe(call, rule, given, fix))
+    dropped = getattr(layer, "dropout_p", 0.0)
+    if layer.training and dropped:
+        fix = "Call model.eval() first"
+        raise UnsupportedError(describe(call, "a cache is for inference, without dropout", f"dropout_p={dropped}", fix))
+    if rotary is not None and rotary.scaling is not None and rotary.scaling.depends_on_length:
+        length = rotary.length(at, x.shape[1])
+        if rotary.frequencies(length) != rotary.frequencies(0):
+            rule = "keys that are cached must keep their frequencies while their sequence grows"
+            given = f"{type(rotary.scaling).__name__} and a sequence of {length} tokens"
+            fix = (
+                "Stay within original_length, or use a scaling that does not look at the length (Linear, YaRN, Llama3)"
+            )
+            raise UnsupportedError(describe(call, rule, given, fix))
+    return at
+
+
+def eager(function: Callable[P, R]) -> Callable[P, R]:
+    """The function as torch.compile is to leave it: a cache's tables are Python's, and no graph holds them."""
+    return torch.compiler.disable(function) if torch.compiler.is_dynamo_compiling() else function
 
 
 def combined(own: Mask | None, mask: Mask | Tensor | None) -> Mask | Tensor | None:
