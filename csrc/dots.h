@@ -331,8 +331,8 @@ class Dots {
             int64_t stride;
             const int64_t j = block.key[g];
             const T* keys = resident(k, a.D, j, sequence.k_count, w.keys, stride);
-            // Stored keys are converted a granule at a time, at once: they have to be there a granule earlier.
-            const int64_t then = j + (kScaled ? 2 : 1) * kGranule;
+            // Stored keys are converted a granule at a time, at once: they have to be there earlier.
+            const int64_t then = j + (kScaled ? 4 : 1) * kGranule;
             const bool more = then < sequence.k_count;
             Ahead next = ahead(more ? k.row(then) : nullptr, k.stride, a.D), soon;
             if constexpr (kScaled) {  // scales are read and values converted when they are wanted: until then they have time to come

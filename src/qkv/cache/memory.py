@@ -30,6 +30,5 @@ def zeros(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Te
         raise RuntimeError(f"no memory of {nbytes:,} bytes: {error}") from error
     with contextlib.suppress(OSError):  # a kernel without them
         memory.madvise(huge)
-    raw = torch.frombuffer(memory, dtype=torch.uint8)
-    first = -raw.data_ptr() % _ALIGNED
-    return raw[first : first + nbytes].view(dtype).view(size)
+    first = -torch.frombuffer(memory, dtype=torch.uint8).data_ptr() % _ALIGNED
+    return torch.frombuffer(memory, dtype=torch.uint8, count=nbytes, offset=first).view(dtype).view(size)
