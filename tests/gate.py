@@ -266,6 +266,9 @@ class Statistics:
 
 
 # ---------------------------------------------------------------------------------------------------- command line
+Serve = Callable[[Connection, tuple[str, ...]], None]
+
+
 def _serve(pipe: Connection, names: tuple[str, ...]) -> None:
     torch.set_num_threads(1)
     while True:
@@ -275,10 +278,10 @@ def _serve(pipe: Connection, names: tuple[str, ...]) -> None:
 class Worker:
     """A process that judges one configuration at a time, so that a crash is a finding about that one."""
 
-    def __init__(self, names: tuple[str, ...]) -> None:
+    def __init__(self, names: tuple[str, ...], serve: Serve) -> None:
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, names), daemon=True)
+        self.process = context.Process(target=serve, args=(theirs, names), daemon=True)
         self.process.start()
         theirs.close()
         self.seed = -1
@@ -293,10 +296,12 @@ class Worker:
         self.process.join()
 
 
-def judged(seeds: Iterable[int], names: tuple[str, ...], processes: int, limit: float = 120) -> Iterator[list[Outcome]]:
+def judged(
+    seeds: Iterable[int], names: tuple[str, ...], processes: int, limit: float = 120, serve: Serve = _serve
+) -> Iterator[list[Outcome]]:
     """The outcomes of every seed, as they come. A process that dies or hangs is replaced."""
     todo = iter(seeds)
-    workers = [Worker(names) for _ in range(processes)]
+    workers = [Worker(names, serve) for _ in range(processes)]
     busy: list[Worker] = []
     for worker in workers:
         if (seed := next(todo, None)) is not None:
@@ -317,7 +322,7 @@ def judged(seeds: Iterable[int], names: tuple[str, ...], processes: int, limit: 
                 code = worker.process.exitcode
                 fault = f"no answer in {limit:.0f} s" if isinstance(error, TimeoutError) else f"died, exit code {code}"
                 yield [Outcome(worker.seed, "process", "", [Verdict("crash", np.inf, fault)])]
-                busy[n] = worker = Worker(names)
+                busy[n] = worker = Worker(names, serve)
             if (seed := next(todo, None)) is not None:
                 worker.give(seed)
             else:
@@ -338,10 +343,17 @@ def replay(seed: int, names: Iterable[str]) -> int:
     return 1 if bad else 0
 
 
-def run(configs: int, seed: int, names: tuple[str, ...], processes: int, show: Callable[[str], Any]) -> Statistics:
+def run(
+    configs: int,
+    seed: int,
+    names: tuple[str, ...],
+    processes: int,
+    show: Callable[[str], Any],
+    serve: Serve = _serve,
+) -> Statistics:
     """Judge configurations seed, seed + 1, ...; `show` receives a progress line now and then."""
     statistics, begin, last = Statistics(), time.monotonic(), 0.0
-    for done, outcomes in enumerate(judged(range(seed, seed + configs), names, processes), 1):
+    for done, outcomes in enumerate(judged(range(seed, seed + configs), names, processes, serve=serve), 1):
         for outcome in outcomes:
             statistics.add(outcome)
         spent = time.monotonic() - begin
@@ -390,8 +402,13 @@ def main(arguments: list[str] | None = None) -> int:
     faults = [*statistics.faults, *statistics.naive_faults()]
     for fault in statistics.naive_faults():
         print(f"FAULT {fault}")
-    print(f"gate: {'passed' if not faults else f'{len(faults)} faults'}; seed {seed}")
-    return 1 if faults else 0
+    print(f"gate: {'passed' if not faults else f'{len(faults)} faults'}; seed {seed}\n")
+    from tests import views_gate  # which imports this module
+
+    paged = ["--seed", str(seed), "--configs", str(args.configs), "--processes", str(args.processes)]
+    if args.backends is not None:
+        paged += ["--backends", *args.backends]
+    return max(1 if faults else 0, views_gate.main(paged))
 
 
 if __name__ == "__main__":
