@@ -149,6 +149,20 @@ def test_twins_that_append_in_one_step_make_one_copy() -> None:
     m.check()
 
 
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_twins_on_a_truncated_page_that_is_found_by_a_prefix(order: tuple[int, int]) -> None:
+    """The one that keeps the page must not spoil what the other copies from it: a soak of a million steps met this."""
+    m = paged(pages=8, page_size=4, debug=True)
+    a = m.add(tokens=[5, 6, 7, 8, 9])
+    m.append([a], T=4, tokens=[[5, 6, 7, 8]])
+    both = [a, m.fork(a)]
+    for seq, length in zip(both, (1, 3), strict=True):
+        m.truncate(seq, length)
+    m.append([both[i] for i in order])
+    m.check()
+    check_books(m.cache)
+
+
 def test_forks_of_full_pages_copy_nothing() -> None:
     m = paged()
     a = m.add()

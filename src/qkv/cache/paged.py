@@ -254,10 +254,8 @@ class PagedCache(Cache):
         if not need and not alone:
             return
         pool = self._pool
-        for seq, page in alone:
+        for _, page in alone:
             pool.unregister(page)
-            if self.debug:
-                self._storage.poison_slots(page, seq._length % self.page_size)
         pages = self._take(need)
         at = len(copies)
         if copies:
@@ -268,6 +266,9 @@ class PagedCache(Cache):
                 pool.release(page)
                 if self.debug:
                     self._storage.poison_slots(own, seq._length % self.page_size)
+        if self.debug:  # only now: the others copied from these pages, and may know more tokens of them
+            for seq, page in alone:
+                self._storage.poison_slots(page, seq._length % self.page_size)
         for seq, more in fresh:
             seq._table.extend(pages[at : at + more])
             at += more
