@@ -333,9 +333,14 @@ def judged(
 
 def replay(seed: int, names: Iterable[str]) -> int:
     config = random_config(seed)
+    return tell_outcomes(config, ask_all(config, names))
+
+
+def tell_outcomes(config: Any, outcomes: Iterable[Outcome]) -> int:
+    """Print a configuration with every number; the exit code."""
     print(config)
     bad = 0
-    for outcome in ask_all(config, names):
+    for outcome in outcomes:
         print(f"{outcome.backend:<15}{'refused' if outcome.refused else ''}")
         for verdict in outcome.verdicts:
             print(f"    {verdict.quantity:<8} error / bound {verdict.ratio:.4f}  {verdict.fault}")

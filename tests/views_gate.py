@@ -26,7 +26,7 @@ from qkv import cached
 from qkv.masks import as_mask
 from qkv.spec import Clock, KVLayout, KVView
 from tests import gate, judge, views
-from tests.gate import Outcome, Statistics
+from tests.gate import Outcome, Statistics, tell_outcomes
 from tests.judge import Verdict
 from tests.oracle import Result
 from tests.views import ViewConfig, ViewInputs, random_view_config
@@ -336,14 +336,7 @@ def serve(pipe: Connection, names: tuple[str, ...]) -> None:
 
 def replay(seed: int, names: Iterable[str]) -> int:
     config = random_view_config(seed)
-    print(config)
-    bad = 0
-    for outcome in ask_all(config, names):
-        print(f"{outcome.backend:<15}{'refused' if outcome.refused else ''}")
-        for verdict in outcome.verdicts:
-            print(f"    {verdict.quantity:<8} error / bound {verdict.ratio:.4f}  {verdict.fault}")
-        bad += len(outcome.faults)
-    return 1 if bad else 0
+    return tell_outcomes(config, ask_all(config, names))
 
 
 def report(statistics: Statistics, seed: int) -> int:

@@ -251,16 +251,8 @@ def attention(
 
 
 def _over_view(q: Any, view: KVView, v: Any, mask: Any, options: Options, backend: Any) -> Tensor | OutputWithLse:
-    attend: Callable[..., Output] = cached.attend
-    if "torch._dynamo" in sys.modules:  # a graph ends here: a view is no tensor of a graph
-        if not _OUTSIDE:
-            _OUTSIDE.append(torch.compiler.disable(cached.attend))
-        attend = _OUTSIDE[0]
-    output = attend(_CALL, q, view, v, mask, options, backend)
+    output = ops.eager(cached.attend)(_CALL, q, view, v, mask, options, backend)
     return OutputWithLse(output.out, output.lse) if options.return_lse else output.out  # type: ignore[arg-type]
-
-
-_OUTSIDE: list[Callable[..., Output]] = []  # `cached.attend`, once something was compiled
 
 
 def _traced(q: Any, k: Any, v: Any, mask: Any, options: Options, backend: Any) -> Output | None:

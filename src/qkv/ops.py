@@ -12,7 +12,7 @@ mask words, the kind of each bias tensor, the reading of positions ("" = not giv
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,6 +27,9 @@ from qkv.validation import Options, check_metadata, check_sinks, drawn_positions
 
 if TYPE_CHECKING:
     from qkv.gradients import Call
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 CALL = "qkv.attention()"
 _GIVEN = (
@@ -156,6 +159,11 @@ def _encode_positions(positions: Any, q: Tensor) -> tuple[str, list[int], Tensor
     if isinstance(positions, (list, tuple)):
         return "at", list(positions), None
     return "at", [positions], None
+
+
+def eager(function: Callable[P, R]) -> Callable[P, R]:
+    """The function as torch.compile is to leave it: a cache's tables are Python's, and no graph holds them."""
+    return torch.compiler.disable(function) if torch.compiler.is_dynamo_compiling() else function
 
 
 def tracing(t: Any) -> bool:

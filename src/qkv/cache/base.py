@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Callable
 from collections.abc import Sequence as Ordered
 from typing import Any
 
@@ -16,7 +17,7 @@ from qkv.cache.sequence import Sequence
 from qkv.cache.stats import Stats
 from qkv.cache.step import Step, Unfinished
 from qkv.cache.storage import Places
-from qkv.errors import ArgumentError, describe
+from qkv.errors import ArgumentError, PagesExhausted, describe
 from qkv.masks.arguments import integer, shown
 from qkv.spec import KVLayout, KVView
 
@@ -306,6 +307,27 @@ class Cache(Books):
         seq._live = self
         self._made += 1
         self._seqs[seq] = None
+        return seq
+
+    def _place(self, call: str, need: int, what: str, hold: Callable[[Sequence, list[int]], None]) -> Sequence:
+        """A sequence that gets all its pages at once, where they are free; `hold` keeps them."""
+        pool = self._pool
+        if len(pool.free) < need:
+            given = f"{len(pool.refs) // need} sequences, all in use"
+            fix = "free() one, or build the cache with more sequences"
+            raise PagesExhausted(describe(call, f"each sequence needs a {what} of its own", given, fix))
+        self._dirty = True
+        try:
+            pages, _ = pool.take(need)
+            seq = Sequence(self, self._made, None)
+            hold(seq, pages)
+            seq._live = self
+            self._made += 1
+            self._seqs[seq] = None
+        except BaseException:
+            self._repair()
+            raise
+        self._dirty = False
         return seq
 
     def _rows(self, k: Any, v: Any, n: int, T: int) -> tuple[Tensor, ...]:

@@ -14,7 +14,7 @@ from qkv.cache.pool import PagePool
 from qkv.cache.sequence import Sequence
 from qkv.cache.step import Unfinished
 from qkv.cache.storage import Storage
-from qkv.errors import ArgumentError, PagesExhausted, describe
+from qkv.errors import ArgumentError, describe
 
 _FIRST = 64  # slots of a growing cache at the start
 _MULTIPLE = 16
@@ -82,24 +82,10 @@ class DenseCache(Cache):
         super().__init__(storage, PagePool(pages))
 
     def _add(self, call: str) -> Sequence:
-        pool = self._pool
-        if not pool.free:
-            given = f"{len(pool.refs)} sequences, all in use"
-            fix = "free() one, or build the cache with more sequences"
-            raise PagesExhausted(describe(call, "each sequence needs a place of its own", given, fix))
-        self._dirty = True
-        try:
-            pages, _ = pool.take(1)
-            seq = Sequence(self, self._made, None)
+        def hold(seq: Sequence, pages: list[int]) -> None:
             seq._table = array("i", pages)
-            seq._live = self
-            self._made += 1
-            self._seqs[seq] = None
-        except BaseException:
-            self._repair()
-            raise
-        self._dirty = False
-        return seq
+
+        return self._place(call, 1, "place", hold)
 
     def _count(self, call: str, step: Unfinished) -> Any:
         longest = max(step.ends, default=0)

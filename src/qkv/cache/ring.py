@@ -13,7 +13,7 @@ from qkv.cache.pool import PagePool
 from qkv.cache.sequence import Sequence
 from qkv.cache.step import Unfinished
 from qkv.cache.storage import Storage
-from qkv.errors import ArgumentError, PagesExhausted, describe
+from qkv.errors import ArgumentError, describe
 
 
 class RingCache(Cache):
@@ -100,24 +100,10 @@ class RingCache(Cache):
         super().__init__(made, PagePool(made.pages), window=window, sinks=sinks)
 
     def _add(self, call: str) -> Sequence:
-        pool = self._pool
-        if len(pool.free) < self._each:
-            given = f"{self.sequences} sequences, all in use"
-            fix = "free() one, or build the cache with more sequences"
-            raise PagesExhausted(describe(call, "each sequence needs a ring of its own", given, fix))
-        self._dirty = True
-        try:
-            pages, _ = pool.take(self._each)
-            seq = Sequence(self, self._made, None)
+        def hold(seq: Sequence, pages: list[int]) -> None:
             seq._own = pages
-            seq._live = self
-            self._made += 1
-            self._seqs[seq] = None
-        except BaseException:
-            self._repair()
-            raise
-        self._dirty = False
-        return seq
+
+        return self._place(call, self._each, "ring", hold)
 
     def _count(self, call: str, step: Unfinished) -> Any:
         most = max(step.counts, default=0)

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from qkv.errors import ArgumentError, ArgumentTypeError, ShapeError, describe
 from qkv.functional import attention
 from qkv.masks import Mask, as_mask
-from qkv.nn.parts import RMSNorm, check_step, check_tokens, combined, eager, size
+from qkv.nn.parts import RMSNorm, check_step, check_tokens, combined, size
+from qkv.ops import eager
 from qkv.rotary import Rotary, as_positions
 from qkv.spec import KVView, LayerCache
 

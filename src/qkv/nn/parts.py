@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +11,6 @@ from qkv.errors import ArgumentError, ArgumentTypeError, ShapeError, Unsupported
 from qkv.masks import Mask
 from qkv.masks.arguments import shown, whole
 from qkv.rotary import Rotary
-
-P = ParamSpec("P")
-R = TypeVar("R")
 
 
 class RMSNorm(nn.Module):
@@ -104,11 +100,6 @@ def check_step(call: str, layer: nn.Module, x: Tensor, positions: Any, rotary: R
             )
             raise UnsupportedError(describe(call, rule, given, fix))
     return at
-
-
-def eager(function: Callable[P, R]) -> Callable[P, R]:
-    """The function as torch.compile is to leave it: a cache's tables are Python's, and no graph holds them."""
-    return torch.compiler.disable(function) if torch.compiler.is_dynamo_compiling() else function
 
 
 def combined(own: Mask | None, mask: Mask | Tensor | None) -> Mask | Tensor | None:
