@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import AutoModelForCausalLM, MistralConfig
 
-from qkv.integrations.transformers import GrowingCache  # importing it makes attn_implementation="qkv" known
+from qkv.integrations.transformers import GrowingCache, cache_keyword  # importing it makes "qkv" known
 
 torch.manual_seed(0)
 config = MistralConfig(
@@ -18,7 +18,8 @@ prompts = torch.randint(2, 96, (3, 19))
 real = torch.ones_like(prompts)
 real[1, :8] = real[2, :11] = 0  # shorter prompts, padded on the left
 options = {"attention_mask": real, "max_new_tokens": 24, "do_sample": False, "pad_token_id": 0}
-tokens = model.generate(prompts, past_key_values=GrowingCache(config=config), **options)
+growing = {cache_keyword(model): GrowingCache(config=config)}  # cache=..., or past_key_values=... before 5.24
+tokens = model.generate(prompts, **growing, **options)
 
 model.set_attn_implementation("eager")
 assert torch.equal(model.generate(prompts, **options), tokens)

@@ -23,11 +23,12 @@ def test_a_static_cache_is_not_read_past_what_is_filled() -> None:
     with torch.no_grad(), hf.running(model, "qkv"):
         want = model(input_ids=ids).logits[:, -1]
         cache = StaticCache(config=model.config, max_cache_len=64)
-        model(input_ids=ids[:, :-1], past_key_values=cache)
+        held = {adapter.cache_keyword(model): cache}
+        model(input_ids=ids[:, :-1], **held)
         for layer in cache.layers:
             for store in (layer.keys, layer.values):
                 store[:, :, hf.LENGTH :] = math.nan
-        found = model(input_ids=ids[:, -1:], past_key_values=cache).logits[:, -1]
+        found = model(input_ids=ids[:, -1:], **held).logits[:, -1]
     assert (found - want).abs().max() <= _BOUND
 
 
@@ -45,7 +46,8 @@ def test_a_growing_cache_is_a_dynamic_cache(name: str, options: dict[str, Any], 
         cache = EncoderDecoderCache(cache, adapter.GrowingCache(config=config))
     batch, side = (1, "none") if "prompt_lookup_num_tokens" in options else (2, "left")
     want = hf.greedy(model, "eager", batch, side, **options)
-    assert torch.equal(hf.greedy(model, implementation, batch, side, past_key_values=cache, **options), want)
+    held = {adapter.cache_keyword(model): cache}
+    assert torch.equal(hf.greedy(model, implementation, batch, side, **held, **options), want)
 
 
 def test_a_growing_cache_copies_seldom() -> None:

@@ -157,13 +157,13 @@ def test_compiled_decoding() -> None:
         for implementation in ("eager", "qkv"):
             seen = torch.ones(2, 9, dtype=torch.int64)
             seen[1, :3] = 0
-            cache = StaticCache(config=model.config, max_cache_len=32)
+            held = {adapter.cache_keyword(model): StaticCache(config=model.config, max_cache_len=32)}
             with hf.running(model, implementation):
                 step = torch.compile(model, backend=backend) if implementation == "qkv" else model
-                out = [model(input_ids=ids, attention_mask=seen, past_key_values=cache).logits[:, -1]]
+                out = [model(input_ids=ids, attention_mask=seen, **held).logits[:, -1]]
                 for _ in range(5):
                     seen, token = torch.nn.functional.pad(seen, (0, 1), value=1), out[-1].argmax(-1)[:, None]
-                    out.append(step(input_ids=token, attention_mask=seen, past_key_values=cache).logits[:, -1])
+                    out.append(step(input_ids=token, attention_mask=seen, **held).logits[:, -1])
                     counts.append(len(graphs))
             found.append(torch.stack(out))
     assert (found[0] - found[1]).abs().max() <= _BOUND

@@ -28,7 +28,16 @@ from qkv.integrations.transformers_mask import ModelMask, model_mask
 from qkv.masks import Mask, causal, documents, sliding_window, window
 from qkv.masks.arguments import shown
 
-__all__ = ["NAME", "GrowingCache", "ModelMask", "attention_forward", "ignore", "model_mask", "register"]
+__all__ = [
+    "NAME",
+    "GrowingCache",
+    "ModelMask",
+    "attention_forward",
+    "cache_keyword",
+    "ignore",
+    "model_mask",
+    "register",
+]
 
 NAME = "qkv"
 OLDEST = (4, 57)
@@ -268,4 +277,4 @@ def _check_others(kwargs: dict[str, Any]) -> None:
 register()
 
 # It is made from a class of transformers: where there is none, register() has said so.
-from qkv.integrations.transformers_cache import GrowingCache  # noqa: E402
+from qkv.integrations.transformers_cache import GrowingCache, cache_keyword  # noqa: E402

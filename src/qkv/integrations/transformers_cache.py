@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -9,6 +10,26 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 _LEAST = 64  # slots that a layer begins with, beyond its first tokens
+
+
+def cache_keyword(model: torch.nn.Module) -> str:
+    """The name under which a model takes a cache, by its own signature: "cache", or "past_key_values" before 5.24.
+
+    `generate` takes it by the same name.
+
+    >>> import torch
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> from qkv.integrations.transformers import GrowingCache, cache_keyword
+    >>> config = LlamaConfig(
+    ...     vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4
+    ... )
+    >>> model = LlamaForCausalLM(config).eval()
+    >>> cache = GrowingCache(config=config)
+    >>> out = model(torch.tensor([[1, 2, 3]]), **{cache_keyword(model): cache})
+    >>> cache.get_seq_length()
+    3
+    """
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 class GrowingCache(DynamicCache):

@@ -91,6 +91,8 @@ class Contest:
 
     def __init__(self, shape: Shape | None = None, dtype: torch.dtype = torch.bfloat16) -> None:
         self.transformers = transformers = _transformers()
+        from qkv.integrations.transformers import cache_keyword
+
         s = shape or Shape()
         self.config: Any = transformers.LlamaConfig(
             vocab_size=s.vocabulary,
@@ -105,6 +107,7 @@ class Contest:
         make = transformers.AutoModelForCausalLM.from_config
         self.model: Any = make(self.config, dtype=dtype, attn_implementation="sdpa").eval()
         self.dtype = dtype
+        self.keyword = cache_keyword(self.model)
         self.token = torch.randint(s.vocabulary, (1, 1))
 
     def filled(self, kind: str, context: int, room: int) -> Any:
@@ -123,7 +126,7 @@ class Contest:
 
     def step(self, cache: Any, token: Tensor, seen: Tensor) -> Tensor:
         """The logits after one more token; `seen` is the 2-D mask that generate() passes as well."""
-        found: Tensor = self.model(input_ids=token, attention_mask=seen, past_key_values=cache).logits[:, -1]
+        found: Tensor = self.model(input_ids=token, attention_mask=seen, **{self.keyword: cache}).logits[:, -1]
         return found
 
     def decode(self, cache: Any, context: int, count: int) -> float:
