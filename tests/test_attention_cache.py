@@ -44,7 +44,7 @@ class _Prepared:
         def execute(q, k, v, positions, tensors, sinks, return_lse):
             self.ran += 1
             terms = bias.with_tensors(tensors) if bias is not None else None
-            return tuple(TiledBackend().run(problem, Inputs(q, k, v, positions, terms, sinks)))
+            return TiledBackend().run(problem, Inputs(q, k, v, positions, terms, sinks))
 
         return execute
 

@@ -136,7 +136,7 @@ def second(q: Any, k: Any, v: Any, mask: Any, tangents: Any, d_out: Tensor) -> l
     out, lse = qkv.attention(q, k, v, mask=mask, positions=0, return_lse=True, backend="tiled")
     t = derivatives.Tangents(*tangents, None, ())
     found = derivatives.curved(problem, inputs, Output(out, lse), d_out, torch.zeros_like(lse), t)
-    return [*derivatives.along(problem, inputs, Output(out, lse), t), found.q, found.k, found.v]
+    return [*derivatives.along(problem, inputs, Output(out, lse), t)[:2], found.q, found.k, found.v]
 
 
 def test_hidden_bytes_change_no_bit() -> None:

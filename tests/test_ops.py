@@ -118,8 +118,8 @@ SAMPLES: dict[str, Any] = {
 def backward_sample(name: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
     given, static = SAMPLES[name]
     given = tuple([t.detach() for t in x] if isinstance(x, list) else x if x is None else x.detach() for x in given)
-    out, lse = torch.ops.qkv.attention(*given, **static)
-    return (normal(*out.shape, dtype=out.dtype), normal(*lse.shape), out, lse, *given), static
+    out, lse, state = torch.ops.qkv.attention(*given, **static, state=True)
+    return (normal(*out.shape, dtype=out.dtype), normal(*lse.shape), out, lse, state, *given), static
 
 
 @pytest.mark.parametrize("name", SAMPLES)
@@ -145,7 +145,7 @@ def test_the_op_is_the_call(name: str) -> None:
         q, k, v, mask=decode(static["words"], operands), positions=where, bias=bias_sum,
         scale=static["scale"], softcap=static["softcap"], sinks=sinks, return_lse=True,
     )  # fmt: skip
-    got = torch.ops.qkv.attention(*given, **static)
+    got = torch.ops.qkv.attention(*given, **static)[:2]
     for x, y in zip(got, want, strict=True):
         assert torch.equal(x, y)
         assert x.stride() == y.stride()
@@ -162,7 +162,7 @@ def test_tracing_reads_no_contents() -> None:
     given, static = SAMPLES["documents"]
     with FakeTensorMode() as mode:
         fake = torch.utils._pytree.tree_map_only(Tensor, mode.from_tensor, given)
-        out, lse = torch.ops.qkv.attention(*fake, **static)
+        out, lse, _ = torch.ops.qkv.attention(*fake, **static)
         assert out.shape == (2, 4, 8, 5)
         assert lse.dtype == torch.float32
         q, k, v = fake[:3]
@@ -234,7 +234,7 @@ def test_make_fx(mode: str) -> None:
 
 def test_a_graph_differentiates_once() -> None:
     given, static = SAMPLES["plain"]
-    out, _ = torch.ops.qkv.attention(*given, **static)
+    out, *_ = torch.ops.qkv.attention(*given, **static)
     (dq,) = torch.autograd.grad(out.square().sum(), given[0], create_graph=True)
     with pytest.raises(UnsupportedError, match="differentiates once"):
         dq.square().sum().backward()

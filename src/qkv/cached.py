@@ -102,7 +102,7 @@ def _copied(call: str, q: Tensor, view: KVView, mask: Mask | None, options: Opti
         plan = choose(problem, backend, inputs.positions)
         k, v = keys[:, :, : group.Lk], values[:, :, : group.Lk]
         with torch.no_grad():
-            out, lse = base.load(plan.backend).run(problem, replace(inputs, q=rows, k=k, v=v))
+            out, lse, _ = base.load(plan.backend).run(problem, replace(inputs, q=rows, k=k, v=v))
         assert lse is not None
         for i in group.sequences:
             if queries is None:

@@ -241,13 +241,13 @@ def attention(
             _grad_enabled()
             and (q.requires_grad or k.requires_grad or v.requires_grad or (sinks is not None and sinks.requires_grad))  # type: ignore[union-attr]
         ):
-            out, lse = execute(q, k, v, None, (), sinks, return_lse)  # type: ignore[arg-type]
+            out, lse, _ = execute(q, k, v, None, (), sinks, return_lse)  # type: ignore[arg-type]
             return OutputWithLse(out, lse) if return_lse else out  # type: ignore[arg-type]
     options = Options(positions, bias, scale, softcap, sinks, dropout_p, return_lse)
     output = _traced(q, k, v, mask, options, backend)
     if output is None:
         output = _unfollowed()(q, k, v, mask, options, backend, fast_key)
-    return OutputWithLse(*output) if return_lse else output.out  # type: ignore[arg-type]
+    return OutputWithLse(output.out, output.lse) if return_lse else output.out  # type: ignore[arg-type]
 
 
 def _over_view(q: Any, view: KVView, v: Any, mask: Any, options: Options, backend: Any) -> Tensor | OutputWithLse:
@@ -321,7 +321,7 @@ def _transform(problem: Problem, inputs: Inputs, backend: str | None) -> Output:
     """A call whose tensors torch.func or forward mode follows: it needs lse, and no result of it is remembered."""
     from qkv.gradients import Call, attend, refuse_captured
 
-    problem = replace(problem, needs_grad=True, needs_lse=True)
+    problem = replace(problem, needs_grad=True, needs_lse=True, needs_state=True)
     refuse_captured(_CALL, inputs.bias, inputs.q.device)
     seed = int(ops.draw_seed()) if problem.dropout_p > 0 else 0
     chosen = base.load(choose(problem, backend, inputs.positions).backend)
@@ -371,7 +371,7 @@ def _entry(problem: Problem, inputs: Inputs, name: str | None) -> _Entry:
     plan = choose(problem, name, inputs.positions)
     backend = base.load(name or plan.backend)
     if problem.needs_grad and not backend.differentiable:
-        problem = replace(problem, needs_lse=True)
+        problem = replace(problem, needs_lse=True, needs_state=True)
     execute = prepared(problem, backend, inputs)
     if execute is None:
         return _Entry(problem, backend, lambda given: backend.run(problem, given), None, backend.differentiable)
@@ -420,9 +420,14 @@ class _Door:
 
     @staticmethod
     def forward(
-        q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, options: Options, backend: str | None, seed: int
-    ) -> Output:
+        q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, options: Options, backend: str | None, seed: int,
+        state: bool,
+    ) -> Output:  # fmt: skip
         with torch.no_grad():
+            if state:
+                call, inputs = _Door.planned(q, k, v, mask, options, backend)
+                inputs.seed = seed
+                return call.compute(call.problem, inputs)
             if _modes() or options.dropout_p:
                 return _attend(q, k, v, mask, options, backend, seed=seed)
             o = options
@@ -440,8 +445,8 @@ class _Door:
         from qkv.gradients import Call
 
         problem, inputs = validate(_CALL, q, k, v, mask, options)
-        entry, _ = _planned(problem, inputs, backend)
-        return Call(entry.problem, entry.backend, bias=inputs.bias), inputs
+        entry, _ = _planned(replace(problem, needs_state=True), inputs, backend)
+        return Call(entry.problem, entry.backend, entry.run, inputs.bias), inputs
 
 
 ops.implement(_Door)

@@ -1,7 +1,7 @@
 """How attention is differentiated: four autograd functions, each defined by the others.
 
-    Attention  (given)                                 -> out, lse       by the plan's backend
-    Backward   (given, out, lse, d_out, d_lse)         -> gradients      by the backend's own kernels, else by `tiled`
+    Attention  (given)                                 -> out, lse, state?  by the plan's backend
+    Backward   (given, out, lse, d_out, d_lse, state?) -> gradients      by the backend's own kernels, else by `tiled`
     Along      (given, out, lse, tangents)             -> out', lse'     forward mode: `qkv.derivatives.along`
     Curved     (given, out, lse, d_out, d_lse, tangents) -> gradients'   of Backward along the tangents: `curved`
 
@@ -9,8 +9,10 @@
     Backward    backwards: Curved and Along     forwards: Curved and Backward
     Along       backwards: Curved and Backward  forwards: refused, as is a third derivative
 
-`given` is q, k, v, sinks, positions, the bias's tensors and, where they may be traced, the mask's. Under torch.vmap the
-mapped dimension joins the batch if nothing that it maps is shared by batch rows; else there is one call a sample.
+`given` is q, k, v, sinks, positions, the bias's tensors and, where they may be traced, the mask's. The state
+(`spec.Output`) is there where the backend that made it also computes Backward; it is a constant to the others. Under
+torch.vmap the mapped dimension joins the batch if nothing that it maps is shared by batch rows; else there is one call
+a sample.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from qkv.derivatives import along, curved
 from qkv.encoding import decode
 from qkv.errors import UnsupportedError, describe
 from qkv.scores import ScoreMod, ScoreTerm, Tile
-from qkv.spec import Inputs, Output, Problem
+from qkv.spec import Inputs, Output, Problem, join_batch
 
 _FIXED = 5  # q, k, v, sinks and positions come first in `given`; the last two may be None
 
@@ -65,6 +67,10 @@ class Call:
             problem = replace(problem, mask=decode(self.words, rest[self.terms :]))
         return problem, Inputs(q, k, v, positions, bias, sinks, self.seed)
 
+    def compute(self, problem: Problem, inputs: Inputs) -> Output:
+        """What the backend returns."""
+        return self.run(inputs) if self.run is not None else self.backend.run(problem, inputs)
+
     def learned(self, given: Sequence[Any]) -> list[Any]:
         """What gradients are for, of tensors in the order of `given`: q, k, v, sinks (or None), the bias's tensors."""
         return [*given[:4], *given[_FIXED : _FIXED + self.terms]]
@@ -79,29 +85,30 @@ class Call:
 def backward(call: Call, problem: Problem, inputs: Inputs, output: Output, d_out: Tensor, d_lse: Tensor) -> Gradients:
     """Gradients of sum(out * d_out) + sum(lse * d_lse): by the backend's own kernels, else by `tiled`."""
     own = base.no_backward(call.backend, problem) is None
-    native = call.backend.backward if own else tiled_backward.backward  # type: ignore[attr-defined]
-    found: Gradients = native(problem, inputs, output, d_out, d_lse)
+    if not own:
+        return tiled_backward.backward(problem, inputs, output._replace(state=None), d_out, d_lse)
+    found: Gradients = call.backend.backward(problem, inputs, output, d_out, d_lse)  # type: ignore[attr-defined]
     return found
 
 
 # What each function computes, on plain tensors.
 def _attention(call: Call, *given: Any) -> tuple[Any, ...]:
     problem, inputs = call.inputs(given)
-    out, lse = call.run(inputs) if call.run is not None else call.backend.run(problem, inputs)
+    out, lse, state = call.compute(problem, inputs)
     assert lse is not None
-    return out, lse
+    return (out, lse) if state is None else (out, lse, state)
 
 
 def _backward(call: Call, *tensors: Any) -> tuple[Any, ...]:
-    out, lse, d_out, d_lse = tensors[call.given :]
+    out, lse, d_out, d_lse, *state = tensors[call.given :]
     problem, inputs = call.inputs(tensors[: call.given])
-    return _listed(backward(call, problem, inputs, Output(out, lse), d_out, d_lse))
+    return _listed(backward(call, problem, inputs, Output(out, lse, *state), d_out, d_lse))
 
 
 def _along(call: Call, *tensors: Any) -> tuple[Any, ...]:
     out, lse, *tangents = tensors[call.given :]
     problem, inputs = call.inputs(tensors[: call.given])
-    return tuple(along(problem, inputs, Output(out, lse), _tangents(tangents)))
+    return tuple(along(problem, inputs, Output(out, lse), _tangents(tangents))[:2])
 
 
 def _curved(call: Call, *tensors: Any) -> tuple[Any, ...]:
@@ -133,25 +140,22 @@ class _Attention(Function):
     @staticmethod
     def forward(ctx: Any, call: Call, *given: Any) -> tuple[Any, ...]:
         found = _attention(call, *given)
-        _Attention.keep(ctx, call, given, found)
-        return found
-
-    @staticmethod
-    def keep(ctx: Any, call: Call, given: Sequence[Any], found: Sequence[Any]) -> None:
         ctx.call = call
         # Saved tensors, not attributes: writing into an input before backward is then an error, not a wrong gradient.
         ctx.save_for_backward(*given, *found)
         if _forward_mode():
             ctx.save_for_forward(*given, *found)
+        return found[:2]  # the state is saved without being a result, which would cost every call
 
     @staticmethod
-    def backward(ctx: Any, d_out: Tensor, d_lse: Tensor) -> Any:
-        found = _apply(_Backward, ctx.call, *ctx.saved_tensors, d_out, d_lse)
-        return None, *_needed(ctx, ctx.call.spread(found))
+    def backward(ctx: Any, d_out: Tensor, d_lse: Tensor, *_: None) -> Any:
+        call, saved, n = ctx.call, ctx.saved_tensors, ctx.call.given + 2
+        found = _apply(_Backward, call, *saved[:n], d_out, d_lse, *saved[n:])
+        return None, *_needed(ctx, call.spread(found))
 
     @staticmethod
     def jvp(ctx: Any, _: Any, *tangents: Any) -> Any:
-        call, saved = ctx.call, ctx.saved_tensors
+        call, saved = ctx.call, ctx.saved_tensors[: ctx.call.given + 2]
         return _apply(_Along, call, *saved, *_filled(call, saved, tangents))
 
 
@@ -164,13 +168,18 @@ class _TransformedAttention(_Attention):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.call = inputs[0]
+        ctx.call, ctx.results = inputs[0], len(output)
+        ctx.mark_non_differentiable(*output[2:])
         ctx.save_for_backward(*inputs[1:], *output)
         ctx.save_for_forward(*inputs[1:], *output)
 
     @staticmethod
+    def jvp(ctx: Any, _: Any, *tangents: Any) -> Any:
+        return *_Attention.jvp(ctx, _, *tangents), *[None] * (ctx.results - 2)
+
+    @staticmethod
     def vmap(info: Any, in_dims: Any, call: Call, *tensors: Any) -> Any:
-        return _mapped(_TransformedAttention, 0, False, info, in_dims, call, tensors)
+        return _mapped(_TransformedAttention, (), False, info, in_dims, call, tensors)
 
 
 class _Backward(_Differentiable):
@@ -180,28 +189,27 @@ class _Backward(_Differentiable):
 
     @staticmethod
     def backward(ctx: Any, *towards: Any) -> Any:
-        call, saved = ctx.call, ctx.saved_tensors
-        n = call.given
+        call, saved, n = ctx.call, ctx.saved_tensors, ctx.call.given
         tangents = call.learned(call.spread(towards))
-        found = call.spread(_apply(_Curved, call, *saved, *tangents))
+        found = call.spread(_apply(_Curved, call, *saved[: n + 4], *tangents))
         lifted = _apply(_Along, call, *saved[: n + 2], *tangents)
-        # out and lse are functions of the rest: what depends on them is already in the other gradients.
-        return None, *_needed(ctx, [*found, None, None, *lifted])
+        # out, lse and state are functions of the rest: what depends on them is already in the other gradients.
+        return None, *_needed(ctx, [*found, None, None, *lifted, *[None] * len(saved[n + 4 :])])
 
     @staticmethod
     def jvp(ctx: Any, _: Any, *tangents: Any) -> Any:
-        call, saved = ctx.call, ctx.saved_tensors
-        n = call.given
-        found = _apply(_Curved, call, *saved, *_filled(call, saved, tangents))
+        call, saved, n = ctx.call, ctx.saved_tensors, ctx.call.given
+        found = _apply(_Curved, call, *saved[: n + 4], *_filled(call, saved, tangents))
         d_out, d_lse = (
-            torch.zeros_like(x) if t is None else t for x, t in zip(saved[n + 2 :], tangents[n + 2 :], strict=True)
+            torch.zeros_like(x) if t is None else t
+            for x, t in zip(saved[n + 2 : n + 4], tangents[n + 2 : n + 4], strict=True)
         )
-        more = _apply(_Backward, call, *saved[: n + 2], d_out, d_lse)
+        more = _apply(_Backward, call, *saved[: n + 2], d_out, d_lse, *saved[n + 4 :])
         return tuple(a + b for a, b in zip(found, more, strict=True))
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, call: Call, *tensors: Any) -> Any:
-        return _mapped(_Backward, 4, True, info, in_dims, call, tensors)
+        return _mapped(_Backward, (0, 0, 0, 0, 1), True, info, in_dims, call, tensors)
 
 
 class _Along(_Differentiable):
@@ -227,7 +235,7 @@ class _Along(_Differentiable):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, call: Call, *tensors: Any) -> Any:
-        return _mapped(_Along, 5, False, info, in_dims, call, tensors)
+        return _mapped(_Along, (0,) * 5, False, info, in_dims, call, tensors)
 
 
 class _Curved(_Differentiable):
@@ -245,7 +253,7 @@ class _Curved(_Differentiable):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, call: Call, *tensors: Any) -> Any:
-        return _mapped(_Curved, 7, True, info, in_dims, call, tensors)
+        return _mapped(_Curved, (0,) * 7, True, info, in_dims, call, tensors)
 
 
 _COMPUTE = {_Attention: _attention, _Backward: _backward, _Along: _along, _Curved: _curved}
@@ -278,15 +286,15 @@ def _needed(ctx: Any, gradients: Sequence[Any]) -> list[Any]:
 
 
 def _mapped(
-    function: Any, rows: int, sums: bool, info: Any, in_dims: Any, call: Call, tensors: tuple[Any, ...]
+    function: Any, rows: tuple[int, ...], sums: bool, info: Any, in_dims: Any, call: Call, tensors: tuple[Any, ...]
 ) -> tuple[Any, Any]:
     """A function over a mapped dimension.
 
-    `rows`: how many tensors after `given` have a batch dimension. `sums`: it sums over the batch what is for sinks and
-    bias.
+    `rows`: of the first tensors after `given`, which dimension is the batch: the second of a state. `sums`: it sums
+    over the batch what is for sinks and bias.
     """
     count, dims, p = info.batch_size, in_dims[1:], call.problem
-    batched = (0, 1, 2, *range(call.given, call.given + rows))
+    batched = {0: 0, 1: 0, 2: 0} | {call.given + n: batch for n, batch in enumerate(rows)}
     bias = [t for t in tensors[_FIXED : _FIXED + call.terms] if t.dim() == 4 and t.shape[0] > 1]
     shared = p.has_sinks or call.terms > 0
     alone = any(d is not None and n not in batched for n, d in enumerate(dims))
@@ -294,12 +302,13 @@ def _mapped(
     if alone or p.varies_by_batch or bias or (shared and sums) or p.dropout_p > 0:
         return _one_by_one(function, count, dims, call, tensors)
     folded = [
-        (t.movedim(d, 0) if d is not None else t.expand(count, *t.shape)).flatten(0, 1) if n in batched else t
+        join_batch(t, d, count, batched[n]) if n in batched else t
         for n, (t, d) in enumerate(zip(tensors, dims, strict=True))
     ]
     wider = replace(call, problem=replace(p, B=count * p.B), run=None)
     found = function.apply(wider, *folded)
-    return tuple(t.unflatten(0, (count, p.B)) for t in found), (0,) * len(found)
+    ends = (0,) * len(found) if sums else (0, 0, 1)[: len(found)]  # else out, lse and, it may be, a state
+    return tuple(t.unflatten(end, (count, p.B)) for t, end in zip(found, ends, strict=True)), ends
 
 
 def _one_by_one(
@@ -321,7 +330,8 @@ def attend(call: Call, inputs: Inputs, masks: Sequence[Tensor] = ()) -> Output:
     bias = inputs.bias.tensors() if inputs.bias is not None else ()
     transformed = torch._C._are_functorch_transforms_active()
     function: Any = _TransformedAttention if transformed else _Attention
-    return Output(*function.apply(call, inputs.q, inputs.k, inputs.v, inputs.sinks, inputs.positions, *bias, *masks))
+    found = function.apply(call, inputs.q, inputs.k, inputs.v, inputs.sinks, inputs.positions, *bias, *masks)
+    return Output(*found[:2])
 
 
 def refuse_captured(call: str, bias: ScoreTerm | None, device: torch.device) -> None:

@@ -6,12 +6,14 @@ Calls that no tracer follows do not come here: the dispatcher alone costs more t
 
 Arguments, in order: q, k, v, sinks?, positions? int64 (B or 1, Lq), seed? int64 (), bias[], mask operands[]; by name:
 mask words, the kind of each bias tensor, the reading of positions ("" = not given, "start", "end", "at" = the offsets,
-"tensor"), offsets, scale?, softcap?, dropout_p, backend?. The backward op takes d_out, d_lse, out, lse first.
+"tensor"), offsets, scale?, softcap?, dropout_p, backend?, and whether a gradient follows, which autograd says. Results:
+out, lse and the state that the backward pass wants (`spec.Output`), with no elements where no gradient follows. The
+backward op takes d_out, d_lse, out, lse, state first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, Protocol, TypeVar
 
 import torch
@@ -22,7 +24,7 @@ from qkv.encoding import DENSE, decode, depends_on_position, encode
 from qkv.errors import ArgumentTypeError, UnsupportedError, describe
 from qkv.masks import Mask, as_mask
 from qkv.scores import Alibi, Relative, ScoreTerm, Sizes, Sum, TensorBias, as_bias
-from qkv.spec import Inputs, Output, empty_output
+from qkv.spec import Inputs, Output, empty_output, join_batch
 from qkv.validation import Options, check_metadata, check_sinks, drawn_positions, refuse_positions
 
 if TYPE_CHECKING:
@@ -44,9 +46,9 @@ _KINDS: tuple[type[ScoreTerm], ...] = (TensorBias, Alibi, Relative)
 # Kernels see exactly the strides that were traced: the order of the output's dimensions follows q's.
 _TAGS = (getattr(torch.Tag, "needs_exact_strides", torch.Tag.needs_fixed_stride_order), torch.Tag.pt2_compliant_tag)
 _library = torch.library.Library("qkv", "DEF")
-_library.define(f"attention({_GIVEN}, *, {_STATIC}) -> (Tensor, Tensor)", tags=_TAGS)
+_library.define(f"attention({_GIVEN}, *, {_STATIC}, bool state=False) -> (Tensor, Tensor, Tensor)", tags=_TAGS)
 _library.define(
-    f"attention_backward(Tensor d_out, Tensor d_lse, Tensor out, Tensor lse, {_GIVEN}, *, {_STATIC}) "
+    f"attention_backward(Tensor d_out, Tensor d_lse, Tensor out, Tensor lse, Tensor state, {_GIVEN}, *, {_STATIC}) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor[])",
     tags=_TAGS,
 )
@@ -70,9 +72,10 @@ class Door(Protocol):
 
     @staticmethod
     def forward(
-        q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, options: Options, backend: str | None, seed: int
-    ) -> Output:
-        """out and lse."""
+        q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, options: Options, backend: str | None, seed: int,
+        state: bool,
+    ) -> Output:  # fmt: skip
+        """out and lse, and the state if it is wanted and the backend makes one."""
         ...
 
     @staticmethod
@@ -118,11 +121,11 @@ def traced(
         _encode_bias(q, bias, kinds, tensors)
     reading, offsets, where = _encode_positions(positions, q)
     seed = draw_seed() if dropout_p else None
-    found: tuple[Tensor, Tensor] = torch.ops.qkv.attention(
+    out, lse, _ = torch.ops.qkv.attention(
         q, k, v, sinks, where, seed, tensors, operands, words=words, kinds=kinds, reading=reading, offsets=offsets,
         scale=scale, softcap=softcap, dropout_p=dropout_p, backend=backend,
     )  # fmt: skip
-    return found
+    return out, lse
 
 
 def draw_seed() -> Tensor:
@@ -192,18 +195,24 @@ def _unpack(given: _Given, static: dict[str, Any], *, contents: bool) -> tuple[M
     return mask, options
 
 
-def _forward(*args: Any, **static: Any) -> tuple[Tensor, Tensor]:
+def _forward(*args: Any, state: bool = False, **static: Any) -> tuple[Tensor, Tensor, Tensor]:
     given = _Given(*args)
     assert _door is not None
     mask, options = _unpack(given, static, contents=True)
     seed = int(given.seed) if given.seed is not None else 0
-    out, lse = _door.forward(*given[:3], mask, options, static["backend"], seed)
+    out, lse, kept = _door.forward(*given[:3], mask, options, static["backend"], seed, state)
     assert lse is not None
-    return out, lse
+    if kept is None:  # its size was promised; nobody reads it
+        kept = lse.new_full(_state_size(lse.shape, state), torch.nan)
+    return out, lse, kept
+
+
+def _state_size(rows: Sequence[int], state: bool) -> tuple[int, ...]:
+    return (2 if state else 0, *rows)
 
 
 def _backward(
-    d_out: Tensor, d_lse: Tensor, out: Tensor, lse: Tensor, *args: Any, **static: Any
+    d_out: Tensor, d_lse: Tensor, out: Tensor, lse: Tensor, state: Tensor, *args: Any, **static: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
     from qkv.gradients import backward  # loaded by the first call that needs it
 
@@ -213,7 +222,8 @@ def _backward(
     with torch.no_grad():
         call, inputs = _door.planned(*given[:3], mask, options, static["backend"])
         inputs.seed = int(given.seed) if given.seed is not None else 0
-        found = backward(call, call.problem, inputs, Output(out, lse), d_out, d_lse)
+        output = Output(out, lse, state if state.shape[0] else None)
+        found = backward(call, call.problem, inputs, output, d_out, d_lse)
     laid_out = [_as(g, t) for g, t in zip(found[:3], given[:3], strict=True)]
     sinks = found.sinks if found.sinks is not None else out.new_empty(0)
     return (
@@ -232,7 +242,7 @@ def _as(gradient: Tensor, like: Tensor) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------------- for the tracer
-def _fake_forward(*args: Any, **static: Any) -> tuple[Tensor, Tensor]:
+def _fake_forward(*args: Any, state: bool = False, **static: Any) -> tuple[Tensor, Tensor, Tensor]:
     given = _Given(*args)
     q, k, v = given.q, given.k, given.v
     check_metadata(CALL, q, k, v)
@@ -249,11 +259,12 @@ def _fake_forward(*args: Any, **static: Any) -> tuple[Tensor, Tensor]:
         name = "a mask that looks at positions" if masked else f"bias {options.bias!r}"
         refuse_positions(CALL, name, drawn_positions(int(Lq), int(sizes.Lk)), sizes)
     kind = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return empty_output(q, v.shape[3]), torch.empty((B, Hq, Lq), dtype=kind, device=q.device)
+    lse = torch.empty((B, Hq, Lq), dtype=kind, device=q.device)
+    return empty_output(q, v.shape[3]), lse, lse.new_empty(_state_size((B, Hq, Lq), state))
 
 
 def _fake_backward(
-    d_out: Tensor, d_lse: Tensor, out: Tensor, lse: Tensor, *args: Any, **static: Any
+    d_out: Tensor, d_lse: Tensor, out: Tensor, lse: Tensor, state: Tensor, *args: Any, **static: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
     given = _Given(*args)
     dq, dk, dv = (torch.empty_like(t) for t in given[:3])
@@ -274,16 +285,20 @@ class _Node(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, keys: Any, static: dict[str, Any], terms: int, *flat: Any) -> Any:
-        out, lse = _below(torch.ops.qkv.attention.default, keys, (*flat[:6], *_lists(flat[6:], terms)), static)
+        args = (*flat[:6], *_lists(flat[6:], terms))
+        out, lse, state = _below(torch.ops.qkv.attention.default, keys, args, static | {"state": True})
         ctx.static, ctx.terms = static, terms
-        ctx.save_for_backward(out, lse, *flat)
-        return out, lse
+        ctx.save_for_backward(out, lse, state, *flat)
+        if not static.get("state"):  # who called did not ask for it
+            state = state.new_empty(_state_size(lse.shape, False))
+        ctx.mark_non_differentiable(state)
+        return out, lse, state
 
     @staticmethod
-    def backward(ctx: Any, d_out: Tensor, d_lse: Tensor) -> Any:
-        out, lse, *flat = ctx.saved_tensors
+    def backward(ctx: Any, d_out: Tensor, d_lse: Tensor, _: Any) -> Any:
+        out, lse, state, *flat = ctx.saved_tensors
         lists = _lists(flat[6:], ctx.terms)
-        found = torch.ops.qkv.attention_backward(d_out, d_lse, out, lse, *flat[:6], *lists, **ctx.static)
+        found = torch.ops.qkv.attention_backward(d_out, d_lse, out, lse, state, *flat[:6], *lists, **ctx.static)
         dq, dk, dv, sinks, bias = found
         given = (dq, dk, dv, sinks if ctx.needs_input_grad[6] else None, None, None)
         return None, None, None, *given, *bias, *[None] * len(lists[1])
@@ -325,15 +340,19 @@ def _autograd_forward(keys: Any, *args: Any, **static: Any) -> Any:
 
 def _autograd_backward(keys: Any, *args: Any, **static: Any) -> Any:
     found = _below(torch.ops.qkv.attention_backward.default, keys, args, static)
-    flat = (*args[:10], *args[10], *args[11])
+    flat = (*args[:11], *args[11], *args[12])
     if _learns(flat):
         dq, dk, dv, sinks, *bias = _Last.apply(4 + len(found[4]), *found[:4], *found[4], *flat)
         return dq, dk, dv, sinks, bias
     return found
 
 
-def _over(op: Callable[..., Any], rows: int, sums: bool) -> Callable[..., Any]:
-    """The rule of an op under vmap: what is mapped joins the batch if nothing else is shared, else a call a sample."""
+def _over(op: Callable[..., Any], before: tuple[int, ...], sums: bool) -> Callable[..., Any]:
+    """The rule of an op under vmap: what is mapped joins the batch if nothing else is shared, else a call a sample.
+
+    `before`: which dimension is the batch in the tensors before q.
+    """
+    rows, batch = len(before), (*before, 0, 0, 0)
 
     def rule(info: Any, in_dims: tuple[Any, ...], *args: Any, **static: Any) -> Any:
         count = info.batch_size
@@ -345,14 +364,11 @@ def _over(op: Callable[..., Any], rows: int, sums: bool) -> Callable[..., Any]:
         if simple and not wide and not static["dropout_p"] and not (sums and shared):
             d = in_dims[rows]
             B = args[rows].shape[0] if d is None else args[rows].movedim(d, 0).shape[1]
-            joined = [
-                (t.movedim(d, 0) if d is not None else t.expand(count, *t.shape)).flatten(0, 1)
-                for t, d in zip(args[: rows + 3], in_dims[: rows + 3], strict=True)
-            ]
-            found = op(*joined, *args[rows + 3 :], **static)
-            kept = 3 if sums else 2
-            split = tuple(t.unflatten(0, (count, B)) for t in found[:kept])
-            return (*split, *found[kept:]), (*(0,) * kept, *((None, []) if sums else ()))
+            wider = [join_batch(t, d, count, at) for t, d, at in zip(args, in_dims, batch, strict=False)]
+            found = op(*wider, *args[rows + 3 :], **static)
+            ends = (0, 0, 0) if sums else (0, 0, 1)  # dq, dk and dv; out, lse and state
+            split = tuple(t.unflatten(end, (count, B)) for t, end in zip(found, ends, strict=False))
+            return (*split, *found[3:]), (*ends, *((None, []) if sums else ()))
         samples = [op(*(_pick(a, d, n) for a, d in zip(args, in_dims, strict=True)), **static) for n in range(count)]
         stacked = tuple(
             [torch.stack(each) for each in zip(*parts, strict=True)]
@@ -381,5 +397,7 @@ torch.library.register_fake("qkv::attention", _fake_forward, lib=_library)
 torch.library.register_fake("qkv::attention_backward", _fake_backward, lib=_library)
 _library.impl("attention", _autograd_forward, "Autograd", with_keyset=True)
 _library.impl("attention_backward", _autograd_backward, "Autograd", with_keyset=True)
-torch.library.register_vmap("qkv::attention", _over(torch.ops.qkv.attention, 0, False), lib=_library)
-torch.library.register_vmap("qkv::attention_backward", _over(torch.ops.qkv.attention_backward, 4, True), lib=_library)
+torch.library.register_vmap("qkv::attention", _over(torch.ops.qkv.attention, (), False), lib=_library)
+torch.library.register_vmap(
+    "qkv::attention_backward", _over(torch.ops.qkv.attention_backward, (0, 0, 0, 0, 1), True), lib=_library
+)

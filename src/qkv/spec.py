@@ -37,6 +37,7 @@ class Problem:
     dropout_p: float
     needs_grad: bool
     needs_lse: bool
+    needs_state: bool = False  # whoever asks will call the backend's own backward pass
 
     @property
     def group(self) -> int:
@@ -83,10 +84,18 @@ class Inputs:
 
 
 class Output(NamedTuple):
-    """out (B, Hq, Lq, Dv) in q's dtype; lse (B, Hq, Lq) in the accumulation dtype, or None where nobody asked."""
+    """out (B, Hq, Lq, Dv) in q's dtype; lse (B, Hq, Lq) in the accumulation dtype, or None where nobody asked.
+
+    `state` is what a backend's own backward pass recomputes weights from: (2, B, Hq, Lq) in the accumulation dtype,
+    contiguous. state[0] = m is the largest score of the row, or its sink, if that is larger (-inf where there is
+    neither); state[1] = log l, the log of the sum of exp(score - m). Their sum is lse, but lse is rounded: weights
+    exp(score - m - log l) add up to 1 at any magnitude, exp(score - lse) do not. It has one reader: the backend that
+    made it, which may keep m in units of its own.
+    """
 
     out: Tensor
     lse: Tensor | None
+    state: Tensor | None = None
 
 
 class Clock:
@@ -163,6 +172,13 @@ def query_positions(problem: Problem, positions: Tensor | None, device: torch.de
     offsets = problem.positions if isinstance(problem.positions, tuple) else (problem.offset(0),)
     i = torch.arange(problem.Lq, device=device)
     return i + torch.tensor(offsets, dtype=torch.int64, device=device)[:, None]
+
+
+def join_batch(t: Tensor, mapped: int | None, count: int, batch: int) -> Tensor:
+    """A tensor whose mapped dimension, or `count` times the same where none is, has joined its dimension `batch`."""
+    if mapped is None:
+        return t.unsqueeze(batch).expand(*t.shape[:batch], count, *t.shape[batch:]).flatten(batch, batch + 1)
+    return t.movedim(mapped, batch).flatten(batch, batch + 1)
 
 
 def dense_strides(size: Sequence[int], like: Sequence[int]) -> tuple[int, ...]:

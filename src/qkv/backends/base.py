@@ -11,10 +11,10 @@ from torch import Tensor
 
 from qkv.spec import Inputs, Output, Problem
 
-# execute(q, k, v, positions, bias_tensors, sinks, return_lse) -> (out, lse or None)
+# execute(q, k, v, positions, bias_tensors, sinks, return_lse) -> (out, lse or None, state or None), as in spec.Output
 Execute: TypeAlias = Callable[
     [Tensor, Tensor, Tensor, "Tensor | None", "tuple[Tensor, ...]", "Tensor | None", bool],
-    "tuple[Tensor, Tensor | None]",
+    "tuple[Tensor, Tensor | None, Tensor | None]",
 ]
 
 
@@ -43,7 +43,8 @@ class Backend(Protocol):
     * ``prepare_view(problem, q, view, bias_tensors, sinks) -> ExecuteView``: the same for keys on a cache's pages. What
       is prepared holds for any lengths and pages of as many sequences, unless the mask or bias is made for some.
     * ``backward(problem, inputs, output, d_out, d_lse) -> Gradients`` and ``backward_supports(problem)`` (None, or the
-      reason why not): gradients by kernels of its own. Without them they come from `tiled` and the saved lse.
+      reason why not): gradients by kernels of its own, which find in `output` what `run` returned, its state included.
+      Without them gradients come from `tiled`, which is given out and lse.
     * ``missing``: a reason, if the whole backend is not installed here (str or None).
     * ``untuned(problem)``: a reason, if it can run but PyTorch's own kernel is better on this machine (str or None).
     """
@@ -57,7 +58,7 @@ class Backend(Protocol):
         ...
 
     def run(self, problem: Problem, inputs: Inputs) -> Output:
-        """Compute; lse may be None unless `problem.needs_lse`."""
+        """Compute; lse may be None unless `problem.needs_lse`, and a state is for `problem.needs_state` only."""
         ...
 
     def tile(self, problem: Problem) -> tuple[int, int]:

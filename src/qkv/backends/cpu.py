@@ -221,13 +221,13 @@ def _executor(
         bias: tuple[Tensor, ...],
         sinks: Tensor | None,
         return_lse: bool,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         out = empty(size, strides, dtype=dtype, device=cpu)
         lse = torch.empty(rows, dtype=accumulate, device=cpu) if return_lse else None
         to_lse = 0 if lse is None else lse.data_ptr()
         if positions is None and sinks is None and not bias:
             run(q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), to_lse, threads())
-            return out, lse
+            return out, lse, None
         where = None if positions is None else positions.contiguous()
         run_full(
             q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), to_lse, threads(),
@@ -235,7 +235,7 @@ def _executor(
             0 if where is None else where.data_ptr(), 0 if where is None else where.shape[0],
             [t.data_ptr() for t in bias],
         )  # fmt: skip
-        return out, lse
+        return out, lse, None
 
     execute.operands = operands  # type: ignore[attr-defined]
     return execute
@@ -257,7 +257,7 @@ def _view_executor(
         to: Output | None = None,
         sequences: list[int] = [],  # noqa: B006 (never changed)
     ) -> Output:
-        out, lse = to if to is not None else (empty(size, strides, dtype=dtype, device=cpu), None)
+        out, lse = to[:2] if to is not None else (empty(size, strides, dtype=dtype, device=cpu), None)
         if to is None and return_lse:
             lse = torch.empty(rows, dtype=accumulate, device=cpu)
         k_scale, v_scale, layout = view.k_scale, view.v_scale, view.layout
