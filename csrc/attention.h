@@ -97,13 +97,17 @@ struct Attention {
     const float* k_scale;  // what a stored number is multiplied by: one a key and head, for i8 and f8; null otherwise
     const float* v_scale;
     int64_t scale_stride[3];  // page h slot; the same for both
-    uint64_t dropout_key;  // not implemented: must be 0
-    void* row_max;         // row statistics: not implemented yet
+    uint64_t dropout_below;   // a weight is dropped where its 53-bit draw is below this: p 2^53; 0: none is
+    uint64_t dropout_seed;    // draws are a function of this, batch row, query head, query and key alone
+    double dropout_scale;     // what weights that are kept grow by: 1 / (1 - p)
+    void* state;              // row states for `backward`, laid out like lse, or null: not wanted
+    int64_t state_step;       // from a row's m to its l: p_ij = exp(s_ij - m) / l
     int32_t threads;
 };
 
 // A call's gradients: of sum(out * d_out) + sum(lse * d_lse), from the call's own results.
-//     delta_i = d_out_i . out_i - d_lse_i      p_ij = exp(s_ij - lse_i)      ds_ij = p_ij (d_out_i . v_j - delta_i)
+//     p_ij = exp(s_ij - m_i) / l_i      ds_ij = p_ij (d_out_i . v_j - d_out_i . out_i + d_lse_i)
+// (m, l) is the row's state, made by the same instruction set: a weight made from lse alone would lose what lse rounds away.
 // d_bias += ds; dx = ds through the softcap; d_q = scale sum_j dx_ij k_j, d_k = scale sum_i dx_ij q_i, d_v = sum_i p_ij d_out_i.
 struct BiasGradient {
     void* data;          // doubles (wide) or the accumulation type, zeroed by the caller; null: not wanted
@@ -113,7 +117,7 @@ struct BiasGradient {
 
 struct Backward {
     uint64_t size;       // sizeof(Backward) of the caller
-    Attention call;      // as it was run, with its out and lse
+    Attention call;      // as it was run, with its out and state
     const void* d_out;
     int64_t d_out_stride[4];
     const void* d_lse;   // laid out like lse, or null: zero

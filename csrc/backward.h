@@ -1,9 +1,13 @@
-// Gradients of one call: one sweep over chunks of keys, scores recomputed from lse.
+// Gradients of one call: one sweep over chunks of keys, weights recomputed from the rows' states.
 //
 // A task owns a chunk of one key/value head's keys, and with it those rows of dK and dV. It goes through the tiles of queries
 // from the last to the first; each tile's dQ is added to by one chunk after another, in the order of the chunks, whichever
 // thread they run on: a chunk waits until those before it have passed the tile. So nothing is summed twice, nothing
 // quadratic is kept, and the bits of a result do not depend on the number of threads.
+//
+// Scores come out as in the forward kernel for many rows, bit for bit, and out . d_out is summed as v . d_out is: however large
+// scores are, a row's weights sum to 1, and a saturated row's gradient of scores is 0. Rows that the kernel for few rows took
+// get states of their own first.
 #pragma once
 #include <atomic>
 #include <thread>
@@ -19,10 +23,7 @@ template <class M>
 class Gradients {
   public:
     explicit Gradients(const Backward& call)
-        : b_(call), a_(call.call), program_(a_.program, a_.program_length, a_.operands), group_(a_.Hkv > 0 ? a_.Hq / a_.Hkv : 0) {
-        const double factor = a_.scale * kLog2e;
-        transform_ = a_.softcap > 0 || a_.bias_count > 0 || !(std::fabs(factor) > 1e-30 && std::fabs(factor) < 1e30);
-        factor_ = static_cast<E>(factor);
+        : b_(call), a_(call.call), job_(call.call), program_(job_.program), group_(job_.group) {
         D_ = columns(a_.D), Dv_ = columns(a_.Dv);
         const int64_t keys = 32768 / upper(upper(D_, Dv_), 64);  // a chunk's operands and sums share the second-level cache
         chunk_ = clamp(keys / kGranule * kGranule, kStepKeys, 512);
@@ -56,14 +57,15 @@ class Gradients {
         for (int64_t t = 0; t < a_.bias_count; ++t)
             if (by_copies(t)) copies += Arena::up(S * G * chunks_ * copy_size(t) * 8);
         const int64_t each = worker_bytes();
-        const int64_t bytes = 3 * Arena::up(all_rows * sizeof(E)) + Arena::up(all_rows * D_ * sizeof(E)) + Arena::up(S * G * tiles_ * sizeof(Span)) +
+        const int64_t bytes = 4 * Arena::up(all_rows * sizeof(E)) + Arena::up(all_rows * D_ * sizeof(E)) + Arena::up(S * G * tiles_ * sizeof(Span)) +
                               Arena::up(S * G * chunks_ * sizeof(std::atomic<int64_t>)) + copies + each * threads_;
         char* memory = static_cast<char*>(scratch_memory(static_cast<size_t>(bytes)));
         if (memory == nullptr) return Status::no_memory;
         Arena arena{memory};
         delta_ = arena.take<E>(all_rows);
-        lse2_ = arena.take<E>(all_rows);
-        rest_ = arena.take<E>(all_rows);
+        rise_ = arena.take<E>(all_rows);
+        max_ = arena.take<E>(all_rows);
+        inverse_ = arena.take<E>(all_rows);
         d_q_ = arena.take<E>(all_rows * D_);
         spans_ = arena.take<Span>(S * G * tiles_);
         passed_ = arena.take<std::atomic<int64_t>>(S * G * chunks_);
@@ -130,7 +132,7 @@ class Gradients {
         int64_t n;         // rows of the tile, rounded up to whole vectors
         uint64_t bad_rows;
         int64_t row[kTileRows];  // of delta_, lse2_ and d_q_
-        B* q_lanes;        // transposed queries: [steps of D][n]
+        B* q_lanes;        // transposed queries, or outputs: [steps of D or Dv][n]
         B* do_lanes;       // [steps of Dv][n]
         B* q_rows;         // [n / pair][D_]
         B* do_rows;        // [n / pair][Dv_]
@@ -148,7 +150,33 @@ class Gradients {
         A* v_copy;
         B* k_lanes;        // [chunk / pair][D_]
         uint8_t* bad_keys; // [chunk]
-        E lse2[kTileRows], rest[kTileRows], delta[kTileRows];
+        E m[kTileRows], inverse[kTileRows], delta[kTileRows], rise[kTileRows];
+        uint64_t draws[kTileRows];  // dropout's numbers, but for the key
+    };
+
+    // What turns products into held scores.
+    struct Holding {
+        V scale, cap, shrink, sign;
+        bool capped, biased;
+        explicit Holding(const Attention& a, const Job& job)
+            : scale(V::set1(static_cast<E>(a.scale))),
+              cap(V::set1(static_cast<E>(a.softcap))),
+              shrink(V::set1(static_cast<E>(a.softcap > 0 ? 1 / a.softcap : 0))),
+              sign(V::set1(job.negate ? E(-1) : E(1))),
+              capped(a.softcap > 0),
+              biased(a.bias_count > 0) {}
+        // As in the forward kernels, bit for bit; slope: of the softcap.
+        template <bool Transform>
+        QKV_INLINE V held(V x, const E* bias, V& slope) const {
+            if constexpr (!Transform) return x * sign;
+            x = x * scale;
+            if (capped) {
+                V by;
+                x = cap * tanh_vector(x * shrink, &by);
+                if (!QKV_MUTANT(back_softcap)) slope = by;
+            }
+            return biased ? x + V::load(bias) : x;
+        }
     };
 
     static int64_t columns(int64_t D) { return (D + W - 1) / W * W; }
@@ -164,7 +192,7 @@ class Gradients {
     template <class From>
     void lay_out(From& arena, Work& w) const {
         const int64_t n = kTileRows, width = upper(D_, Dv_);
-        w.q_lanes = arena.template take<B>(steps(a_.D) * n);
+        w.q_lanes = arena.template take<B>(steps(upper(a_.D, a_.Dv)) * n);
         w.do_lanes = arena.template take<B>(steps(a_.Dv) * n);
         w.q_rows = arena.template take<B>(n / kPair * D_);
         w.do_rows = arena.template take<B>(n / kPair * Dv_);
@@ -222,7 +250,7 @@ class Gradients {
         return base + b * stride[0] + h * stride[1] + i * stride[2];
     }
 
-    // Per tile: delta, lse in powers of two, the keys it may see, and dQ set to zero.
+    // Per tile: delta (d_lse is kept apart: added to a large delta it would be lost), the rows' states, the keys it may see, and dQ set to zero.
     void prepare(int64_t i, int worker) {
         const int64_t t = i % tiles_, g = i / tiles_ % a_.Hkv, at = i / tiles_ / a_.Hkv;
         Work& w = work(worker);
@@ -230,31 +258,104 @@ class Gradients {
         span = {0, 0};
         if (!fill(at, g, t, w.tile)) return;
         const Rows& rows = w.tile.rows;
-        const int64_t q_first = w.tile.sequence->q_first;
-        for (int r = 0; r < rows.count; ++r) {
-            const int64_t row = row_of(at, w.tile, r), q = q_first + rows.index[r];
-            const T* o = element(static_cast<const T*>(a_.out), a_.out_stride, rows.batch, rows.head[r], q);
-            const T* g_o = element(static_cast<const T*>(b_.d_out), b_.d_out_stride, rows.batch, rows.head[r], q);
-            const int64_t at_lse = rows.batch * a_.lse_stride[0] + rows.head[r] * a_.lse_stride[1] + q * a_.lse_stride[2];
-            E delta = dot(o, a_.out_stride[3], g_o, b_.d_out_stride[3]);
-            if (QKV_MUTANT(back_delta)) delta = 0;
-            if (b_.d_lse != nullptr && !QKV_MUTANT(back_lse)) delta -= static_cast<const E*>(b_.d_lse)[at_lse];
-            const E lse = static_cast<const E*>(a_.lse)[at_lse];
-            delta_[row] = delta;
-            // In powers of 2, and what its rounding takes from every weight of the row.
-            const double exact = static_cast<double>(lse) * kLog2e;
-            lse2_[row] = lse == -static_cast<E>(INFINITY) ? static_cast<E>(INFINITY) : static_cast<E>(exact);
-            const double lost = std::fma(static_cast<double>(lse), kLog2e, -static_cast<double>(lse2_[row])) + static_cast<double>(lse) * 2.0355273740931033e-17;
-            rest_[row] = finite(lse2_[row]) ? static_cast<E>(1 - lost * kLn2) : E(1);
-            std::memset(d_q_ + row * D_, 0, sizeof(E) * static_cast<size_t>(D_));
-        }
+        const Sequence& sequence = *w.tile.sequence;
         if (program_.empty()) {
             span = {0, rows.key_count};
-            return;
+        } else {
+            program_.bounds(rows, w.scratch, w.bounds);
+            const Ranges& seen = w.bounds.seen;
+            if (seen.count > 0) span = {seen.first[0], lower(seen.last[seen.count - 1], rows.key_count)};
         }
-        Bounds& bounds = w.bounds;
-        program_.bounds(rows, w.scratch, bounds);
-        if (bounds.seen.count > 0) span = {bounds.seen.first[0], lower(bounds.seen.last[bounds.seen.count - 1], rows.key_count)};
+        w.n = (rows.count + kRowUnit - 1) / kRowUnit * kRowUnit;
+        w.bad_rows = 0;
+        pack(w.tile, a_.out, a_.out_stride, a_.Dv, Dv_, w.n, w, w.q_lanes, w.do_rows);
+        pack(w.tile, b_.d_out, b_.d_out_stride, a_.Dv, Dv_, w.n, w, w.do_lanes, w.do_rows);
+        for (int64_t z = 0; z < w.n; z += W) P::dot(steps(a_.Dv), w.q_lanes + z, w.do_lanes + z, w.n).store(w.delta + z);
+        const E* state = static_cast<const E*>(a_.state);
+        for (int r = 0; r < rows.count; ++r) {
+            const int64_t row = row_of(at, w.tile, r), q = sequence.q_first + rows.index[r];
+            const int64_t place = rows.batch * a_.lse_stride[0] + rows.head[r] * a_.lse_stride[1] + q * a_.lse_stride[2];
+            E delta = w.delta[r];
+            if (w.bad_rows >> r & 1) {
+                const T* o = element(static_cast<const T*>(a_.out), a_.out_stride, rows.batch, rows.head[r], q);
+                delta = dot(o, a_.out_stride[3], element(static_cast<const T*>(b_.d_out), b_.d_out_stride, rows.batch, rows.head[r], q), b_.d_out_stride[3]);
+            }
+            if (QKV_MUTANT(back_delta)) delta = 0;
+            delta_[row] = delta;
+            rise_[row] = b_.d_lse != nullptr && !QKV_MUTANT(back_lse) ? static_cast<const E*>(b_.d_lse)[place] : E(0);
+            w.m[r] = -static_cast<E>(INFINITY), w.inverse[r] = 0;  // here l, until it is turned over
+            if (state != nullptr) w.m[r] = state[place], w.inverse[r] = state[place + a_.state_step];
+            std::memset(d_q_ + row * D_, 0, sizeof(E) * static_cast<size_t>(D_));
+        }
+        if (state == nullptr || sequence.q_count * group_ <= kDotRows) find_states(at, g, span, w);
+        for (int r = 0; r < rows.count; ++r) {
+            const int64_t row = row_of(at, w.tile, r);
+            if (QKV_MUTANT(back_lse_rounded)) w.m[r] = static_cast<E>(w.m[r] + std::log(w.inverse[r]) / job_.unit), w.inverse[r] = 1;
+            // A row that sees nothing gets weights of 0, whatever its scores.
+            const bool dead = w.m[r] == -static_cast<E>(INFINITY) && !(w.inverse[r] != w.inverse[r]);
+            max_[row] = dead ? kLargest<E> : w.m[r];
+            inverse_[row] = dead ? E(0) : E(1) / w.inverse[r];
+        }
+    }
+
+    // The states of a tile's rows: (m, l) in w.m and w.inverse.
+    void find_states(int64_t at, int64_t g, const Span& span, Work& w) {
+        const Rows& rows = w.tile.rows;
+        const Holding holding(a_, job_);
+        const V lowest = V::set1(-static_cast<E>(INFINITY)), factor = V::set1(static_cast<E>(job_.factor));
+        E m[kTileRows], l[kTileRows];
+        for (int r = 0; r < kTileRows; ++r) m[r] = -static_cast<E>(INFINITY), l[r] = 0;
+        w.bad_rows = 0;
+        pack(w.tile, a_.q, a_.q_stride, a_.D, D_, w.n, w, w.q_lanes, w.q_rows);
+        Chunk c{};
+        c.sequence = w.tile.sequence;
+        c.at = at, c.kv_head = g;
+        const auto visit = [&](Block& block) {
+            for (int x = 0; x < block.granules; ++x) {
+                products(c, w, block, x);
+                const uint64_t* words = block.words + x * kGranule;
+                // What is not finite was taken as zeros.
+                for (int j = 0; j < kGranule && block.key[x] + j < c.k1; ++j)
+                    for (int r = 0; r < rows.count && (c.any_bad || w.bad_rows != 0); ++r)
+                        if (const int64_t key = block.key[x] + j - c.k0; w.bad_keys[key] || w.bad_rows >> r & 1) w.s[j * w.n + r] = product_of(c, w, key, r);
+                for (int64_t z = 0; z < w.n; z += W) {
+                    V s[kGranule], slope;
+                    const V old = V::load(m + z);
+                    V now = old, sum = V::zero();
+                    for (int j = 0; j < kGranule; ++j) {
+                        const E* at = w.s + j * w.n + z;
+                        s[j] = job_.transform ? holding.template held<true>(V::load(at), w.bias + j * w.n + z, slope) : holding.template held<false>(V::load(at), nullptr, slope);
+                        s[j] = choose(block.key[x] + j < c.k1 ? static_cast<uint32_t>(words[j] >> z) : 0u, s[j], lowest);
+                        now = maximum(now, s[j]);
+                    }
+                    const V base = maximum(V::set1(-kLargest<E>), now);
+                    for (int j = 0; j < kGranule; ++j) sum = sum + weight<M::kDegree>(s[j], base, factor);
+                    now.store(m + z);
+                    fma(V::load(l + z), weight<M::kDegree>(old, base, factor), sum).store(l + z);
+                }
+            }
+        };
+        for (c.number = span.first / chunk_; c.number * chunk_ < span.last; ++c.number) {
+            c.k0 = c.number * chunk_, c.k1 = lower(c.sequence->k_count, c.k0 + chunk_);
+            c.any_bad = false;
+            load_keys(c, w);
+            walk<kStepGranules>(program_, rows, c.k0, c.k1, w.scratch, w.block, visit);
+        }
+        for (int r = 0; r < rows.count; ++r) {
+            E sink = 0;
+            const bool has_sink = sink_of(a_, rows.head[r], sink);
+            const Closing<E> end = close_row<E>(job_, m[r], l[r], has_sink, sink);
+            w.m[r] = end.m, w.inverse[r] = end.l;
+        }
+    }
+    // One product of a query and a key where they lie.
+    E product_of(const Chunk& c, const Work& w, int64_t key, int r) const {
+        const Rows& rows = w.tile.rows;
+        const T* q = element(static_cast<const T*>(a_.q), a_.q_stride, rows.batch, rows.head[r], w.tile.sequence->q_first + rows.index[r]);
+        const T* k = static_cast<const T*>(c.sequence->k) + c.kv_head * a_.k_stride[0] + (c.k0 + key) * a_.k_stride[1];
+        E s = 0;
+        for (int64_t d = 0; d < a_.D; ++d) s += widen(q[d * a_.q_stride[3]]) * widen(k[d * a_.k_stride[2]]);
+        return s;
     }
 
     // out . d_out. Where out is 0 a dead row's gradient, whatever it holds, counts as nothing.
@@ -459,9 +560,11 @@ class Gradients {
         for (int r = 0; r < w.n; ++r) {
             const bool there = r < rows.count;
             w.row[r] = there ? row_of(c.at, w.tile, r) : 0;
-            w.lse2[r] = there ? lse2_[w.row[r]] : static_cast<E>(INFINITY);
-            w.rest[r] = there ? rest_[w.row[r]] : E(1);
+            w.m[r] = there ? max_[w.row[r]] : kLargest<E>;
+            w.inverse[r] = there ? inverse_[w.row[r]] : E(0);
             w.delta[r] = there ? delta_[w.row[r]] : E(0);
+            w.rise[r] = there ? rise_[w.row[r]] : E(0);
+            w.draws[r] = there && a_.dropout_below > 0 ? draw_row(a_, rows, r) : 0;
         }
         std::memset(w.d_q, 0, sizeof(E) * static_cast<size_t>(w.n * D_));
         walk<kStepGranules>(program_, rows, c.k0, c.k1, w.scratch, w.block, [&](Block& block) { step(c, w, block); });
@@ -493,52 +596,53 @@ class Gradients {
             }
     }
 
+    // A granule's products q . k, and its biases.
+    void products(const Chunk& c, Work& w, Block& block, int g) {
+        const int64_t n = w.n, key = block.key[g] - c.k0;
+        P::scores(kGranule, n / W, steps(a_.D), c.k + key * c.k_stride, c.k_stride, kPair, w.q_lanes, n, w.s, n);
+        if (a_.bias_count == 0) return;
+        std::memset(w.bias, 0, sizeof(E) * static_cast<size_t>(kGranule * n));
+        for (int r = 0; r < w.tile.rows.count; ++r) {
+            gather_bias<E>(a_, w.tile, r, block.key[g], kGranule, w.bias + r, n);
+            hide_by_bias<E>(block, r, g * kGranule, kGranule, w.bias + r, n);
+        }
+    }
+
     // A granule's scores and gradients of scores: w.p, w.dx (and pairs), and the gradients of biases.
     void scores(const Chunk& c, Work& w, Block& block, int g) {
-        const int64_t n = w.n, key = block.key[g] - c.k0;
-        P::run(kGranule, n / W, steps(a_.D), c.k + key * c.k_stride, c.k_stride, kPair, w.q_lanes, n, w.s, n, false);
-        P::run(kGranule, n / W, steps(a_.Dv), c.v + key * c.v_stride, c.v_stride, kPair, w.do_lanes, n, w.dp, n, false);
-        if (a_.bias_count > 0) {
-            std::memset(w.bias, 0, sizeof(E) * static_cast<size_t>(kGranule * n));
-            for (int r = 0; r < w.tile.rows.count; ++r) {
-                gather_bias<E>(a_, w.tile, r, block.key[g], kGranule, w.bias + r, n);
-                hide_by_bias<E>(block, r, g * kGranule, kGranule, w.bias + r, n);
-            }
-        }
-        const uint64_t* words = block.words + g * kGranule;
+        products(c, w, block, g);
+        P::run(kGranule, w.n / W, steps(a_.Dv), c.v + (block.key[g] - c.k0) * c.v_stride, c.v_stride, kPair, w.do_lanes, w.n, w.dp, w.n, false);
         const bool masked = block.masked && !QKV_MUTANT(back_mask);
-        if (!transform_)
-            masked ? element_wise<false, true>(w, g, words) : element_wise<false, false>(w, g, words);
+        if (a_.dropout_below > 0)
+            job_.transform ? element_wise<true, true, true>(w, block, g) : element_wise<false, true, true>(w, block, g);
+        else if (job_.transform)
+            element_wise<true, true, false>(w, block, g);
         else
-            element_wise<true, true>(w, g, words);
+            masked ? element_wise<false, true, false>(w, block, g) : element_wise<false, false, false>(w, block, g);
         if (wanted_) add_bias(c, w, block, g);
     }
 
-    template <bool Transform, bool Masked>
-    void element_wise(Work& w, int g, const uint64_t* words) {
+    template <bool Transform, bool Masked, bool Dropped>
+    void element_wise(Work& w, const Block& block, int g) {
         const int64_t n = w.n;
-        const V factor = V::set1(factor_), zero = V::zero(), log2e = V::set1(static_cast<E>(kLog2e));
-        const V scale = V::set1(static_cast<E>(a_.scale)), cap = V::set1(static_cast<E>(a_.softcap)), one = V::set1(1);
-        const V shrink = V::set1(static_cast<E>(a_.softcap > 0 ? 1 / a_.softcap : 0));
+        const uint64_t* words = block.words + g * kGranule;
+        const Holding holding(a_, job_);
+        const V factor = V::set1(static_cast<E>(job_.factor)), zero = V::zero(), one = V::set1(1), grown = V::set1(static_cast<E>(a_.dropout_scale));
         for (int64_t z = 0; z < n; z += W) {
-            const V lse2 = V::load(w.lse2 + z), rest = V::load(w.rest + z), delta = V::load(w.delta + z);
+            const V m = V::load(w.m + z), inverse = V::load(w.inverse + z), delta = V::load(w.delta + z), rise = V::load(w.rise + z);
             const auto key = [&](int j, V& p, V& dx) {
-                V x = V::load(w.s + j * n + z), slope = one;
-                if constexpr (Transform) {
-                    x = x * scale;
-                    if (a_.softcap > 0) {
-                        const V t = tanh_vector(x * shrink);
-                        slope = QKV_MUTANT(back_softcap) ? one : one - t * t;
-                        x = cap * t;
-                    }
-                    if (a_.bias_count > 0) x = x + V::load(w.bias + j * n + z);
-                    x = fused(x, log2e, zero - lse2);
+                V slope = one, dp = V::load(w.dp + j * n + z);
+                const V x = holding.template held<Transform>(V::load(w.s + j * n + z), w.bias + j * n + z, slope);
+                p = weight<M::kDegree>(x, m, factor) * inverse;
+                if constexpr (Dropped) {
+                    uint32_t kept = 0;
+                    for (int r = 0; r < W; r += kDrawLanes) kept |= keep_bits(w.draws + z + r, draw_index(block.key[g] + j), a_.dropout_below) << r;
+                    if (!QKV_MUTANT(back_dropout)) dp = choose(kept, dp * grown, zero);
+                    dx = p * (dp - delta + rise);
+                    p = choose(kept, p * grown, zero);
                 } else {
-                    x = fused(x, factor, zero - lse2);
+                    dx = p * (dp - delta + rise);
                 }
-                // A weight is at most 1, whatever lse lost to rounding. (A NaN stays: it is second.)
-                p = exp2_poly<M::kDegree>(minimum(zero, x)) * rest;
-                dx = p * (V::load(w.dp + j * n + z) - delta);
                 if constexpr (Masked) {
                     const uint32_t bits = static_cast<uint32_t>(words[j] >> z);
                     p = choose(bits, p, zero);
@@ -602,10 +706,9 @@ class Gradients {
         const T* g = element(static_cast<const T*>(b_.d_out), b_.d_out_stride, rows.batch, rows.head[r], row);
         const T* k = static_cast<const T*>(c.sequence->k) + c.kv_head * a_.k_stride[0] + j * a_.k_stride[1];
         const T* v = static_cast<const T*>(c.sequence->v) + c.kv_head * a_.v_stride[0] + j * a_.v_stride[1];
-        E s = 0, dp = 0, slope = 1, add = 0;
-        for (int64_t d = 0; d < a_.D; ++d) s += widen(q[d * a_.q_stride[3]]) * widen(k[d * a_.k_stride[2]]);
+        E s = product_of(c, w, key, r), dp = 0, slope = 1, add = 0;
         for (int64_t d = 0; d < a_.Dv; ++d) dp += widen(g[d * b_.d_out_stride[3]]) * widen(v[d * a_.v_stride[2]]);
-        s *= static_cast<E>(a_.scale);
+        s *= job_.transform ? static_cast<E>(a_.scale) : job_.negate ? E(-1) : E(1);
         if (a_.softcap > 0) {
             const E t = std::tanh(s / static_cast<E>(a_.softcap));
             slope = 1 - t * t;
@@ -615,7 +718,10 @@ class Gradients {
         if (add == -static_cast<E>(INFINITY)) return;
         s += add;
         if (s == -static_cast<E>(INFINITY)) return;
-        const E p = std::exp2(s * static_cast<E>(kLog2e) - w.lse2[r]) * w.rest[r], ds = p * (dp - w.delta[r]), dx = ds * slope;
+        E p = std::exp2((s - w.m[r]) * static_cast<E>(job_.factor)) * w.inverse[r], kept = 1;
+        if (a_.dropout_below > 0) kept = draw_mix(w.draws[r] + draw_index(j)) >> 11 >= a_.dropout_below ? static_cast<E>(a_.dropout_scale) : E(0);
+        const E ds = p * ((kept > 0 ? dp * kept : E(0)) - w.delta[r] + w.rise[r]), dx = ds * slope;
+        p *= kept;
         if (wanted_) bias_at(c, w, r, j, ds);
         const auto tame = [](E x) { return finite(x) ? x : E(0); };
         for (int64_t d = 0; d < a_.Dv; ++d) w.d_v[key * Dv_ + d] += p * widen(g[d * b_.d_out_stride[3]]);
@@ -699,10 +805,8 @@ class Gradients {
         for (int64_t at = 0; at < a_.sequence_count; ++at)
             for (int64_t i = 0; i < a_.sequences[at].q_count; ++i) {
                 const int64_t row = first_row(at, g) + (h - g * group_) * longest_ + i;
-                // A dead row's lse is its sink.
-                const double lse2 = static_cast<double>(lse2_[row]);
-                const double share = absent ? 0 : std::exp2(static_cast<double>(score) * kLog2e - lse2);
-                total -= share * static_cast<double>(delta_[row]) * (QKV_MUTANT(back_sink) ? 2 : 1);
+                const double share = absent ? 0 : std::exp(static_cast<double>(score) - static_cast<double>(max_[row])) * static_cast<double>(inverse_[row]);
+                total -= share * (static_cast<double>(delta_[row]) - static_cast<double>(rise_[row])) * (QKV_MUTANT(back_sink) ? 2 : 1);
             }
         b_.d_sinks[h] = total;
     }
@@ -719,12 +823,12 @@ class Gradients {
 
     const Backward& b_;
     const Attention& a_;
-    Program program_;
+    Job job_;
+    const Program& program_;
     int64_t group_, D_ = 0, Dv_ = 0, chunk_ = 0, chunks_ = 0, longest_ = 0, tiles_ = 0, rows_ = 0;
-    bool transform_ = false, by_head_ = false, wanted_ = false, one_task_for_batch_ = false, one_task_for_heads_ = false;
-    E factor_ = 0;
+    bool by_head_ = false, wanted_ = false, one_task_for_batch_ = false, one_task_for_heads_ = false;
     int threads_ = 1;
-    E *delta_ = nullptr, *lse2_ = nullptr, *rest_ = nullptr, *d_q_ = nullptr;
+    E *delta_ = nullptr, *rise_ = nullptr, *max_ = nullptr, *inverse_ = nullptr, *d_q_ = nullptr;
     Span* spans_ = nullptr;
     std::atomic<int64_t>* passed_ = nullptr;
     double* copies_[kMaxTerms] = {};

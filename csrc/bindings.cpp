@@ -34,7 +34,7 @@ class Prepared {
   public:
     Prepared(std::string isa, int type, const Integers& sizes, const Integers& q_stride, const Integers& k_stride, const Integers& v_stride,
              const Integers& out_stride, double scale, double softcap, Integers program, const std::vector<std::tuple<uintptr_t, int64_t>>& operands,
-             const std::vector<Integers>& bias, const Integers& sinks, Integers positions, const Integers& pages)
+             const std::vector<Integers>& bias, const Integers& sinks, Integers positions, const Integers& pages, double dropout_p)
         : isa_(std::move(isa)), program_(std::move(program)), positions_(std::move(positions)) {
         require(sizes.size() == 7, "sizes must be B, Hq, Hkv, Lq, Lk, D, Dv");
         for (const int64_t n : sizes) require(n >= 0, "sizes must not be negative");
@@ -42,6 +42,7 @@ class Prepared {
         require(type >= 0 && type <= 3, "type must be 0..3");
         require(sinks.empty() || sinks.size() == 2, "sinks must be (type, stride)");
         require(std::isfinite(scale) && std::isfinite(softcap) && softcap >= 0, "scale and softcap must be finite");
+        require(dropout_p >= 0 && dropout_p < 1, "0 <= dropout_p < 1");
         B_ = sizes[0], Lq_ = sizes[3], Lk_ = sizes[4];
         require(positions_.size() <= 1 || positions_.size() == static_cast<size_t>(B_), "positions must be one a batch row");
         a_.size = sizeof(Attention);
@@ -55,6 +56,8 @@ class Prepared {
         a_.k_page = k_batch_, a_.v_page = v_batch_;
         a_.lse_stride[0] = a_.Hq * Lq_, a_.lse_stride[1] = Lq_, a_.lse_stride[2] = 1;
         a_.scale = scale, a_.softcap = softcap;
+        a_.dropout_below = static_cast<uint64_t>(std::nearbyint(dropout_p * 9007199254740992.0)), a_.dropout_scale = 1 / (1 - dropout_p);
+        a_.state_step = B_ * a_.Hq * Lq_;
         for (const auto& [address, count] : operands) operands_.push_back({pointer(address), count});
         a_.program = program_.data(), a_.program_length = static_cast<int64_t>(program_.size());
         a_.operands = operands_.data(), a_.operand_count = static_cast<int64_t>(operands_.size());
@@ -75,17 +78,18 @@ class Prepared {
     }
 
     void run(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t out, uintptr_t lse, int threads) const {
-        go(q, k, v, out, lse, threads, 0, 0, 0, bias_);
+        go(q, k, v, out, lse, threads, 0, 0, 0, bias_, 0, 0);
     }
 
+    // state: where the rows' states go, or 0. seed: of dropout.
     void run_full(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t out, uintptr_t lse, int threads, uintptr_t sinks, uintptr_t positions,
-                  int64_t position_rows, const std::vector<uintptr_t>& bias) const {
+                  int64_t position_rows, const std::vector<uintptr_t>& bias, uintptr_t state, int64_t seed) const {
         require((sinks != 0) == has_sinks_, "sinks were prepared otherwise");
         require(bias.size() == bias_.size(), "bias was prepared otherwise");
         require(positions == 0 || position_rows == 1 || position_rows == B_, "positions must have 1 or B rows");
         std::vector<Bias> terms = bias_;
         for (size_t i = 0; i < terms.size(); ++i) terms[i].data = pointer(bias[i]);
-        go(q, k, v, out, lse, threads, sinks, positions, position_rows, terms);
+        go(q, k, v, out, lse, threads, sinks, positions, position_rows, terms, state, seed);
     }
 
     // Keys and values on pages. The layout: int32 tables one after the other, and int64 starts (n + 1), lengths (n) and, for
@@ -96,7 +100,7 @@ class Prepared {
         require(tensors.size() == 7 && layout.size() == 4 && sizes.size() == 4, "tensors are q, k, v, k_scale, v_scale, out, lse; a layout is tables, starts, lengths, queries");
         const int64_t tables = sizes[0], n = sizes[2];
         require(sizes[1] == n + 1 && (layout[3] == 0 || sizes[3] == n), "a layout has n lengths, n + 1 starts and n queries");
-        require(page_size_ > 0, "the call was prepared without pages");
+        require(page_size_ > 0 && a_.dropout_below == 0, "the call was prepared without pages, or with dropout");
         require((sinks != 0) == has_sinks_, "sinks were prepared otherwise");
         require(bias.size() == bias_.size(), "bias was prepared otherwise");
         const int32_t* table = static_cast<const int32_t*>(pointer(layout[0]));
@@ -153,10 +157,10 @@ class Prepared {
         check(attention(call, isa_.c_str()));
     }
 
-    // Addresses of what the call was given and gave, its gradients' addresses and strides; d_lse, d_sinks and single gradients
-    // may be 0. d_bias: (address, 4 strides, wide) of each term.
-    void backward(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t out, uintptr_t lse, int threads, uintptr_t sinks, uintptr_t positions,
-                  int64_t position_rows, const std::vector<uintptr_t>& bias, uintptr_t d_out, const Integers& d_out_stride, uintptr_t d_lse,
+    // Addresses of what the call was given and gave, its gradients' addresses and strides; state (it is then found anew), d_lse,
+    // d_sinks and single gradients may be 0. d_bias: (address, 4 strides, wide) of each term.
+    void backward(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t out, uintptr_t state, int threads, uintptr_t sinks, uintptr_t positions,
+                  int64_t position_rows, const std::vector<uintptr_t>& bias, int64_t seed, uintptr_t d_out, const Integers& d_out_stride, uintptr_t d_lse,
                   const std::vector<uintptr_t>& to, const std::vector<Integers>& strides, const std::vector<Integers>& d_bias, uintptr_t d_sinks) const {
         require((sinks != 0) == has_sinks_, "sinks were prepared otherwise");
         require(bias.size() == bias_.size() && d_bias.size() == bias_.size(), "bias was prepared otherwise");
@@ -181,7 +185,7 @@ class Prepared {
         }
         call.d_bias = gradients.empty() ? nullptr : gradients.data();
         call.d_sinks = static_cast<double*>(pointer(d_sinks));
-        with_call(q, k, v, out, lse, threads, sinks, positions, position_rows, terms, [&](const Attention& forward) {
+        with_call(q, k, v, out, 0, threads, sinks, positions, position_rows, terms, state, seed, [&](const Attention& forward) {
             call.call = forward;
             return qkv::backward(call, isa_.c_str());
         });
@@ -207,13 +211,13 @@ class Prepared {
     }
 
     void go(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t out, uintptr_t lse, int threads, uintptr_t sinks, uintptr_t positions, int64_t position_rows,
-            const std::vector<Bias>& bias) const {
-        with_call(q, k, v, out, lse, threads, sinks, positions, position_rows, bias, [&](const Attention& call) { return attention(call, isa_.c_str()); });
+            const std::vector<Bias>& bias, uintptr_t state, int64_t seed) const {
+        with_call(q, k, v, out, lse, threads, sinks, positions, position_rows, bias, state, seed, [&](const Attention& call) { return attention(call, isa_.c_str()); });
     }
 
     template <class Run>
     void with_call(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t out, uintptr_t lse, int threads, uintptr_t sinks, uintptr_t positions,
-                   int64_t position_rows, const std::vector<Bias>& bias, Run run) const {
+                   int64_t position_rows, const std::vector<Bias>& bias, uintptr_t state, int64_t seed, Run run) const {
         std::array<Sequence, 16> few;
         std::vector<Sequence> many;
         Sequence* sequences = few.data();
@@ -236,6 +240,8 @@ class Prepared {
         call.q = pointer(q);
         call.out = pointer(out);
         call.lse = pointer(lse);
+        call.state = pointer(state);
+        call.dropout_seed = static_cast<uint64_t>(seed);
         call.sequences = sequences;
         call.sequence_count = Lq_ > 0 ? B_ : 0;
         call.sinks = pointer(sinks);
@@ -282,7 +288,7 @@ NB_MODULE(QKV_MODULE, m) {
     nb::class_<Prepared>(m, "Prepared")
         .def(nb::init<std::string, int, const qkv::Integers&, const qkv::Integers&, const qkv::Integers&, const qkv::Integers&, const qkv::Integers&, double, double,
                       qkv::Integers, const std::vector<std::tuple<uintptr_t, int64_t>>&, const std::vector<qkv::Integers>&, const qkv::Integers&, qkv::Integers,
-                      const qkv::Integers&>())
+                      const qkv::Integers&, double>())
         .def("run", &Prepared::run, nb::call_guard<nb::gil_scoped_release>())
         .def("run_pages", &Prepared::run_pages, nb::call_guard<nb::gil_scoped_release>())
         .def("run_full", &Prepared::run_full, nb::call_guard<nb::gil_scoped_release>())

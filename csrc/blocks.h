@@ -12,6 +12,8 @@ inline constexpr int kGranule = 16;                        // keys that are visi
 inline constexpr int kGranules = kWindowKeys / kGranule;   // of a block
 inline constexpr double kLog2e = 1.4426950408889634074;
 inline constexpr double kLn2 = 0.69314718055994530942;
+template <class E>
+inline constexpr E kLargest = sizeof(E) == 8 ? static_cast<E>(1.7976931348623157e308) : static_cast<E>(3.4028234663852886e38f);
 
 template <class T>
 struct Storage;  // the accumulation type of an element type
@@ -187,14 +189,42 @@ inline void prefetch_scales(const Attention& a, const Sequence& s, int64_t kv_he
 }
 
 // What a call asks for, in the form the kernels use.
+//
+// Kernels hold scores as q . k (with q's sign flipped where the scale is negative), or with `transform` as the definition has
+// them. A row's maximum m is in the same unit and is taken away before the factor is applied: the difference of two floats
+// near each other is exact, so the weight of a row's best key is 1 at any magnitude.
 struct Job {
     const Attention* call;
     Program program;
-    bool transform;   // scores need more than a positive factor: softcap, bias, or a scale out of the ordinary
-    double factor;    // from the stored score to the exponent of 2
+    bool transform;   // scores need more than a positive factor: softcap, bias, sinks, or a scale out of the ordinary
+    double unit;      // the definition's score of a held score of 1
+    double factor;    // from held scores to exponents of 2
     bool negate;      // q's sign is flipped: the scale is negative
     int64_t group;
+    explicit Job(const Attention& a) : call(&a), program(a.program, a.program_length, a.operands), group(a.Hkv > 0 ? a.Hq / a.Hkv : 0) {
+        const double scale = a.scale / (QKV_MUTANT(scale_by_d) ? std::sqrt(static_cast<double>(a.D)) : 1), size = std::fabs(scale);
+        transform = a.softcap > 0 || a.bias_count > 0 || a.sinks != nullptr || is_scaled(a) || !(size > 1e-30 && size < 1e30);
+        negate = !transform && scale < 0 && !QKV_MUTANT(negative_scale);
+        unit = transform ? 1 : size;
+        factor = unit * kLog2e;
+    }
 };
+
+// Rows of a sequence and key/value head up to which dot products beat queries in lanes.
+inline constexpr int64_t kDotRows = VF::W == 16 ? 10 : VF::W == 8 ? 6 : 3;
+
+// q . k is summed in runs of this many products before they are added up: rounding grows with the run. Both directions sum in
+// the same order: the backward pass finds the scores of the forward pass again, to the bit.
+inline constexpr int64_t kScoreRun = 128;
+QKV_INLINE int64_t score_run(int64_t left) { return left < 2 * kScoreRun ? left : kScoreRun; }
+
+// exp2((score - m) factor), where m is at least the score. -inf gives 0, NaN and +inf NaN.
+template <int Degree, class V>
+QKV_INLINE V weight(V score, V m, V factor) {
+    if (QKV_MUTANT(best_weight_lost)) return exp2_poly<Degree>(minimum(V::zero(), fused(score, factor, V::zero() - m * factor)));
+    if (QKV_MUTANT(mean_of_values)) return exp2_poly<Degree>((score - m) * factor * V::set1(static_cast<typename V::E>(1e-30)));
+    return exp2_poly<Degree>((score - m) * factor);
+}
 
 // Which rows a tile holds: heads and query indices of one sequence and one key/value head.
 struct Tile {
@@ -202,6 +232,15 @@ struct Tile {
     int64_t kv_head;
     Rows rows;
 };
+
+// Dropout draws a number for every weight: a hash of seed, batch row, query head, query and key (`dropout_keep` in numerics.py).
+// draw_row has all but the key in it.
+QKV_INLINE uint64_t draw_index(int64_t index) { return (static_cast<uint64_t>(index) + 1) * UINT64_C(0x9E3779B97F4A7C15); }
+inline uint64_t draw_row(const Attention& a, const Rows& rows, int r) {
+    uint64_t x = draw_mix(a.dropout_seed + draw_index(rows.batch));
+    x = draw_mix(x + draw_index(rows.head[r]));
+    return draw_mix(x + draw_index(rows.index[r]));
+}
 
 // Adds the score terms of row r for n keys from j0 to add[j * stride].
 template <class E>
@@ -245,8 +284,9 @@ inline void gather_bias(const Attention& call, const Tile& tile, int r, int64_t 
     }
 }
 
-// tanh to about an ulp: a polynomial near 0, where 1 - 2 / (e^2x + 1) would lose all digits.
-QKV_INLINE VF tanh_vector(VF x) {
+// tanh to about an ulp: a polynomial near 0, where 1 - 2 / (e^2x + 1) would lose all digits. Its slope, far from 0, is
+// u (2 - u) with u = 1 - |tanh|: 1 - tanh^2 would cancel.
+QKV_INLINE VF tanh_vector(VF x, VF* slope = nullptr) {
     const VF y = absolute(x), z = x * x;
     VF p = VF::set1(-5.70498872745e-3f);
     p = fma(p, z, VF::set1(2.06390887954e-2f));
@@ -254,40 +294,47 @@ QKV_INLINE VF tanh_vector(VF x) {
     p = fma(p, z, VF::set1(1.33314422036e-1f));
     p = fma(p, z, VF::set1(-3.33332819422e-1f));
     const VF near = fma(p * z, x, x);
-    const VF limited = minimum(VF::set1(20.f), y);  // NaN second: it survives
+    const VF limited = minimum(VF::set1(40.f), y);  // NaN second: it survives
     const VF e = exp2_poly<6>(limited * VF::set1(static_cast<float>(2 * kLog2e)));
     const VF one = VF::set1(1.f);
-    const VF far = copy_sign(one - VF::set1(2.f) / (e + one), x);
+    const VF left = VF::set1(2.f) / (e + one);
+    const VF far = copy_sign(one - left, x);
+    if (slope != nullptr) *slope = less_then(y, VF::set1(0.625f), one - near * near, left * (VF::set1(2.f) - left));
     return less_then(y, VF::set1(0.625f), near, far);
 }
-QKV_INLINE VD tanh_vector(VD x) {
-    double lanes[VD::W];
+QKV_INLINE VD tanh_vector(VD x, VD* slope = nullptr) {
+    double lanes[VD::W], slopes[VD::W];
     x.store(lanes);
-    for (double& lane : lanes) lane = std::tanh(lane);
+    for (int i = 0; i < VD::W; ++i) {
+        const double left = 2 / (std::exp(2 * std::fabs(lanes[i])) + 1);
+        slopes[i] = left * (2 - left);
+        lanes[i] = std::tanh(lanes[i]);
+    }
+    if (slope != nullptr) *slope = VD::load(slopes);
     return VD::load(lanes);
 }
 
-// A row's state after some keys: out = o / l, with maximum m, in powers of 2. Sinks join at the very end.
+// What a row's maximum m and sum l come to once all keys are in: out = o times factor. Sinks join here.
 template <class E>
 struct Closing {
-    E factor;  // of o
+    E factor;
     E lse;
+    E m, l;  // the row's state, its sink included: l = sum_j exp(s_ij - m); m is in the unit of held scores
 };
 template <class E>
-inline Closing<E> close_row(E m, E l, bool has_sink, E sink) {
+inline Closing<E> close_row(const Job& job, E m, E l, bool has_sink, E sink) {
+    using Wide = std::conditional_t<sizeof(E) == 8, long double, double>;
     const E infinity = static_cast<E>(INFINITY);
-    if (m == -infinity && !(l != l)) return {E(0), has_sink ? sink : -infinity};
-    if (!has_sink || sink == -infinity) {
-        // In more digits than E has: gradients recompute every weight from this number.
-        using Wide = std::conditional_t<sizeof(E) == 8, long double, double>;
-        const Wide total = static_cast<Wide>(m) + std::log2(static_cast<Wide>(l));
-        return {E(1) / l, static_cast<E>(total * (QKV_MUTANT(lse_base_2) ? Wide(1) : static_cast<Wide>(0.693147180559945309417232121458176568L)))};
+    if (m == -infinity && !(l != l)) return has_sink && sink != -infinity ? Closing<E>{E(0), sink, sink, E(1)} : Closing<E>{E(0), -infinity, -infinity, E(0)};
+    E scale = E(1) / l;
+    if (has_sink && sink != -infinity) {  // scores are held as the definition has them
+        const E top = m < sink ? sink : m;  // a NaN stays
+        const Wide w = std::exp(static_cast<Wide>(m) - static_cast<Wide>(top));
+        const Wide total = static_cast<Wide>(l) * w + std::exp(static_cast<Wide>(sink) - static_cast<Wide>(top)) * (QKV_MUTANT(sink_twice) ? 2 : 1);
+        scale = static_cast<E>(w / total), l = static_cast<E>(total), m = top;
     }
-    const double ms = static_cast<double>(sink) * kLog2e;
-    const double top = ms > static_cast<double>(m) ? ms : static_cast<double>(m);
-    const double w = std::exp2(static_cast<double>(m) - top);
-    const double total = static_cast<double>(l) * w + std::exp2(ms - top) * (QKV_MUTANT(sink_twice) ? 2 : 1);
-    return {static_cast<E>(w / total), static_cast<E>((top + std::log2(total)) * kLn2)};
+    const Wide lse = static_cast<Wide>(m) * static_cast<Wide>(job.unit) + std::log(static_cast<Wide>(l));
+    return {scale, static_cast<E>(QKV_MUTANT(lse_base_2) ? lse * kLog2e : lse), m, l};
 }
 
 template <class E>
@@ -303,24 +350,30 @@ inline bool sink_of(const Attention& call, int64_t head, E& sink) {
     return true;
 }
 
-// Writes row r of the tile: o (contiguous, unnormalised) times factor, and its lse.
+// Writes row r of the tile: o (contiguous, unnormalised) times factor, its lse and its state.
 template <class T, class E, class V>
-inline void write_row(const Attention& call, const Tile& tile, int r, const E* o, E m, E l) {
+inline void write_row(const Job& job, const Tile& tile, int r, const E* o, E m, E l) {
+    const Attention& call = *job.call;
     const Rows& rows = tile.rows;
     E sink = 0;
     const bool has_sink = sink_of(call, rows.head[r], sink);
-    const Closing<E> end = close_row<E>(m, l, has_sink, sink);
+    const Closing<E> end = close_row<E>(job, m, l, has_sink, sink);
+    const E factor = call.dropout_below > 0 ? static_cast<E>(end.factor * call.dropout_scale) : end.factor;
     const int64_t row = tile.sequence->q_first + rows.index[r];
     T* out = static_cast<T*>(call.out) + rows.batch * call.out_stride[0] + rows.head[r] * call.out_stride[1] + row * call.out_stride[2];
     const bool dead = m == -static_cast<E>(INFINITY) && !(l != l);
     int64_t d = 0;
     if (call.out_stride[3] == 1 && !dead) {
         // Adding zero turns -0 into +0: the sign of a zero must not tell what hidden values were.
-        for (; d + V::W <= call.Dv; d += V::W) fma(V::load(o + d), V::set1(end.factor), V::zero()).store(out + d);
+        for (; d + V::W <= call.Dv; d += V::W) fma(V::load(o + d), V::set1(factor), V::zero()).store(out + d);
     }
-    for (; d < call.Dv; ++d) narrow(dead ? E(0) : o[d] * end.factor + E(0), out[d * call.out_stride[3]]);
-    if (call.lse != nullptr)
-        static_cast<E*>(call.lse)[rows.batch * call.lse_stride[0] + rows.head[r] * call.lse_stride[1] + row * call.lse_stride[2]] = end.lse;
+    for (; d < call.Dv; ++d) narrow(dead ? E(0) : o[d] * factor + E(0), out[d * call.out_stride[3]]);
+    const int64_t at = rows.batch * call.lse_stride[0] + rows.head[r] * call.lse_stride[1] + row * call.lse_stride[2];
+    if (call.lse != nullptr) static_cast<E*>(call.lse)[at] = end.lse;
+    if (call.state != nullptr) {
+        E* state = static_cast<E*>(call.state) + at;
+        state[0] = end.m, state[call.state_step] = end.l;
+    }
 }
 
 // A bias of -inf hides its key from its row, whatever the key and value hold.

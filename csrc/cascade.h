@@ -33,7 +33,7 @@ class Cascade {
   public:
     // Sequences that decode in chunks are candidates, if their mask is the same for all heads and batch rows.
     static bool possible(const Attention& a) {
-        if (a.bias_count > 0) return false;
+        if (a.bias_count > 0 || a.dropout_below > 0) return false;
         for (int64_t at = 0; at < a.program_length; at += Program::instruction_length(a.program, at, a.program_length)) {
             const int64_t op = a.program[at];
             const bool plain = op == kMaskAll || op == kMaskWindow || op == kMaskChunked || op >= kMaskAnd || (op == kMaskPrefix && a.program[at + 2] < 0);

@@ -1,4 +1,5 @@
 // Chooses an instruction set at run time and checks what the plain interface can check.
+#include <cmath>
 #include <cstdlib>
 #include <cstring>
 
@@ -85,7 +86,7 @@ namespace {
 
 Status acceptable(const Attention& call) {
     if (call.size != sizeof(Attention)) return Status::bad_struct;
-    if (call.dropout_key != 0 || call.row_max != nullptr) return Status::unsupported;
+    if (call.dropout_below > UINT64_C(1) << 53 || (call.dropout_below > 0 && !(call.dropout_scale >= 1 && std::isfinite(call.dropout_scale)))) return Status::unsupported;
     const bool scaled = call.k_scale != nullptr && call.v_scale != nullptr;
     if (call.kv_type == call.q_type ? call.k_scale != nullptr || call.v_scale != nullptr
                                     : !scaled || call.q_type == Type::f64 || (call.kv_type != Type::i8 && call.kv_type != Type::f8))
@@ -120,7 +121,7 @@ Status backward(const Backward& call, const char* instruction_set) {
     if (status != Status::ok) return status;
     for (int64_t i = 0; i < call.call.sequence_count; ++i)
         if (call.call.sequences[i].pages != nullptr) return Status::unsupported;
-    if (call.d_out == nullptr || call.call.lse == nullptr || call.call.out == nullptr) return Status::unsupported;
+    if (call.d_out == nullptr || call.call.out == nullptr) return Status::unsupported;
     const Entry* entry = find(instruction_set);
     if (entry == nullptr) return Status::unsupported;
     return call.call.Hkv == 0 || call.call.Hq == 0 || call.call.sequence_count == 0 ? Status::ok : entry->run_backward(call);

@@ -61,6 +61,7 @@ class Dots {
         E* k_scales; // [kWindowKeys], of stored keys that have them
         E* v_scales;
         E m[kTileRows], l[kTileRows];
+        uint64_t draws[kWindowKeys];  // dropout's numbers of a step's keys
         bool masked;
     };
 
@@ -129,7 +130,7 @@ class Dots {
 
     static void finish(const Job& job, Work& w) {
         const Attention& a = *job.call;
-        for (int r = 0; r < w.tile.rows.count; ++r) write_row<T, E, V>(a, w.tile, r, w.out + r * padded(a.Dv), w.m[r], w.l[r]);
+        for (int r = 0; r < w.tile.rows.count; ++r) write_row<T, E, V>(job, w.tile, r, w.out + r * padded(a.Dv), w.m[r], w.l[r]);
     }
 
   private:
@@ -342,7 +343,8 @@ class Dots {
                 from[g] = resident(v, a.Dv, j, sequence.k_count, w.values + g * kGranule * width_v, strides[g]);
                 soon = ahead(from[g], strides[g], width_v);
             }
-            const bool spread = kScaled || (more && next.first != reinterpret_cast<uintptr_t>(keys + kGranule * stride));
+            // Narrow vectors take a row of values in several passes, which the processor does not follow either.
+            const bool spread = kScaled || W * sizeof(E) < 64 || (more && next.first != reinterpret_cast<uintptr_t>(keys + kGranule * stride));
             for (int r = 0, two = 0; r < rows; r += 1 + two) {
                 two = r + 1 < rows;
                 const Q* q = w.queries + r * width;
@@ -367,6 +369,7 @@ class Dots {
         if constexpr (kScaled)
             for (int g = 0; g < block.granules; ++g)
                 gather_scales(a, sequence, w.tile.kv_head, block.key[g], w.k_scales + g * kGranule, w.v_scales + g * kGranule);
+        for (int j = 0; j < n && a.dropout_below > 0; ++j) w.draws[j] = draw_index(block.key[j / kGranule] + j % kGranule);
         E keep[kTileRows];
         for (int r = 0; r < rows; ++r) {
             E* s = w.scores + r * kWindowKeys;
@@ -375,16 +378,14 @@ class Dots {
                 for (int j = 0; j < n; ++j) s[j] = block.words[j] >> r & 1 ? s[j] : -static_cast<E>(INFINITY);
             V top = V::set1(-static_cast<E>(INFINITY));
             for (int j = 0; j < n; j += W) top = maximum(top, V::load(s + j));
-            E high = largest(top) * static_cast<E>(job.factor);
+            const E high = largest(top);
             const E now = w.m[r] > high ? w.m[r] : high;
-            const E m = now == -static_cast<E>(INFINITY) ? E(0) : now;
-            keep[r] = first_lane(exp2_poly<6>(V::set1(w.m[r] - m)));
+            const V factor = V::set1(static_cast<E>(job.factor)), m = V::set1(now == -static_cast<E>(INFINITY) ? E(0) : now);
+            keep[r] = first_lane(weight<6>(V::set1(w.m[r]), m, factor));
             w.m[r] = now;
-            const V factor = V::set1(static_cast<E>(job.factor)), minus = V::set1(-m);
             V l = V::zero();
             for (int j = 0; j < n; j += W) {
-                const V x = V::load(s + j);
-                const V e = exp2_poly<M::kDegree>(minimum(V::zero(), fused(x, factor, minus)));
+                const V e = weight<M::kDegree>(V::load(s + j), m, factor);
                 l = l + e;
                 e.store(s + j);
             }
@@ -393,6 +394,14 @@ class Dots {
                 for (int j = 0; j < n && !QKV_MUTANT(scale_values); j += W) (V::load(s + j) * V::load(w.v_scales + j)).store(s + j);
                 if (block.masked)  // 0 times a scale that is NaN is not 0
                     for (int j = 0; j < n; ++j) s[j] = block.words[j] >> r & 1 ? s[j] : E(0);
+            }
+            if (a.dropout_below > 0 && !QKV_MUTANT(dropout_ignored)) {
+                const uint64_t row = draw_row(a, w.tile.rows, r);
+                for (int j = 0; j < n; j += W) {
+                    uint32_t kept = 0;
+                    for (int x = 0; x < W; x += kDrawLanes) kept |= keep_bits(w.draws + j + x, row, a.dropout_below) << x;
+                    choose(kept, V::load(s + j), V::zero()).store(s + j);
+                }
             }
 #if defined(QKV_ISA_AVX512BF16)
             if constexpr (M::kPair == 2)

@@ -13,10 +13,8 @@ namespace qkv {
 namespace QKV_ISA {
 namespace {
 
-constexpr bool kWideRegisters = VF::W == 16;
-constexpr int64_t kDotRows = kWideRegisters ? 10 : VF::W == 8 ? 6 : 3;  // up to here, dot products beat lanes
-constexpr int64_t kShortTiles = 4;                                       // up to here, keys are cut into chunks
-constexpr double kSerialFlops = 2e5;                                     // below, waking a thread costs more than it saves
+constexpr int64_t kShortTiles = 4;     // up to here, keys are cut into chunks
+constexpr double kSerialFlops = 2e5;   // below, waking a thread costs more than it saves
 
 // How one sequence is cut.
 struct Cut {
@@ -64,13 +62,7 @@ struct Run {
     bool any_dots = false, any_lanes = false;
     Cascade cascade;
 
-    explicit Run(const Attention& call) : a(call), job{&call, Program(call.program, call.program_length, call.operands), false, 0, false, 0} {
-        job.group = a.Hkv > 0 ? a.Hq / a.Hkv : 0;
-        const double factor = a.scale * kLog2e / (QKV_MUTANT(scale_by_d) ? std::sqrt(static_cast<double>(a.D)) : 1);
-        job.transform = a.softcap > 0 || a.bias_count > 0 || is_scaled(a) || !(std::fabs(factor) > 1e-30 && std::fabs(factor) < 1e30);
-        job.negate = !job.transform && factor < 0 && !QKV_MUTANT(negative_scale);
-        job.factor = job.transform ? kLog2e : std::fabs(factor);
-    }
+    explicit Run(const Attention& call) : a(call), job(call) {}
 
     Cut cut(const Sequence& s) const {
         Cut c{};
@@ -271,9 +263,9 @@ struct Run {
         const int64_t local = i - c.first_task;
         Arena arena{workers + worker * worker_bytes};
         if (!c.split) {
-            // The last tiles first: under a causal mask they are the longest.
-            const int64_t kv_head = local % a.Hkv, tile = c.tiles - 1 - local / a.Hkv;
-            whole(s, c, kv_head, by_index(c, tile), arena);
+            // One head after another: its keys and values stay in the cache until its tiles are done. The last tiles first: under a
+            // causal mask they are the longest.
+            whole(s, c, local / c.tiles, by_index(c, c.tiles - 1 - local % c.tiles), arena);
             return;
         }
         const int64_t kv_head = local % a.Hkv, chunk = c.chunk_of(local / a.Hkv);
@@ -473,7 +465,7 @@ struct Run {
                 for (int64_t x = 0; x < c.chunks; ++x) {
                     const int64_t from = partial(c, kv_head, x, row);
                     if (partial_m[from] == -static_cast<E>(INFINITY) && partial_l[from] == 0) continue;
-                    E w = QKV_MUTANT(chunk_weights) ? E(1) : std::exp2(partial_m[from] - m);
+                    E w = QKV_MUTANT(chunk_weights) ? E(1) : std::exp2((partial_m[from] - m) * static_cast<E>(job.factor));
                     if (QKV_MUTANT(chunk_twice) && x == 0) w *= 2;
                     l += w * partial_l[from];
                     const E* o = partial_out + from * a.Dv;
@@ -482,7 +474,7 @@ struct Run {
                 }
                 if (first)
                     for (int64_t d = 0; d < a.Dv; ++d) total[d] = 0;
-                write_row<T, E, V>(a, tile, r, total, m, l);
+                write_row<T, E, V>(job, tile, r, total, m, l);
             }
         }
     }

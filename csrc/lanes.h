@@ -95,9 +95,6 @@ class Lanes {
     static constexpr int keys_at_once(int vectors) { return W * sizeof(E) == 64 || vectors == 1 ? 8 : 4; }
     static constexpr int kFewKeys = 2;  // at the end of the keys
     static constexpr int columns_at_once(int vectors) { return W * sizeof(E) == 64 ? 8 : vectors == 1 ? 8 : 4; }
-    // Products are summed in runs of this many before they are added up: rounding grows with the run.
-    static constexpr int kRun = 128;
-    static constexpr E kLargest = sizeof(E) == 8 ? static_cast<E>(1.7976931348623157e308) : static_cast<E>(3.4028234663852886e38f);
 
     // The memory of one tile.
     struct State {
@@ -107,6 +104,7 @@ class Lanes {
         Q* queries;  // [units][vectors * W]
         E* out;      // [Dv][vectors * W]
         E m[kTileRows], l[kTileRows];
+        uint64_t draws[kTileRows];  // dropout's numbers, but for the key
     };
     // The memory of one worker, apart from its states.
     struct Work {
@@ -122,6 +120,7 @@ class Lanes {
         T* staged;     // [kGranule][Dv]: stored values before they are interleaved
         const U* pairs;       // interleaved values of the sequence from pairs_first on, or null: made a block at a time
         int64_t pairs_first;
+        uint64_t kept[kWindowKeys];  // by key of the block: the rows whose weight dropout keeps
     };
 
     static int64_t units(int64_t D) { return (D + M::kPair - 1) / M::kPair; }
@@ -143,6 +142,7 @@ class Lanes {
         const Rows& rows = s.tile.rows;
         s.vectors = (rows.count + W - 1) / W;
         const int n = s.vectors * W;
+        for (int r = 0; r < n && a.dropout_below > 0; ++r) s.draws[r] = r < rows.count ? draw_row(a, rows, r) : 0;
         const int64_t u = units(a.D), width = row_width(a);
         Q* flat = reinterpret_cast<Q*>(work.rows);
         for (int r = 0; r < n; ++r) {
@@ -213,7 +213,7 @@ class Lanes {
     static void finish(const Job& job, State& s, Work& work) {
         const Attention& a = *job.call;
         const int64_t width = unload(a, s, work);
-        for (int r = 0; r < s.tile.rows.count; ++r) write_row<T, E, V>(a, s.tile, r, work.rows + r * width, s.m[r], s.l[r]);
+        for (int r = 0; r < s.tile.rows.count; ++r) write_row<T, E, V>(job, s.tile, r, work.rows + r * width, s.m[r], s.l[r]);
     }
 
     // Interleaves the values of keys [j0, j0 + n) by pairs of keys; keys past the end count as zeros.
@@ -284,7 +284,7 @@ class Lanes {
     static QKV_INLINE void scores(const Q* queries, const K* keys, int64_t stride, int64_t u_all, E* to, const uint64_t* words, V* top) {
         constexpr int n = Z * W;
         for (int64_t u0 = 0, u1; u0 < u_all; u0 = u1) {
-            u1 = u_all - u0 < 2 * kRun ? u_all : u0 + kRun;
+            u1 = u0 + score_run(u_all - u0);
             V acc[Keys][Z];
             QKV_UNROLL for (int k = 0; k < Keys; ++k) QKV_UNROLL for (int z = 0; z < Z; ++z) acc[k][z] = V::zero();
             const Q* q = queries + u0 * n;
@@ -522,15 +522,20 @@ class Lanes {
         V m[Z], keep[Z], l[Z];
         QKV_UNROLL for (int z = 0; z < Z; ++z) {
             const V old = V::load(s.m + z * W);
-            V now = maximum(old, top[z] * factor);
+            V now = maximum(old, top[z]);
             if (QKV_MUTANT(no_maximum)) now = V::zero();
-            m[z] = maximum(V::set1(-kLargest), now);
-            keep[z] = exp2_poly<6>(old - m[z]);
+            m[z] = maximum(V::set1(-kLargest<E>), now);
+            keep[z] = weight<6>(old, m[z], factor);
             if (QKV_MUTANT(rescale_forgotten)) keep[z] = V::set1(1);
             now.store(s.m + z * W);
             l[z] = V::zero();
         }
-        exponentials<Z, kScaled>(work, block, factor, m, l);
+        if (kScaled || a.dropout_below > 0) {
+            if (a.dropout_below > 0) draw<Z>(a, s, work, block);
+            exponentials<Z, true>(job, work, block, factor, m, l);
+        } else {
+            exponentials<Z, false>(job, work, block, factor, m, l);
+        }
         QKV_UNROLL for (int z = 0; z < Z; ++z) fma(V::load(s.l + z * W), keep[z], l[z]).store(s.l + z * W);
 
         if (careful)
@@ -541,24 +546,33 @@ class Lanes {
     }
 
 
-    // Weights from scores: in place, and times the scale of the value where values have scales.
-    template <int Z, bool Scaled>
-    static QKV_INLINE void exponentials(Work& work, const Block& block, V factor, const V* m, V* l) {
+    // Which weights dropout keeps: work.kept, by key, one bit a row.
+    template <int Z>
+    static void draw(const Attention& a, const State& s, Work& work, const Block& block) {
+        for (int j = 0; j < block.keys(); ++j) {
+            const uint64_t key = draw_index(block.key[j / kGranule] + j % kGranule);
+            work.kept[j] = 0;
+            for (int r = 0; r < Z * W; r += kDrawLanes) work.kept[j] |= static_cast<uint64_t>(keep_bits(s.draws + r, key, a.dropout_below)) << r;
+        }
+    }
+
+    // Weights from scores, in place. With `Changed`, what values are multiplied by differs from what is summed: it is times the
+    // value's scale, or dropped.
+    template <int Z, bool Changed>
+    static QKV_INLINE void exponentials(const Job& job, Work& work, const Block& block, V factor, const V* m, V* l) {
         constexpr int n = Z * W;
         E* scores_at = work.scores;
         const int keys = block.keys();
-        const auto scaled = [&](V x, int j, int z) {
-            if constexpr (Scaled) {
-                if (!QKV_MUTANT(scale_values)) x = x * V::set1(work.v_scales[j]);
+        const bool scaled = is_scaled(*job.call), drops = job.call->dropout_below > 0;
+        const auto changed = [&](V x, int j, int z) {
+            if constexpr (Changed) {
+                if (scaled && !QKV_MUTANT(scale_values)) x = x * V::set1(work.v_scales[j]);
+                if (drops && !QKV_MUTANT(dropout_ignored)) x = choose(static_cast<uint32_t>(work.kept[j] >> (z * W)), x, V::zero());
                 if (block.masked) x = choose(static_cast<uint32_t>(block.words[j] >> (z * W)), x, V::zero());  // 0 times a scale that is NaN is not 0
             }
             return x;
         };
-        const auto e = [&](const E* at, int z) {
-            const V x = V::load(at + z * W);
-            // The fused product may exceed 0 by an ulp of m, which is much where m is huge. (A NaN stays: it is second.)
-            return exp2_poly<M::kDegree>(minimum(V::zero(), fused(x, factor, V::zero() - m[z])));
-        };
+        const auto e = [&](const E* at, int z) { return weight<M::kDegree>(V::load(at + z * W), m[z], factor); };
         if constexpr (M::kPair == 2) {
             Q* to = reinterpret_cast<Q*>(scores_at);
             for (int from = 0; from < keys; from += kGranule) {
@@ -568,7 +582,7 @@ class Lanes {
                     QKV_UNROLL for (int z = 0; z < Z; ++z) {
                         const V even = e(scores_at + j * n, z), odd = e(scores_at + (j + 1) * n, z);
                         part[z] = part[z] + (even + odd);
-                        store_pair(to + j / 2 * n + z * W, scaled(even, j, z), scaled(odd, j + 1, z));
+                        store_pair(to + j / 2 * n + z * W, changed(even, j, z), changed(odd, j + 1, z));
                     }
                 QKV_UNROLL for (int z = 0; z < Z; ++z) l[z] = l[z] + part[z];
             }
@@ -580,7 +594,7 @@ class Lanes {
                     QKV_UNROLL for (int z = 0; z < Z; ++z) {
                         const V x = e(scores_at + j * n, z);
                         part[z] = part[z] + x;
-                        scaled(x, j, z).store(scores_at + j * n + z * W);
+                        changed(x, j, z).store(scores_at + j * n + z * W);
                     }
                 QKV_UNROLL for (int z = 0; z < Z; ++z) l[z] = l[z] + part[z];
             }

@@ -39,6 +39,12 @@
     X(scale_values, "stored values are read without their scale")                       \
     X(cascade_rows, "sequences that share a chunk all get the first one's result")      \
     X(cascade_pages, "sequences with one page in common share the whole chunk")         \
+    X(best_weight_lost, "the maximum is taken away after the factor, by a fused product") \
+    X(mean_of_values, "all visible keys weigh the same")                                \
+    X(dropout_ignored, "dropout is accepted and drops nothing")                         \
+    X(back_dropout, "backward: dropout is forgotten in the gradient of scores")         \
+    X(back_lse_rounded, "backward: weights come from a rounded lse")                    \
+    X(back_score_order, "backward: scores are summed in another order")                 \
     X(back_delta, "backward: the share of the softmax's sum is forgotten")              \
     X(back_lse, "backward: the gradient of lse is ignored")                             \
     X(back_head_map, "backward: query heads are dealt to key/value heads in turn")      \

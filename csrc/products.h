@@ -83,16 +83,35 @@ struct Product {
 
     // c (rows x vectors of lanes) = or += a b; rows is a multiple of 4, strides are in elements, `count` in steps of the sum.
     static void run(int64_t rows, int64_t vectors, int64_t count, const A* a, int64_t am, int64_t au, const B* b, int64_t bu, E* c, int64_t cm, bool add) {
-        for (int64_t u = 0; u < count || (u == 0 && !add); u += M::kRun) {
-            const int64_t n = lower(M::kRun, count - u);
-            const auto columns = [&]<int Z>(std::integral_constant<int, Z>, int64_t z) {
-                for (int64_t m = 0; m < rows; m += kRows)
-                    tile<Z>(a + m * am + u * au, am, au, b + u * bu + z * W, bu, n, c + m * cm + z * W, cm, add || u > 0);
-            };
-            int64_t z = 0;
-            for (; z + kVectors <= vectors; z += kVectors) columns(std::integral_constant<int, kVectors>{}, z);
-            for (; z < vectors; ++z) columns(std::integral_constant<int, 1>{}, z);
+        for (int64_t u = 0; u < count || (u == 0 && !add); u += M::kRun)
+            part(rows, vectors, lower(M::kRun, count - u), a + u * au, am, au, b + u * bu, bu, c, cm, add || u > 0);
+    }
+    // c = a b for scores, in the order in which the forward kernel for many rows adds up.
+    static void scores(int64_t rows, int64_t vectors, int64_t count, const A* a, int64_t am, int64_t au, const B* b, int64_t bu, E* c, int64_t cm) {
+        for (int64_t u = 0, n; u < count; u += n) {
+            n = QKV_MUTANT(back_score_order) ? lower(2, count - u) : score_run(count - u);
+            part(rows, vectors, n, a + u * au, am, au, b + u * bu, bu, c, cm, u > 0);
         }
+    }
+    // sum_u a[u] b[u] lane by lane, in the order of `run`: what it gives where one row of a broadcasts these numbers.
+    static V dot(int64_t count, const B* a, const B* b, int64_t step) {
+        V total = V::zero();
+        for (int64_t u = 0; u < count; u += M::kRun) {
+            V acc = V::zero();
+            for (int64_t x = u, end = u + lower(M::kRun, count - u); x < end; ++x) acc = M::multiply(acc, M::load(a + x * step), M::load(b + x * step));
+            total = u > 0 ? total + acc : acc;
+        }
+        return total;
+    }
+
+  private:
+    static void part(int64_t rows, int64_t vectors, int64_t count, const A* a, int64_t am, int64_t au, const B* b, int64_t bu, E* c, int64_t cm, bool add) {
+        const auto columns = [&]<int Z>(std::integral_constant<int, Z>, int64_t z) {
+            for (int64_t m = 0; m < rows; m += kRows) tile<Z>(a + m * am, am, au, b + z * W, bu, count, c + m * cm + z * W, cm, add);
+        };
+        int64_t z = 0;
+        for (; z + kVectors <= vectors; z += kVectors) columns(std::integral_constant<int, kVectors>{}, z);
+        for (; z < vectors; ++z) columns(std::integral_constant<int, 1>{}, z);
     }
 };
 

@@ -119,6 +119,15 @@ inline constexpr double kExp2Degree11[] = {1.0,
                                            7.07410563116744845e-9,
                                            4.43528089925904905e-10};
 
+// The finaliser of splitmix64 (Steele, Lea and Flood, 2014), which dropout draws with.
+inline constexpr uint64_t kMixFirst = UINT64_C(0xBF58476D1CE4E5B9), kMixSecond = UINT64_C(0x94D049BB133111EB);
+QKV_INLINE uint64_t draw_mix(uint64_t x) {
+    x = (x ^ x >> 30) * kMixFirst;
+    x = (x ^ x >> 27) * kMixSecond;
+    return x ^ x >> 31;
+}
+// keep_bits(draws, key, below): bit r says whether draw_mix(draws[r] + key) >> 11 is not below, for kDrawLanes rows.
+
 #if defined(QKV_512)
 #include "simd_avx512.inc"
 #elif defined(QKV_ISA_AVX2)

@@ -41,7 +41,7 @@ class _Prepared:
         self.prepared += 1
         bias = given.bias
 
-        def execute(q, k, v, positions, tensors, sinks, return_lse):
+        def execute(q, k, v, positions, tensors, sinks, return_lse, seed=0):
             self.ran += 1
             terms = bias.with_tensors(tensors) if bias is not None else None
             return TiledBackend().run(problem, Inputs(q, k, v, positions, terms, sinks))

@@ -303,7 +303,8 @@ def _attend(
                 return _attend(q, k, v, mask, options, backend, seed=seed)
     entry, key = _planned(problem, inputs, backend)
     as_given = inputs.q is q and inputs.k is k and inputs.v is v and inputs.sinks is options.sinks
-    if None not in (key, fast_key, entry.execute) and as_given and q.is_cpu and not problem.needs_grad:
+    seedless = problem.dropout_p == 0
+    if None not in (key, fast_key, entry.execute) and as_given and seedless and q.is_cpu and not problem.needs_grad:
         _remember(_FAST, fast_key, entry.execute)
     if problem.dropout_p > 0:
         inputs.seed = int(ops.draw_seed()) if seed is None else seed
@@ -378,7 +379,10 @@ def _entry(problem: Problem, inputs: Inputs, name: str | None) -> _Entry:
 
     def run(given: Inputs) -> Output:
         tensors = given.bias.tensors() if given.bias is not None else ()
-        return Output(*execute(given.q, given.k, given.v, given.positions, tensors, given.sinks, problem.needs_lse))
+        found = execute(
+            given.q, given.k, given.v, given.positions, tensors, given.sinks, problem.needs_lse, given.seed
+        )  # fmt: skip
+        return Output(*found)
 
     return _Entry(problem, backend, run, execute, backend.differentiable)
 

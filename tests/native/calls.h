@@ -22,6 +22,7 @@ struct Call {
     Array q, k, v, out, lse, sinks;
     std::vector<Array> bias;
     std::vector<std::shared_ptr<Slab>> positions;
+    std::shared_ptr<Slab> state;
     std::vector<qkv::Sequence> sequences;
     std::vector<qkv::Bias> terms;
     bool has_mask = false, poisoned = false, view = false;
@@ -200,6 +201,17 @@ inline void make_call(Random& random, Call& c, double budget, const std::string&
     if (c.lse.slab) {
         a.lse = c.lse.slab->data();
         for (size_t d = 0; d < 3; ++d) a.lse_stride[d] = c.lse.stride[d];
+        if (random.chance(0.7)) {
+            c.state = std::make_shared<Slab>(2 * c.lse.extent * bytes_of(c.lse.type), random_guard(random), kOutputFill);
+            a.state = c.state->data();
+            a.state_step = c.lse.extent;
+        }
+    }
+    a.dropout_scale = 1;
+    if (!c.poisoned && random.chance(0.15)) {
+        const double p = random.pick<double>({0.1, 0.5, 0.9});
+        a.dropout_below = static_cast<uint64_t>(std::nearbyint(p * 0x1p53)), a.dropout_scale = 1 / (1 - p);
+        a.dropout_seed = static_cast<uint64_t>(random.in(-1000, 1000));
     }
     a.sequences = c.sequences.data();
     a.sequence_count = static_cast<int64_t>(c.sequences.size());
@@ -237,6 +249,19 @@ R bias_of(const Call& c, const Where& w, R& size) {
         size += std::fabs(value);
     }
     return sum;
+}
+
+// What dropout makes of the weight of a query and a key.
+inline double kept(const Call& c, const Where& w) {
+    if (c.a.dropout_below == 0) return 1;
+    uint64_t x = c.a.dropout_seed;
+    for (const int64_t index : {w.b, w.h, w.i, w.j}) {
+        x += (static_cast<uint64_t>(index) + 1) * 0x9E3779B97F4A7C15u;
+        x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9u;
+        x = (x ^ (x >> 27)) * 0x94D049BB133111EBu;
+        x ^= x >> 31;
+    }
+    return (x >> 11) >= c.a.dropout_below ? c.a.dropout_scale : 0;
 }
 
 template <class R>
@@ -279,6 +304,7 @@ Row<R> define(const Call& c, const qkv::Sequence& s, int64_t h, int64_t i, const
     for (auto& x : scores) total += x = std::exp(x - top);
     total += std::exp(sink - top);
     row.lse = top + std::log(total);
+    for (size_t n = 0; n < at.size(); ++n) scores[n] *= static_cast<R>(kept(c, {s.batch, h, i, p, at[n], s.k_count}));
     for (size_t n = 0; n < at.size(); ++n)
         for (int64_t d = 0; d < z.Dv; ++d) {
             const R v = values[static_cast<size_t>(at[n] * z.Dv + d)];

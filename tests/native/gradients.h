@@ -105,13 +105,16 @@ inline std::string compare_gradients(const Call& c, const Adjoint& x) {
                 if (top == -INFINITY) continue;
                 double total = std::exp(sink - top);
                 for (double& score : scores) total += score = std::exp(score - top);
+                std::vector<double> keeps;
+                for (const int64_t j : at) keeps.push_back(kept(c, {s.batch, h, i, p, j, s.k_count}));
+                for (size_t n = 0; n < at.size(); ++n) dots[n] *= keeps[n], dot_sizes[n] *= keeps[n];
                 for (size_t n = 0; n < at.size(); ++n) delta += scores[n] / total * dots[n], sizes += scores[n] / total * dot_sizes[n];
                 if (c.sinks.slab) d_sinks[static_cast<size_t>(h)].add(-std::exp(sink - top) / total * delta, std::exp(sink - top) / total * sizes);
                 for (size_t n = 0; n < at.size(); ++n) {
                     const int64_t j = at[n];
                     const double prob = scores[n] / total, ds = prob * (dots[n] - delta), ds_size = prob * (dot_sizes[n] + sizes);
                     for (int64_t d = 0; d < z.Dv; ++d) {
-                        const double y = prob * x.d_out.get({s.batch, h, row, d});
+                        const double y = prob * keeps[n] * x.d_out.get({s.batch, h, row, d});
                         d_v[static_cast<size_t>(((s.batch * z.Hkv + g) * z.Lk + j) * z.Dv + d)].add(y, std::fabs(y));
                     }
                     for (size_t t = 0; t < d_bias.size(); ++t) {

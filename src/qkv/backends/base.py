@@ -11,11 +11,9 @@ from torch import Tensor
 
 from qkv.spec import Inputs, Output, Problem
 
-# execute(q, k, v, positions, bias_tensors, sinks, return_lse) -> (out, lse or None, state or None), as in spec.Output
-Execute: TypeAlias = Callable[
-    [Tensor, Tensor, Tensor, "Tensor | None", "tuple[Tensor, ...]", "Tensor | None", bool],
-    "tuple[Tensor, Tensor | None, Tensor | None]",
-]
+# execute(q, k, v, positions, bias_tensors, sinks, return_lse, seed=0) -> (out, lse or None, state or None), as in
+# spec.Output; the seed is dropout's
+Execute: TypeAlias = Callable[..., "tuple[Tensor, Tensor | None, Tensor | None]"]
 
 
 # execute(q, view, bias_tensors, sinks, return_lse, to=None, sequences=[]) -> output; the last two: a part of a batch

@@ -62,8 +62,6 @@ class CpuBackend:
             return f"tensors are on {p.device}"
         if p.dtype not in _TYPES:
             return f"it has no kernel for {p.dtype}"
-        if p.dropout_p > 0:
-            return "it has no dropout"
         if any(term.kind == "score_mod" for term in p.bias):
             return "score_mod is a Python function"
         if p.mask is not None:
@@ -94,11 +92,15 @@ class CpuBackend:
             inputs.positions,
             inputs.bias,
             inputs.sinks,
+            inputs.seed,
         )
         execute = self.prepare(problem, inputs)
         assert execute is not None
-        terms = inputs.bias.tensors() if inputs.bias is not None else ()
-        return Output(*execute(inputs.q, inputs.k, inputs.v, inputs.positions, terms, inputs.sinks, problem.needs_lse))
+        terms, given = inputs.bias.tensors() if inputs.bias is not None else (), inputs
+        found = execute(
+            given.q, given.k, given.v, given.positions, terms, given.sinks, problem.needs_lse, given.seed
+        )  # fmt: skip
+        return Output(*found)
 
     def prepare(self, problem: Problem, inputs: Inputs) -> Execute | None:
         if inputs.q.is_neg() or inputs.k.is_neg() or inputs.v.is_neg():
@@ -128,7 +130,7 @@ class CpuBackend:
             self.isa, _TYPES[p.dtype], [p.B, p.Hq, p.Hkv, p.Lq, p.Lk, p.D, p.Dv],
             list(q.stride()), list(k.stride()), list(v.stride()), list(strides),
             p.scale, p.softcap or 0.0, list(words), [(t.data_ptr(), _extent(t)) for t in operands],
-            bias, [] if sinks is None else [_TYPES[sinks.dtype], sinks.stride(0)], offsets, [],
+            bias, [] if sinks is None else [_TYPES[sinks.dtype], sinks.stride(0)], offsets, [], p.dropout_p,
         )  # fmt: skip
         return call, operands, size, strides
 
@@ -154,7 +156,7 @@ class CpuBackend:
             p.scale, p.softcap or 0.0, list(words), [(t.data_ptr(), _extent(t)) for t in operands],
             [_bias(spec.kind, t) for spec, t in zip(p.bias, bias, strict=True)],
             [] if sinks is None else [_TYPES[sinks.dtype], sinks.stride(0)], [],
-            [k.shape[2], k.shape[0], _STORED[k.dtype], *scales],
+            [k.shape[2], k.shape[0], _STORED[k.dtype], *scales], 0.0,
         )  # fmt: skip
         return _view_executor(call, operands, size, strides, p, ragged)
 
@@ -168,13 +170,15 @@ class CpuBackend:
         """Gradients of sum(out * d_out) + sum(lse * d_lse)."""
         p = problem
         q, k, v, d_out = (t.resolve_neg() for t in (inputs.q, inputs.k, inputs.v, d_out))
-        out, lse = output.out, output.lse
+        out, lse, state = output
         assert lse is not None
         inputs = Inputs(q, k, v, inputs.positions, inputs.bias, inputs.sinks, inputs.seed)
         call, operands, size, strides = self._prepared(p, inputs)
         if out.stride() != strides:
             out = torch.empty_strided(size, strides, dtype=out.dtype).copy_(out)
-        lse, d_lse = lse.contiguous(), d_lse.to(lse.dtype).contiguous()
+        if state is not None:
+            state = state.contiguous()
+        d_lse = d_lse.to(lse.dtype).contiguous()
         to = [torch.empty_strided(t.shape, dense_strides(t.shape, t.stride()), dtype=t.dtype) for t in (q, k, v)]
         terms = inputs.bias.terms if inputs.bias is not None else ()
         tensors = inputs.bias.tensors() if inputs.bias is not None else ()
@@ -187,10 +191,11 @@ class CpuBackend:
             for spec, b in zip(p.bias, buffers, strict=True)
         ]
         call.backward(
-            q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), lse.data_ptr(), torch.get_num_threads(),
+            q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), 0 if state is None else state.data_ptr(),
+            torch.get_num_threads(),
             0 if sinks is None else sinks.data_ptr() or 1,
             0 if where is None else where.data_ptr(), 0 if where is None else where.shape[0],
-            [t.data_ptr() for t in tensors], d_out.data_ptr(), list(d_out.stride()), d_lse.data_ptr(),
+            [t.data_ptr() for t in tensors], inputs.seed, d_out.data_ptr(), list(d_out.stride()), d_lse.data_ptr(),
             [t.data_ptr() for t in to], [list(t.stride()) for t in to],
             to_bias,
             0 if d_sinks is None else d_sinks.data_ptr(),
@@ -211,6 +216,8 @@ def _executor(
     # Looked up once: the call itself is to cost a few microseconds. The mask's operands live as long as the closure.
     run, run_full, threads = call.run, call.run_full, torch.get_num_threads
     empty, dtype, accumulate, rows = torch.empty_strided, p.dtype, p.accumulate, size[:3]
+    keeps_state = p.needs_state
+    plain = not keeps_state and p.dropout_p == 0
     cpu = torch.device("cpu")
 
     def execute(
@@ -221,21 +228,23 @@ def _executor(
         bias: tuple[Tensor, ...],
         sinks: Tensor | None,
         return_lse: bool,
+        seed: int = 0,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         out = empty(size, strides, dtype=dtype, device=cpu)
         lse = torch.empty(rows, dtype=accumulate, device=cpu) if return_lse else None
         to_lse = 0 if lse is None else lse.data_ptr()
-        if positions is None and sinks is None and not bias:
+        state = torch.empty((2, *rows), dtype=accumulate, device=cpu) if keeps_state else None
+        if plain and positions is None and sinks is None and not bias:
             run(q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), to_lse, threads())
-            return out, lse, None
+            return out, lse, state
         where = None if positions is None else positions.contiguous()
         run_full(
             q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), to_lse, threads(),
             0 if sinks is None else sinks.data_ptr() or 1,
             0 if where is None else where.data_ptr(), 0 if where is None else where.shape[0],
-            [t.data_ptr() for t in bias],
+            [t.data_ptr() for t in bias], 0 if state is None else state.data_ptr(), seed,
         )  # fmt: skip
-        return out, lse, None
+        return out, lse, state
 
     execute.operands = operands  # type: ignore[attr-defined]
     return execute
