@@ -317,7 +317,7 @@ class Lanes {
     }
 
     template <int Z, bool Masked, bool Max>
-    static QKV_INLINE void all_scores(const State& s, const Block& block, const K* const* keys, const int64_t* strides, const int* live, int64_t u, E* to, V* top) {
+    static QKV_APART void all_scores(const State& s, const Block& block, const K* const* keys, const int64_t* strides, const int* live, int64_t u, E* to, V* top) {
         constexpr int kKeys = keys_at_once(Z);
         for (int g = 0; g < block.granules; ++g) {
             const auto few = [&]<int Keys>(std::integral_constant<int, Keys>, int k) {
@@ -395,7 +395,7 @@ class Lanes {
     }
 
     template <int Z, bool Careful>
-    static QKV_INLINE void all_values(const Block& block, const U* const* from, const int64_t* strides, const int* live, const E* p, E* out, const V* keep, bool first, int64_t Dv) {
+    static QKV_APART void all_values(const Block& block, const U* const* from, const int64_t* strides, const int* live, const E* p, E* out, const V* keep, bool first, int64_t Dv) {
         constexpr int kColumns = columns_at_once(Z);
         int64_t d = 0;
         const int granules = block.granules - QKV_MUTANT(last_granule);
@@ -548,7 +548,7 @@ class Lanes {
 
     // Which weights dropout keeps: work.kept, by key, one bit a row.
     template <int Z>
-    static void draw(const Attention& a, const State& s, Work& work, const Block& block) {
+    static QKV_APART void draw(const Attention& a, const State& s, Work& work, const Block& block) {
         for (int j = 0; j < block.keys(); ++j) {
             const uint64_t key = draw_index(block.key[j / kGranule] + j % kGranule);
             work.kept[j] = 0;
@@ -559,7 +559,7 @@ class Lanes {
     // Weights from scores, in place. With `Changed`, what values are multiplied by differs from what is summed: it is times the
     // value's scale, or dropped.
     template <int Z, bool Changed>
-    static QKV_INLINE void exponentials(const Job& job, Work& work, const Block& block, V factor, const V* m, V* l) {
+    static QKV_APART void exponentials(const Job& job, Work& work, const Block& block, V factor, const V* m, V* l) {
         constexpr int n = Z * W;
         E* scores_at = work.scores;
         const int keys = block.keys();

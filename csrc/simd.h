@@ -17,9 +17,11 @@
 
 #if defined(_MSC_VER)
 #define QKV_INLINE __forceinline
+#define QKV_APART __declspec(noinline)
 #define QKV_UNROLL
 #else
 #define QKV_INLINE inline __attribute__((always_inline))
+#define QKV_APART __attribute__((noinline))  // a loop that has all registers to itself
 #define QKV_UNROLL _Pragma("GCC unroll 32")
 #endif
 
