@@ -180,6 +180,6 @@ class Decoder(nn.Module):
             x = block(x, self.config.mask, None if step is None else step.layer(n))
         x = self.norm(x)
         if self.head is None:  # scaled: x still points to its own byte's embedding, and would begin by repeating it
-            x = x * self.config.dim**-0.5
-        logits: Tensor = nn.functional.linear(x, (self.head or self.embedding).weight)
+            return nn.functional.linear(x * self.config.dim**-0.5, self.embedding.weight)
+        logits: Tensor = self.head(x)
         return logits

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from array import array
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qkv.errors import ArgumentError, ArgumentTypeError, describe
+from qkv.errors import ArgumentError, ArgumentTypeError, ShapeError, describe
 from qkv.functional import attention
 from qkv.masks import Mask, as_mask
-from qkv.nn.parts import RMSNorm, check_step, check_tokens, combined, size
+from qkv.nn.parts import RMSNorm, check_step, check_tokens, combined, matrix_of, size
 from qkv.ops import eager
 from qkv.rotary import Rotary, as_positions
-from qkv.spec import KVView, LayerCache
+from qkv.spec import Clock, KVLayout, KVView, LayerCache
+from qkv.viewing import gathered
 
 _CALL = "qkv.nn.LatentAttention()"
 _FORWARD = "qkv.nn.LatentAttention.forward()"
@@ -50,7 +52,8 @@ class LatentAttention(nn.Module):
         Whether q_a_proj, kv_a_proj_with_mqa and o_proj have a bias (`attention_bias` of the published configs).
     absorb : bool or None
         The form to compute in, see Notes; None takes the one of fewer FLOPs. Over a cache, which holds latents, it is
-        the absorbed form.
+        the absorbed form. Only a matrix can be absorbed: a kv_b_proj that is no plain Linear is called, whatever
+        `absorb` says.
     norm_eps : float
     mask, softcap, scale, dropout_p, backend
         As in `qkv.nn.Attention`.
@@ -82,6 +85,12 @@ class LatentAttention(nn.Module):
     In decoding one query meets many keys, and materialising would compute all their heads anew, or keep them: the
     absorbed form reads R + dr = 576 numbers a token where 128 heads of keys and values are 40,960. Those R + dr
     numbers, 1,152 bytes in bfloat16, are all that a cache holds for a token.
+
+    The absorbed form takes kv_b_proj apart, so it is for a `torch.nn.Linear` without bias, hooks or a forward of its
+    own. Whatever else stands there (an adapter, a quantised layer, one with a hook) is called on the latents, in
+    training and over a cache, and gets its gradients; a cached step then costs 2 H R (dn + dv) FLOPs and keeps
+    H (dn + dr + dv) numbers for every key of its sequences while it runs. Merge an adapter into the weight to have
+    the absorbed form back.
 
     Names are those of Hugging Face's DeepSeek, so its state dicts load as they are:
 
@@ -228,25 +237,35 @@ class LatentAttention(nn.Module):
     ) -> Tensor:
         at: int | Tensor
         seen = combined(self.mask, mask)
+        matrix: Tensor | None = None  # W_UK and W_UV, of the absorbed form
         if cache is None:
             at = self._positions(x, positions)
-            absorb = self._absorbed_is_cheaper() if self.absorb is None else self.absorb
+            if self._absorbed_is_cheaper() if self.absorb is None else self.absorb:
+                matrix = matrix_of(self.kv_b_proj)
         else:
             check_tokens(_FORWARD, "x", x, "dim", self.dim)
-            at, absorb = check_step(_FORWARD, self, x, positions, self.rotary, cache), True
-            seen = as_mask(seen, _FORWARD)
-        q, k, v = self._project(x, at, absorb)
-        keys: Tensor | KVView = k
-        values: Tensor | None = v
+            at = check_step(_FORWARD, self, x, positions, self.rotary, cache)
+            seen, matrix = as_mask(seen, _FORWARD), matrix_of(self.kv_b_proj)
+        q_nope, q_rope, latent = self._project(x, at)
+        view: KVView | None = None
         if cache is not None:
-            cache.append(*k[:, 0].split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1))
-            keys, values = cache.view(), None
+            cache.append(*latent[:, 0].split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1))
+            view = cache.view()
+        keys: Tensor | KVView
+        values: Tensor | None = None
+        if matrix is None:
+            keys, values = self._materialised(latent) if view is None else (self._materialised_view(view), None)
+        else:
+            keys, values = (latent, latent[..., : self.kv_lora_rank]) if view is None else (view, None)
+            heads = matrix.unflatten(0, (self.num_heads, -1))
+            w_uk, w_uv = heads.split([self.qk_nope_head_dim, self.v_head_dim], dim=1)
+            q_nope = q_nope @ w_uk  # (B, H, L, dn) @ (H, dn, R)
         scale = self.scale
         if scale is None:  # of the head sizes, in both forms: the absorbed query is longer but means the same
             scale = (self.qk_nope_head_dim + self.qk_rope_head_dim) ** -0.5
             scale *= 1.0 if self.rotary.scaling is None else self.rotary.scaling.latent_scale
         out = attention(
-            q,
+            torch.cat((q_nope, q_rope), dim=-1),
             keys,
             values,
             seen,
@@ -255,8 +274,8 @@ class LatentAttention(nn.Module):
             dropout_p=self.dropout_p if self.training else 0.0,
             backend=self.backend,
         )
-        if absorb:
-            out = out @ self._up_projections()[1].transpose(1, 2)  # (B, H, L, R) @ (H, R, dv)
+        if matrix is not None:
+            out = out @ w_uv.transpose(1, 2)  # (B, H, L, R) @ (H, R, dv)
         result: Tensor = self.o_proj(out.transpose(1, 2).flatten(2))
         return result
 
@@ -276,28 +295,35 @@ class LatentAttention(nn.Module):
         k_rope = self.rotary.apply(k_rope.unsqueeze(1), cos, sin)
         return torch.cat((self.kv_a_layernorm(c).unsqueeze(1), k_rope), dim=-1)
 
-    def _project(self, x: Tensor, at: int | Tensor, absorb: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values of the chosen form."""
-        R, dn, dr, dv = self.kv_lora_rank, self.qk_nope_head_dim, self.qk_rope_head_dim, self.v_head_dim
+    def _project(self, x: Tensor, at: int | Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (B, H, L, dn) and (B, H, L, dr), and what a cache keeps of each token."""
+        dn, dr = self.qk_nope_head_dim, self.qk_rope_head_dim
         cos, sin = self._tables(x, at)
         compressed = self.q_lora_rank is not None
         q: Tensor = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x))) if compressed else self.q_proj(x)
         q_nope, q_rope = q.unflatten(-1, (self.num_heads, dn + dr)).transpose(1, 2).split([dn, dr], dim=-1)
-        q_rope = self.rotary.apply(q_rope, cos, sin)
-        latent = self._latent(x, cos, sin)
-        if absorb:
-            q_latent = q_nope @ self._up_projections()[0]  # (B, H, L, dn) @ (H, dn, R)
-            return torch.cat((q_latent, q_rope), dim=-1), latent, latent[..., :R]
-        kv = self.kv_b_proj(latent[:, 0, :, :R]).unflatten(-1, (self.num_heads, dn + dv)).transpose(1, 2)
-        k_nope, v = kv.split([dn, dv], dim=-1)
-        k = torch.cat((k_nope, latent[..., R:].expand(-1, self.num_heads, -1, -1)), dim=-1)
-        return torch.cat((q_nope, q_rope), dim=-1), k, v
+        return q_nope, self.rotary.apply(q_rope, cos, sin), self._latent(x, cos, sin)
 
-    def _up_projections(self) -> tuple[Tensor, Tensor]:
-        """W_UK (H, dn, R) and W_UV (H, dv, R), views of kv_b_proj's weight."""
-        both = self.kv_b_proj.weight.unflatten(0, (self.num_heads, -1))
-        w_uk, w_uv = both.split([self.qk_nope_head_dim, self.v_head_dim], dim=1)
-        return w_uk, w_uv
+    def _materialised(self, latent: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys (B, H, L, dn + dr) and values (B, H, L, dv) of all heads, by calling kv_b_proj on latents."""
+        R, dn, dv = self.kv_lora_rank, self.qk_nope_head_dim, self.v_head_dim
+        kv = self.kv_b_proj(latent[:, 0, :, :R])
+        want = (latent.shape[0], latent.shape[2], self.num_heads * (dn + dv))
+        if not isinstance(kv, Tensor) or kv.shape != want or kv.dtype != latent.dtype:
+            rule = "kv_b_proj must give (B, L, H (dn + dv)) in its input's dtype"
+            got = f"{tuple(kv.shape)} {kv.dtype}" if isinstance(kv, Tensor) else f"a {type(kv).__name__}"
+            given = f"{got} from {type(self.kv_b_proj).__name__} for H={self.num_heads}, dn={dn}, dv={dv}"
+            raise ShapeError(describe(_FORWARD, rule, given, f"Make it return {want} {latent.dtype}"))
+        k_nope, v = kv.unflatten(-1, (self.num_heads, dn + dv)).transpose(1, 2).split([dn, dv], dim=-1)
+        return torch.cat((k_nope, latent[..., R:].expand(-1, self.num_heads, -1, -1)), dim=-1), v
+
+    def _materialised_view(self, view: KVView) -> KVView:
+        """The keys and values of all heads in place of a cache's latents: a page for each sequence."""
+        n, longest = len(view.layout.lengths), max(view.layout.lengths, default=0)
+        k, v = self._materialised(gathered(view, max(longest, 1))[0])
+        table, starts = array("i", range(n)), array("q", range(n + 1))
+        layout = KVLayout(table, starts, view.layout.lengths, view.layout.queries, Clock(), view.layout.most)
+        return KVView(k, v, None, None, view.dtype, layout, view.held)
 
     def _absorbed_is_cheaper(self) -> bool:
         """Whether the absorbed form costs fewer FLOPs: with as many keys as queries, the pairs decide."""

@@ -107,3 +107,35 @@ def combined(own: Mask | None, mask: Mask | Tensor | None) -> Mask | Tensor | No
     if own is None or mask is None:
         return mask if own is None else own
     return own & mask
+
+
+_LINEAR = nn.Linear.forward, nn.Linear.__call__
+
+
+def matrix_of(module: nn.Module) -> Tensor | None:
+    """W, where calling the module is x W^T and nothing else; None where only a call can tell what it does.
+
+    A user may put anything in the place of a Linear: an adapter, a quantised layer, one whose hooks or whose forward
+    are their own. Whoever multiplies by its weight instead of calling it would pass that over in silence.
+    """
+    kind = type(module)
+    if (getattr(kind, "forward", None), kind.__call__) != _LINEAR or "forward" in vars(module):
+        return None
+    hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
+    if any(hooks) or module.bias is not None or any(map(_changes, _every_modules_hooks())):
+        return None
+    weight: Tensor = module.weight  # read once: a parametrization computes it
+    # A subclass may stand for other numbers than its own, as torchao's do; those of tracers do not.
+    plain = type(weight) in (Tensor, nn.Parameter) or type(weight).__module__.startswith("torch._subclasses")
+    return weight if plain else None
+
+
+def _every_modules_hooks() -> list[Any]:
+    known = nn.modules.module
+    names = ("forward_pre_hooks", "forward_hooks", "backward_pre_hooks", "backward_hooks")
+    return [hook for name in names for hook in getattr(known, f"_global_{name}").values()]
+
+
+def _changes(hook: Any) -> bool:
+    """Whether a hook on every module may change what one does: FLOP counters and profilers only look on."""
+    return getattr(hook, "__module__", None) != "torch.utils.module_tracker"
