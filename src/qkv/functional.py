@@ -541,7 +541,7 @@ def _rows(call: str, rows: Any, Lq: int) -> Tensor:
                 describe(call, "rows must select query rows", f"rows={rows}", "Use slice(0, 16)")
             ) from None
     one = whole(rows)
-    found = torch.tensor([one], device="cpu") if one is not None else integers(call, "rows", rows, low=None)
+    found = integers(call, "rows", rows if one is None else [one], low=None)
     if found.numel() and not (-Lq <= int(found.min()) and int(found.max()) < Lq):
         given = f"rows={shown(rows)} and Lq={Lq}"
         raise ArgumentError(describe(call, "rows must be query indices", given, f"Use indices in [0, {Lq})"))

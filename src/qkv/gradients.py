@@ -342,7 +342,8 @@ def refuse_captured(call: str, bias: ScoreTerm | None, device: torch.device) -> 
         zero = torch.zeros(1, 1, 1, 1, dtype=torch.int64, device=device)
         one = slice(0, 1)
         if term.apply(
-            torch.zeros(zero.shape, device=device), Tile(one, one, one, one, zero, zero, zero, zero, zero)
+            torch.zeros(zero.shape, device=device, dtype=torch.float32),
+            Tile(one, one, one, one, zero, zero, zero, zero, zero),
         ).requires_grad:
             rule = "score_mod is differentiated with respect to the scores only"
             given = f"{term!r}, whose function uses a tensor that requires a gradient"

@@ -163,7 +163,9 @@ def gathered(view: KVView, Lk: int | None = None) -> tuple[Tensor, Tensor]:
         to = pages.new_zeros((len(lengths), pages.shape[1], Lk, pages.shape[3]), dtype=view.dtype)
         for i, length in enumerate(lengths):
             n = min(length, Lk)
-            table = torch.tensor(layout.tables[layout.starts[i] : layout.starts[i] + -(-n // P)], dtype=torch.int64)
+            table = torch.tensor(
+                layout.tables[layout.starts[i] : layout.starts[i] + -(-n // P)], dtype=torch.int64, device="cpu"
+            )
             table = table.to(pages.device)
             held = table >= 0
             part = pages[table.clamp(min=0)]  # (pages, Hkv, P, D)

@@ -175,16 +175,19 @@ class CpuBackend:
         inputs = Inputs(q, k, v, inputs.positions, inputs.bias, inputs.sinks, inputs.seed)
         call, operands, size, strides = self._prepared(p, inputs)
         if out.stride() != strides:
-            out = torch.empty_strided(size, strides, dtype=out.dtype).copy_(out)
+            out = torch.empty_strided(size, strides, dtype=out.dtype, device="cpu").copy_(out)
         if state is not None:
             state = state.contiguous()
         d_lse = d_lse.to(lse.dtype).contiguous()
-        to = [torch.empty_strided(t.shape, dense_strides(t.shape, t.stride()), dtype=t.dtype) for t in (q, k, v)]
+        to = [
+            torch.empty_strided(t.shape, dense_strides(t.shape, t.stride()), dtype=t.dtype, device="cpu")
+            for t in (q, k, v)
+        ]
         terms = inputs.bias.terms if inputs.bias is not None else ()
         tensors = inputs.bias.tensors() if inputs.bias is not None else ()
         buffers = [buffer for term in terms for buffer in term.new_gradients(p.accumulate)]
         sinks = inputs.sinks
-        d_sinks = None if sinks is None else torch.zeros(p.Hq, dtype=torch.float64)
+        d_sinks = None if sinks is None else torch.zeros(p.Hq, dtype=torch.float64, device="cpu")
         where = None if inputs.positions is None else inputs.positions.contiguous()
         to_bias = [
             [b.data_ptr(), *_bias(spec.kind, b)[2:6], int(b.dtype == torch.float64)]

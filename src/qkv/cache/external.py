@@ -184,7 +184,7 @@ def _pages_tensor(name: str, value: Any, ndim: int) -> Tensor:
 
 
 def _starts(pages: Tensor) -> Tensor:
-    return torch.cat((torch.zeros(1, dtype=torch.int64), pages.cumsum(0)))
+    return torch.cat((torch.zeros(1, dtype=torch.int64, device="cpu"), pages.cumsum(0)))
 
 
 def _from_table(table: Any, pages: Tensor) -> tuple[Tensor, Tensor]:
@@ -197,7 +197,7 @@ def _from_table(table: Any, pages: Tensor) -> tuple[Tensor, Tensor]:
     if len(pages) and int(pages.max()) > rows.shape[1]:
         given = f"rows of {rows.shape[1]} pages, and a sequence that needs {int(pages.max())}"
         raise ShapeError(describe(_CALL, "each row must name ceil(length / P) pages", given, "Pass the whole table"))
-    return rows[torch.arange(rows.shape[1]) < pages[:, None]], _starts(pages)
+    return rows[torch.arange(rows.shape[1], device="cpu") < pages[:, None]], _starts(pages)
 
 
 def _from_csr(table: tuple[Any, ...], pages: Tensor) -> tuple[Tensor, Tensor]:
@@ -222,6 +222,6 @@ def _from_csr(table: tuple[Any, ...], pages: Tensor) -> tuple[Tensor, Tensor]:
             describe(_CALL, "each sequence must have ceil(length / P) pages", given, "Pass the whole table")
         )
     starts = _starts(pages)
-    at = torch.arange(int(starts[-1]))
+    at = torch.arange(int(starts[-1]), device="cpu")
     owner = torch.searchsorted(starts, at, right=True) - 1
     return indices[indptr[owner] + at - starts[owner]], starts

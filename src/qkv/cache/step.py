@@ -66,13 +66,13 @@ class Step:
         if self._positions is None:
             starts, T = self._starts, self.T
             if self.lengths is None:
-                first = torch.tensor(starts, dtype=torch.int64).view(-1, 1)
-                made = first + torch.arange(T, dtype=torch.int64)
+                first = torch.tensor(starts, dtype=torch.int64, device="cpu").view(-1, 1)
+                made = first + torch.arange(T, dtype=torch.int64, device="cpu")
             else:
                 flat = array("q")
                 for start, count in zip(starts, self.lengths, strict=True):
                     flat.extend(range(start, start + count))
-                made = torch.tensor(flat, dtype=torch.int64).view(1, T)
+                made = torch.tensor(flat, dtype=torch.int64, device="cpu").view(1, T)
             self._positions = made.to(self._cache.device)
         return self._positions
 

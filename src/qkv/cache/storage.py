@@ -150,7 +150,7 @@ class Storage:
     @property
     def bytes_per_slot(self) -> int:
         """Bytes that one token takes, in all layers, with its scales."""
-        number = torch.empty((), dtype=self.storage).element_size()
+        number = torch.empty((), dtype=self.storage, device="cpu").element_size()
         scales = 4 * len(self.widths) if self.storage in LARGEST else 0
         return self.layers * self.heads * (sum(self.widths) * number + scales)
 
@@ -202,7 +202,7 @@ class Storage:
 
     def restore(self, host: Ordered[Tensor], rows: Ordered[int], pages: Ordered[int]) -> None:
         """Put the given rows of what `read` returned into pages."""
-        ids, chosen, place = self._ids(pages), torch.tensor(rows, dtype=torch.int64), iter(host)
+        ids, chosen, place = self._ids(pages), torch.tensor(rows, dtype=torch.int64, device="cpu"), iter(host)
         for planes in self.planes:
             for plane in planes:
                 plane.pages.index_copy_(0, ids, next(place).index_select(0, chosen).to(self.device))

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from importlib import import_module
 
+import torch
+
 from qkv.errors import ArgumentError, ArgumentTypeError, describe
 from qkv.insight.answer import Answer
 from qkv.insight.trained import trained
@@ -70,5 +72,6 @@ def why(topic: str, *, seed: int = 0) -> Answer:
             describe("qkv.why()", "seed must be in 0 .. 2**63 - 1", f"seed={seed}", "Leave it out for 0")
         )
     experiment = import_module(f"qkv.insight.experiments.{TOPICS[topic][0]}")
-    answer: Answer = experiment.run(int(seed))
+    with torch.device("cpu"):  # whatever the program's default is: the numbers are those of the page
+        answer: Answer = experiment.run(int(seed))
     return replace(answer, trained=trained(topic))

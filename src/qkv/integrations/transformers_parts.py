@@ -169,16 +169,17 @@ class Parts:
             mask = translate(node, frame, self)
         except (KeyError, TypeError):  # its closure has other names
             return False
-        ours = torch.ones(2, 1, 6, 6, dtype=torch.bool) if mask is None else mask.tensor(6, 6, positions=0, B=2)
+        every = torch.ones(2, 1, 6, 6, dtype=torch.bool, device="cpu")
+        ours = every if mask is None else mask.tensor(6, 6, positions=0, B=2)
         return torch.equal(ours, self.evaluate(function, frame).expand(2, 1, 6, 6))
 
 
 def _known(m: Any) -> Iterator[tuple[Reader, Callable[[], Any]]]:
     """How to read each part, and an example of it. Parts that hold others come after them."""
-    ids = torch.tensor([[0, 0, 1, 1, 1, 2], [0, 1, 1, 1, 2, 2]])
-    blocks = torch.tensor([[-1, 0, 0, -1, 1, 1], [-1, -1, -1, 0, 0, 0]])
-    real = torch.tensor([[1, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 1]], dtype=torch.bool)
-    skipped = torch.tensor([0, 1])
+    ids = torch.tensor([[0, 0, 1, 1, 1, 2], [0, 1, 1, 1, 2, 2]], dtype=torch.int64, device="cpu")
+    blocks = torch.tensor([[-1, 0, 0, -1, 1, 1], [-1, -1, -1, 0, 0, 0]], dtype=torch.int64, device="cpu")
+    real = torch.tensor([[1, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 1]], dtype=torch.bool, device="cpu")
+    skipped = torch.tensor([0, 1], dtype=torch.int64, device="cpu")
 
     def backwards(f: MaskFunction, held: dict[str, Any], parts: Parts) -> Node:
         return Window(int(held["sliding_window"]) - 1)
@@ -321,7 +322,7 @@ def _chunks(node: Chunks, frame: Frame) -> Mask:
     skipped = node.first[:, None].to("cpu")
     if not bool(((frame.kv_offset - skipped) % node.size).any()):
         return chunked(node.size)
-    at = torch.arange(max(frame.kv_offset + frame.kv_length, frame.q_offset + frame.q_length))
+    at = torch.arange(max(frame.kv_offset + frame.kv_length, frame.q_offset + frame.q_length), device="cpu")
     return _groups(Groups((at - skipped).div(node.size, rounding_mode="floor"), False), frame)
 
 
@@ -345,7 +346,8 @@ def real_keys(real: Tensor, frame: Frame) -> Mask | None:
     j = torch.arange(frame.kv_length, device=real.device)
     if not torch.equal(real, (j >= starts[:, None]) & (j < ends[:, None])):  # holes
         return documents(
-            segment_ids=torch.zeros(1, frame.q_length, dtype=torch.int64), k_segment_ids=real.to("cpu", torch.int64) - 1
+            segment_ids=torch.zeros(1, frame.q_length, dtype=torch.int64, device="cpu"),
+            k_segment_ids=real.to("cpu", torch.int64) - 1,
         )
     none = counts == 0
     if bool(((starts == 0) | none).all()):

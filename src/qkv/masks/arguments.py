@@ -164,7 +164,7 @@ def _from_sequence(call: str, name: str, value: Any) -> Tensor:
     if any(abs(x) > LIMIT for x in numbers if x is not None):
         rule = f"{name} must hold integers of magnitude <= {LIMIT}"
         raise ArgumentError(describe(call, rule, f"{name}={shown(value)}", "Pass smaller values"))
-    return torch.tensor(numbers, dtype=torch.int64)
+    return torch.tensor(numbers, dtype=torch.int64, device="cpu")
 
 
 def lookup(table: Tensor, row: Tensor, at: Tensor, outside: int) -> Tensor:

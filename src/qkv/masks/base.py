@@ -182,7 +182,7 @@ class Mask:
         device = self._device()
         line = (p[b] if p.shape[0] > 1 else p[0]).to(device)
         j = torch.arange(Lk, device=device)
-        at_b, at_h = torch.full((1, 1), b, device=device), torch.full((1, 1), h, device=device)
+        at_b, at_h = (torch.full((1, 1), n, dtype=torch.int64, device=device) for n in (b, h))
 
         def rows(start: int, stop: int) -> Tensor:
             i = torch.arange(start, stop, device=device)[:, None]

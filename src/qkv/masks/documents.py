@@ -124,7 +124,7 @@ class Axis:
                 real = ids >= 0
             else:
                 size = self._lengths()
-                ids, real = torch.arange(size.numel()), size > 0
+                ids, real = torch.arange(size.numel(), device="cpu"), size > 0
             stop = size.cumsum(0)
             kept[row] = Runs((stop - size)[real], stop[real], ids[real])
         return kept[row]
@@ -213,7 +213,7 @@ class Documents(Mask):
         if align == "end":
             first = first + theirs - mine
         shift = first - (mine.cumsum(0) - mine)
-        return (torch.arange(self.queries.size) + shift.repeat_interleave(mine))[None]
+        return (torch.arange(self.queries.size, device="cpu") + shift.repeat_interleave(mine))[None]
 
     def _cuts(self, b: int) -> Cuts | None:
         start, stop, _ = self.queries.runs(b)
@@ -245,7 +245,7 @@ class Documents(Mask):
     def _lower(self, builder: Builder) -> None:
         rows = max(self.queries.rows, self.keys.rows)
         size = self.queries.size
-        lo, hi = torch.zeros((2, rows, size), dtype=torch.int64)
+        lo, hi = torch.zeros((2, rows, size), dtype=torch.int64, device="cpu")
         contiguous = True
         for b in range(rows):
             keys = self._by_document(b)
@@ -274,14 +274,14 @@ class Documents(Mask):
         """The index of every token of the runs."""
         count = runs.stop - runs.start
         shift = runs.start - (count.cumsum(0) - count)
-        return torch.arange(int(count.sum())) + shift.repeat_interleave(count)
+        return torch.arange(int(count.sum()), device="cpu") + shift.repeat_interleave(count)
 
     @staticmethod
     def _table(axis: Axis) -> Tensor:
         if axis.ids is not None:
             return axis.ids.tensor
         lengths = axis._lengths()
-        return torch.arange(lengths.numel()).repeat_interleave(lengths)[None]
+        return torch.arange(lengths.numel(), device="cpu").repeat_interleave(lengths)[None]
 
     def __repr__(self) -> str:
         names = ("segment_ids", "k_segment_ids") if self.queries.ids is not None else ("", "k_lengths")

@@ -83,7 +83,7 @@ class Expression(Protocol):
 
 def column(value: int) -> Tensor:
     """One end that is the same in all pieces."""
-    return torch.full((1, 1), value, dtype=torch.int64)
+    return torch.full((1, 1), value, dtype=torch.int64, device="cpu")
 
 
 def anything() -> Spans:
@@ -102,7 +102,7 @@ def groups(starts: Tensor, stops: Tensor, begin: Tensor, end: Tensor) -> Spans:
         lo = torch.where(some, starts[begin.clamp(max=last)], 0)[:, None]
         hi = torch.where(some, stops[(end - 1).clamp(min=0)], 0)[:, None]
         return Spans(lo, hi, exact=most <= 1)
-    index = begin[:, None] + torch.arange(most)
+    index = begin[:, None] + torch.arange(most, device="cpu")
     inside = index < end[:, None]
     index = index.clamp(max=starts.numel() - 1)
     return Spans(torch.where(inside, starts[index], INFINITE), torch.where(inside, stops[index], INFINITE))
@@ -158,7 +158,7 @@ def _pieces(
 ) -> Pieces:
     """Steps 1 and 2: stretches of rows cut into pieces of one form each, and the mask decided for every cell."""
     leaves = list(dict.fromkeys(mask._leaves(h)))
-    stretch = torch.arange(first.numel())
+    stretch = torch.arange(first.numel(), device="cpu")
     row, rows = torch.zeros_like(stretch), last - first + 1
     coarse, found = set(), []
     for leaf in leaves:
@@ -217,13 +217,13 @@ def _cuts_of(cuts: Cuts, begin: Tensor, rows: Tensor, limit: int) -> tuple[Tenso
     if cuts.optional and total > limit:
         return None
     owner = torch.repeat_interleave(count, output_size=total)
-    nth = torch.arange(total) - (count.cumsum(0) - count)[owner] + low[owner]
+    nth = torch.arange(total, device="cpu") - (count.cumsum(0) - count)[owner] + low[owner]
     return owner, (cuts.at[nth] if cuts.at is not None else nth * cuts.period) - begin[owner]
 
 
 def _cut(rows: Tensor, cuts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
     """Stretches of `rows` rows each, cut at (stretch, row): the stretch, first row and number of rows of each piece."""
-    whole = torch.arange(rows.numel())
+    whole = torch.arange(rows.numel(), device="cpu")
     if not cuts:
         return whole, torch.zeros_like(whole), rows
     line = rows.cumsum(0) - rows
@@ -235,7 +235,8 @@ def _cut(rows: Tensor, cuts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, T
 
 def _ends(spans: Sequence[Spans], pieces: int) -> tuple[Tensor, Tensor]:
     """All ends of all ranges at the pieces' first rows: those that stand still, and those that move."""
-    fixed, moving = [torch.empty((pieces, 0), dtype=torch.int64)], [torch.empty((pieces, 0), dtype=torch.int64)]
+    none = torch.empty((pieces, 0), dtype=torch.int64, device="cpu")
+    fixed, moving = [none], [none]
     for s in spans:
         for end, moves in ((s.lo, s.lo_moves), (s.hi, s.hi_moves)):
             if end.numel() == 1 and abs(int(end)) == INFINITE:
@@ -296,8 +297,8 @@ def _union(
     chosen = lo < hi
     start, stop = (lo + base).masked_select(chosen), (hi + base).masked_select(chosen)
     if start.numel() == 0:
-        nothing = torch.zeros((tiles, 1), dtype=torch.int64)
-        return nothing, nothing.clone(), torch.zeros(tiles, dtype=torch.int64)
+        nothing = torch.zeros((tiles, 1), dtype=torch.int64, device="cpu")
+        return nothing, nothing.clone(), torch.zeros(tiles, dtype=torch.int64, device="cpu")
     if bool((start[1:] < start[:-1]).any()):
         start, order = start.sort()
         stop = stop[order]
@@ -313,7 +314,7 @@ def _union(
 
 def _complement(start: Tensor, stop: Tensor, count: Tensor, Lk: int) -> tuple[Tensor, Tensor, Tensor]:
     """What the ranges leave of [0, Lk)."""
-    unused = torch.arange(start.shape[1]) >= count[:, None]
+    unused = torch.arange(start.shape[1], device="cpu") >= count[:, None]
     begins = torch.nn.functional.pad(stop.masked_fill(unused, Lk), (1, 0))
     ends = torch.nn.functional.pad(start.masked_fill(unused, Lk), (0, 1), value=Lk)
     chosen = begins < ends
@@ -326,5 +327,5 @@ def _table(flat: Tensor, count: Tensor) -> Tensor:
     width = max(1, int(count.max()) if count.numel() else 0)
     if flat.numel() == count.numel() * width:
         return flat.view(-1, width)
-    out = torch.zeros((count.numel(), width), dtype=torch.int64)
-    return out.masked_scatter_(torch.arange(width) < count[:, None], flat)
+    out = torch.zeros((count.numel(), width), dtype=torch.int64, device="cpu")
+    return out.masked_scatter_(torch.arange(width, device="cpu") < count[:, None], flat)

@@ -22,7 +22,7 @@ def resolve_positions(call: str, positions: Any, *, B: int, Lq: int, Lk: int) ->
     >>> resolve_positions("f()", "end", B=1, Lq=2, Lk=5)
     tensor([[3, 4]])
     """
-    rows = torch.arange(Lq)[None]
+    rows = torch.arange(Lq, device="cpu")[None]
     if positions is None or (isinstance(positions, str) and positions == "start"):
         return rows
     if isinstance(positions, str):

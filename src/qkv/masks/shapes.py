@@ -401,7 +401,7 @@ class GlobalTokens(Mask):
         if found is None:
             at = self.indices.tensor
             inside = at[1:] != at[:-1] + 1
-            edge = torch.ones(min(1, at.numel()), dtype=torch.bool)
+            edge = torch.ones(min(1, at.numel()), dtype=torch.bool, device="cpu")
             found = torch.stack([at[torch.cat([edge, inside])], at[torch.cat([inside, edge])] + 1])
             object.__setattr__(self, "_found", found)
         return found

@@ -366,7 +366,7 @@ def bigbird(block: int, window_blocks: int = 3, global_blocks: int = 2, random_b
         raise ArgumentError(describe(call, rule, given, "Use window(None, None) to see everything"))
     parts: list[Mask] = [window_mask(wide, wide)]
     if front:
-        parts.append(global_tokens(torch.arange(front)))
+        parts.append(global_tokens(torch.arange(front, device="cpu")))
     if drawn:
         parts.append(RandomBlocks(drawn, block, seed))
     return Or(tuple(parts)) if len(parts) > 1 else parts[0]

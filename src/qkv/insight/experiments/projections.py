@@ -115,9 +115,8 @@ def _fold(rng: torch.Generator) -> dict[str, float]:
     folded = weights(x @ (w_q @ w_k.mT), x, scale=HEAD**-0.5)  # the key is now x itself
 
     angle = torch.arange(1, HEAD // 2 + 1, dtype=torch.float64) ** -1.0
-    turn = torch.block_diag(
-        *(torch.tensor([[c, -s], [s, c]]) for c, s in zip(angle.cos().tolist(), angle.sin().tolist(), strict=True))
-    )
+    pairs = zip(angle.cos().tolist(), angle.sin().tolist(), strict=True)
+    turn = torch.block_diag(*(torch.tensor([[c, -s], [s, c]], dtype=torch.float32) for c, s in pairs))
     still, turned = w_q @ w_k.mT, w_q @ turn.to(w_q.dtype) @ w_k.mT
     return {
         "fold: largest difference of the weights": (thin - folded).abs().max().item(),

@@ -22,8 +22,8 @@ def run(seed: int) -> Answer:
     variance, peak, entropy, slope, flat = [], _by_rule(), _by_rule(), _by_rule(), _by_rule()
     absorbed = 0.0
     for d in SIZES:
-        q = torch.randn(SETS, 1, ROWS, d, generator=rng)
-        k = torch.randn(SETS, 1, KEYS, d, generator=rng)
+        q = torch.randn(SETS, 1, ROWS, d, generator=rng, dtype=torch.float32)
+        k = torch.randn(SETS, 1, KEYS, d, generator=rng, dtype=torch.float32)
         variance.append((q @ k.mT).var().item())
         for rule, scale in RULES.items():
             p = weights(q, k, scale=scale(d)).double()
