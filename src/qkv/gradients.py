@@ -330,8 +330,14 @@ def attend(call: Call, inputs: Inputs, masks: Sequence[Tensor] = ()) -> Output:
     bias = inputs.bias.tensors() if inputs.bias is not None else ()
     transformed = torch._C._are_functorch_transforms_active()
     function: Any = _TransformedAttention if transformed else _Attention
-    found = function.apply(call, inputs.q, inputs.k, inputs.v, inputs.sinks, inputs.positions, *bias, *masks)
+    rest = map(_savable, (inputs.positions, *bias, *masks))
+    found = function.apply(call, inputs.q, inputs.k, inputs.v, inputs.sinks, *rest)
     return Output(*found[:2])
+
+
+def _savable(t: Tensor | None) -> Tensor | None:
+    """A constant of the call as autograd can keep it: what was made in inference mode is copied."""
+    return t.clone() if t is not None and t.is_inference() else t
 
 
 def refuse_captured(call: str, bias: ScoreTerm | None, device: torch.device) -> None:

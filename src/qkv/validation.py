@@ -274,6 +274,8 @@ def check_sinks(call: str, sinks: Any, sizes: Sizes) -> Tensor | None:
     if sinks.device != sizes.device:
         given = f"sinks on {sinks.device} and q on {sizes.device}"
         raise ArgumentTypeError(describe(call, "sinks must be on q's device", given, "Move them with .to(q.device)"))
+    if sinks.is_inference() and torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
+        sinks = sinks.clone()  # one that may be saved for a backward pass
     return sinks.resolve_neg()
 
 

@@ -80,8 +80,9 @@ class Operand:
             tensor
         ):  # inside of torch.func.grad even torch.tensor gives one
             tensor = torch._C._functorch.get_unwrapped(tensor)
-        # The clone keeps the mask a value: changing the caller's tensor later changes nothing here.
-        with torch._C._DisableFuncTorch():
+        # The clone keeps the mask a value: changing the caller's tensor later changes nothing here. A mask made in
+        # inference mode serves training too, and what is made there could not be saved for a backward pass.
+        with torch._C._DisableFuncTorch(), torch.inference_mode(False):
             self.tensor = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         size = self.tensor.numel() * self.tensor.element_size()
         data = ctypes.string_at(self.tensor.data_ptr(), size) if size else b""
@@ -93,7 +94,8 @@ class Operand:
             tensor: Tensor = self.tensor
             return tensor
         if device not in self._devices:
-            self._devices[device] = self.tensor.to(device)
+            with torch.inference_mode(False):
+                self._devices[device] = self.tensor.to(device)
         return self._devices[device]
 
     def __eq__(self, other: object) -> bool:
@@ -134,6 +136,8 @@ def integers(call: str, name: str, value: Any, *, low: int | None = 0, dims: tup
     tensor = tensor.detach().to("cpu", torch.int64)
     if not readable(tensor):
         return tensor
+    if tensor.is_inference() and not torch.is_inference_mode_enabled():
+        tensor = tensor.clone()  # one that may be saved for a backward pass
     if low is not None and tensor.numel() and int(tensor.min()) < low:
         rule = f"{name} must hold integers >= {low}"
         raise ArgumentError(describe(call, rule, f"a value of {int(tensor.min())}", f"Pass values >= {low}"))

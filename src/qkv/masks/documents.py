@@ -209,11 +209,12 @@ class Documents(Mask):
             rule = "positions follow from lengths only"
             raise ArgumentError(describe(call, rule, repr(self), "Make the mask with documents(lengths, k_lengths)"))
         mine, theirs = self.queries.lengths.tensor, self.keys.lengths.tensor
-        first = theirs.cumsum(0) - theirs
-        if align == "end":
-            first = first + theirs - mine
-        shift = first - (mine.cumsum(0) - mine)
-        return (torch.arange(self.queries.size, device="cpu") + shift.repeat_interleave(mine))[None]
+        with torch.inference_mode(False):  # for training too, wherever they were asked for
+            first = theirs.cumsum(0) - theirs
+            if align == "end":
+                first = first + theirs - mine
+            shift = first - (mine.cumsum(0) - mine)
+            return (torch.arange(self.queries.size, device="cpu") + shift.repeat_interleave(mine))[None]
 
     def _cuts(self, b: int) -> Cuts | None:
         start, stop, _ = self.queries.runs(b)
