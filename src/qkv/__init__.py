@@ -9,7 +9,7 @@ torch.Size([1, 8, 32, 64])
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qkv.errors import ArgumentError, ArgumentTypeError, PagesExhausted, QKVError, ShapeError, UnsupportedError
 from qkv.functional import attention, weights
@@ -37,6 +37,16 @@ from qkv.merging import merge
 from qkv.planning import plan
 from qkv.scores import alibi, relative, score_mod
 
+if TYPE_CHECKING:  # what `__getattr__` below gives, so that type checkers and editors know it
+    from qkv import cache as cache
+    from qkv import cli as cli
+    from qkv import compat as compat
+    from qkv import insight as insight
+    from qkv import integrations as integrations
+    from qkv import nn as nn
+    from qkv import rotary as rotary
+    from qkv.insight.why import why as why
+
 __version__ = "0.1.0"
 
 # Sub-packages and functions that are not needed to compute attention load on first use.
@@ -63,8 +73,10 @@ __all__ = [
     "attention",
     "bigbird",
     "blocks",
+    "cache",
     "causal",
     "chunked",
+    "compat",
     "dense",
     "dilated",
     "documents",
@@ -72,12 +84,14 @@ __all__ = [
     "longformer",
     "mask_mod",
     "merge",
+    "nn",
     "padding",
     "per_head",
     "plan",
     "prefix",
     "random_blocks",
     "relative",
+    "rotary",
     "score_mod",
     "sliding_window",
     "strided",
@@ -87,16 +101,18 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        module, attribute = _LAZY[name]
-        value = import_module(module)
-        if attribute is not None:
-            value = getattr(value, attribute)
-        globals()[name] = value
-        return value
-    raise AttributeError(f"module 'qkv' has no attribute {name!r}")
+if not TYPE_CHECKING:  # a checker that saw it would take every misspelt name for Any
+
+    def __getattr__(name: str) -> Any:
+        if name in _LAZY:
+            module, attribute = _LAZY[name]
+            value = import_module(module)
+            if attribute is not None:
+                value = getattr(value, attribute)
+            globals()[name] = value
+            return value
+        raise AttributeError(f"module 'qkv' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_LAZY])
+    return sorted({*__all__, *_LAZY, "__version__"})

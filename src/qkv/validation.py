@@ -276,7 +276,8 @@ def check_sinks(call: str, sinks: Any, sizes: Sizes) -> Tensor | None:
         raise ArgumentTypeError(describe(call, "sinks must be on q's device", given, "Move them with .to(q.device)"))
     if sinks.is_inference() and torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
         sinks = sinks.clone()  # one that may be saved for a backward pass
-    return sinks.resolve_neg()
+    kept: Tensor = sinks.resolve_neg()
+    return kept
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -114,7 +114,8 @@ def lookup(bench: Bench, *, needed: float | None, tokens: int = 50_000) -> list[
     prompt = torch.randint(128_000, (tokens,), generator=torch.Generator().manual_seed(0)).tolist()
     cache = qkv.cache.PagedCache(pages=-(-tokens // PAGE), page_size=PAGE, num_kv_heads=1, head_dim=8)
     first = cache.add(tokens=prompt)
-    cache.append([first], *(torch.zeros(1, 1, tokens, 8, dtype=torch.bfloat16) for _ in range(2)))
+    zeros = torch.zeros(1, 1, tokens, 8, dtype=torch.bfloat16)
+    cache.append([first], zeros, zeros)
     pages = first.pages
     cache.free(first)
     full = (tokens - 1) // PAGE  # the last token is left to compute
