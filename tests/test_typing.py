@@ -10,11 +10,11 @@ from pathlib import Path
 import qkv
 
 # Parts of PyTorch that no signature of ours names: without them a first run takes 5 seconds and not 15.
-SKIPPED = (
-    "torch._inductor torch._dynamo torch.fx torch.distributed torch._functorch torch.onnx torch.export torch._export "
-    "torch.ao torch._prims torch._refs torch._decomp torch.profiler torch.testing torch.jit torch._higher_order_ops "
-    "torch.cuda torch.distributions torch.optim torch.utils._sympy sympy numpy"
-).split()
+SKIPPED = """
+torch._inductor torch._dynamo torch.fx torch.distributed torch._functorch torch.onnx torch.export torch._export torch.ao
+torch._prims torch._refs torch._decomp torch.profiler torch.testing torch.jit torch._higher_order_ops torch.cuda
+torch.distributions torch.optim torch.utils._sympy sympy numpy
+"""
 
 PROGRAM = """
 import torch
@@ -58,7 +58,7 @@ def test_a_users_program(tmp_path: Path) -> None:
     """Each line's comment says the type that is revealed, or the error that is found; no other line has one."""
     program, settings = tmp_path / "program.py", tmp_path / "mypy.ini"
     program.write_text(PROGRAM)
-    skipped = "".join(f"[mypy-{name}.*]\nfollow_imports = skip\n" for name in SKIPPED)
+    skipped = "".join(f"[mypy-{name}.*]\nfollow_imports = skip\n" for name in SKIPPED.split())
     settings.write_text(f"[mypy]\nstrict = True\n{skipped}")
     source = Path(qkv.__file__).parents[1]
     command = [sys.executable, "-m", "mypy", "--config-file", settings, "--cache-dir", tmp_path, program]

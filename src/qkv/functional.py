@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from qkv import cached, ops
+from qkv import cached, cures, ops
 from qkv.backends import base
 from qkv.encoding import encode
 from qkv.errors import ArgumentError, ArgumentTypeError, UnsupportedError, describe
@@ -131,6 +131,7 @@ def attention(
     dropout_p: float = 0.0,
     return_lse: bool = False,
     backend: str | None = None,
+    **unknown: Any,
 ) -> Tensor | OutputWithLse:
     """Attend from each query to the keys the mask lets it see, and return the weighted mean of their values.
 
@@ -203,6 +204,8 @@ def attention(
     >>> out.shape, lse.shape
     (torch.Size([1, 8, 5, 32]), torch.Size([1, 8, 5]))
     """
+    if unknown:
+        raise cures.unknown(_CALL, unknown, attention)
     if k.__class__ is KVView:
         given = Options(positions, bias, scale, softcap, sinks, dropout_p, return_lse)
         return _over_view(q, k, v, mask, given, backend)
@@ -460,35 +463,38 @@ def weights(
     q: Tensor,
     k: Tensor | KVView,
     *,
-    rows: slice | int | Any = slice(None),
+    rows: slice | int | Sequence[int] | Tensor | None = None,
+    heads: slice | int | Sequence[int] | Tensor | None = None,
     mask: Mask | Tensor | None = None,
-    positions: str | int | Tensor | None = None,
+    positions: str | int | Sequence[int] | Tensor | None = None,
     bias: Tensor | ScoreTerm | None = None,
     scale: float | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    **unknown: Any,
 ) -> Tensor:
-    """Return the exact attention probabilities of chosen query rows, without values.
+    """Return the exact attention probabilities of chosen query rows and heads, without values.
 
     Parameters
     ----------
     q : Tensor, shape (B, Hq, Lq, D)
     k : Tensor, shape (B, Hkv, Lk, D), or a cache's view of one sequence, or of several of one length
-    rows : slice, int, or ints
-        The query indices wanted; all of them by default.
+    rows, heads : slice, int, or ints
+        The query indices and query heads wanted; all of them by default, up to a result of 1 GiB.
     mask, positions, bias, scale, softcap, sinks
         As in `attention`.
 
     Returns
     -------
-    p : Tensor, shape (B, Hq, R, Lk)
-        float32 (float64 for float64 input), R the number of rows. Each row sums to 1, or to less with sinks; a row
-        that sees no key is 0. Differentiable.
+    p : Tensor, shape (B, heads, rows, Lk)
+        float32 (float64 for float64 input), of as many heads and rows as were chosen. Each row sums to 1,
+        or to less with sinks; a row that sees no key is 0. Differentiable.
 
     Raises
     ------
     QKVError
-        As `attention`; ArgumentError for rows outside the queries.
+        As `attention`; ArgumentError for rows or heads that there are not, and for more than 1 GiB of probabilities
+        where neither was chosen.
 
     Notes
     -----
@@ -504,6 +510,8 @@ def weights(
     from qkv.backends.reference import definition  # backends load on first use
 
     call = "qkv.weights()"
+    if unknown:
+        raise cures.unknown(call, unknown, weights)
     if isinstance(k, KVView):
         q, k, mask, positions = _keys_of_view(call, q, k, mask, Options(positions, bias, scale, softcap, sinks))
     if not isinstance(k, Tensor) or k.dim() != 4:
@@ -512,11 +520,24 @@ def weights(
     if (_functorch() or forward_ad._current_level >= 0) and _transformed(problem, inputs):
         fix = "Call it outside; torch.autograd differentiates it backwards any number of times"
         raise UnsupportedError(describe(call, "torch.func cannot follow weights", f"{named(q=q, k=k)} inside", fix))
-    chosen = _rows(call, rows, problem.Lq).to(q.device)
-    step = max(1, (1 << 22) // max(problem.B * problem.Hq * problem.Lk, 1))
+    if rows is None and heads is None:
+        _refuse_gigabytes(call, q, k, problem)
+    chosen = _indices(call, "rows", rows, problem.Lq, "Lq").to(q.device)
+    mine = None if heads is None else _indices(call, "heads", heads, problem.Hq, "Hq").to(q.device)
+    step = max(1, (1 << 22) // max(problem.B * (problem.Hq if mine is None else len(mine)) * problem.Lk, 1))
     with no_autocast(problem.device):
-        parts = [definition(problem, inputs, some)[0].to(problem.accumulate) for some in chosen.split(step)]
+        parts = [definition(problem, inputs, some, mine)[0].to(problem.accumulate) for some in chosen.split(step)]
     return torch.cat(parts, dim=2)
+
+
+def _refuse_gigabytes(call: str, q: Tensor, k: Tensor, problem: Problem) -> None:
+    """Every pair of long sequences is rarely what was meant: it has to be asked for."""
+    size = problem.B * problem.Hq * problem.Lq * problem.Lk * problem.accumulate.itemsize
+    if size > 1 << 30:
+        rule = "all probabilities of a call are given up to 1 GiB; more only of the rows or heads that were chosen"
+        given = f"{named(q=q, k=k)}: {size / 1e9:,.1f} GB"
+        fix = "Pass rows=slice(0, 16) or rows=[-1], heads=0, or rows=slice(None) for all of them"
+        raise ArgumentError(describe(call, rule, given, fix))
 
 
 def _keys_of_view(call: str, q: Any, view: KVView, mask: Any, options: Options) -> tuple[Tensor, Tensor, Any, str]:
@@ -532,17 +553,20 @@ def _keys_of_view(call: str, q: Any, view: KVView, mask: Any, options: Options) 
     return q, gathered(view)[0], joined(call, mask, view.held), "end"
 
 
-def _rows(call: str, rows: Any, Lq: int) -> Tensor:
-    if isinstance(rows, slice):
+def _indices(call: str, name: str, wanted: Any, size: int, size_name: str) -> Tensor:
+    """The chosen rows or heads, int64 in 0 .. size - 1."""
+    what = "query rows" if name == "rows" else "query heads"
+    if wanted is None:
+        wanted = slice(None)
+    if isinstance(wanted, slice):
         try:
-            return torch.tensor(range(*rows.indices(Lq)), dtype=torch.int64, device="cpu")
+            return torch.tensor(range(*wanted.indices(size)), dtype=torch.int64, device="cpu")
         except (TypeError, ValueError):
-            raise ArgumentTypeError(
-                describe(call, "rows must select query rows", f"rows={rows}", "Use slice(0, 16)")
-            ) from None
-    one = whole(rows)
-    found = integers(call, "rows", rows if one is None else [one], low=None)
-    if found.numel() and not (-Lq <= int(found.min()) and int(found.max()) < Lq):
-        given = f"rows={shown(rows)} and Lq={Lq}"
-        raise ArgumentError(describe(call, "rows must be query indices", given, f"Use indices in [0, {Lq})"))
-    return torch.where(found < 0, found + Lq, found)
+            rule = f"{name} must select {what}"
+            raise ArgumentTypeError(describe(call, rule, f"{name}={wanted}", "Use slice(0, 16)")) from None
+    one = whole(wanted)
+    found = integers(call, name, wanted if one is None else [one], low=None)
+    if found.numel() and not (-size <= int(found.min()) and int(found.max()) < size):
+        given = f"{name}={shown(wanted)} and {size_name}={size}"
+        raise ArgumentError(describe(call, f"{name} must be those of {what}", given, f"Use indices in [0, {size})"))
+    return torch.where(found < 0, found + size, found)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qkv import cures
 from qkv.backends import base
 from qkv.errors import ArgumentError, ArgumentTypeError, UnsupportedError, describe
 from qkv.masks.arguments import shown
@@ -208,6 +209,7 @@ def plan(
     dropout_p: float = 0.0,
     return_lse: bool = False,
     backend: str | None = None,
+    **unknown: Any,
 ) -> Plan:
     """Say what `attention` would do with the same arguments, without touching the data.
 
@@ -241,6 +243,8 @@ def plan(
     ('tiled', True)
     """
     call = "qkv.plan()"
+    if unknown:
+        raise cures.unknown(call, unknown, plan)
     check_backend(call, backend)
     options = Options(positions, bias, scale, softcap, sinks, dropout_p, return_lse)
     if isinstance(k, KVView):

@@ -27,7 +27,7 @@ class Tile(NamedTuple):
     """Where a tile lies: the selection of each axis, and its indices as int64 tensors that broadcast to 4-D."""
 
     batch: slice
-    heads: slice
+    heads: slice | Tensor
     rows: slice | Tensor
     keys: slice
     b: Tensor

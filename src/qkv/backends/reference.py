@@ -15,11 +15,17 @@ from qkv.scores import ScoreMod, TensorBias, Tile
 from qkv.spec import Inputs, Output, Problem, empty_output, query_positions
 
 
-def definition(problem: Problem, inputs: Inputs, rows: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Probabilities p, visibility, out and lse of the query rows `rows`, in float64."""
-    at = whole_tile(problem, inputs, rows)
-    q, k, v = (_double(x) for x in (inputs.q.index_select(2, rows), inputs.k, inputs.v))
-    k, v = (x.repeat_interleave(problem.group, dim=1)[:, : problem.Hq] for x in (k, v))  # head h reads h // group
+def definition(
+    problem: Problem, inputs: Inputs, rows: Tensor, heads: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Probabilities p, visibility, out and lse of the query rows `rows` and of all heads, or some, in float64."""
+    at = whole_tile(problem, inputs, rows, heads)
+    q, k, v = inputs.q.index_select(2, rows), inputs.k, inputs.v
+    if heads is not None:
+        q, k, v = q.index_select(1, heads), *(x.index_select(1, heads // problem.group) for x in (k, v))
+    q, k, v = (_double(x) for x in (q, k, v))
+    if heads is None:
+        k, v = (x.repeat_interleave(problem.group, dim=1)[:, : problem.Hq] for x in (k, v))  # head h reads h // group
 
     terms = inputs.bias.terms if inputs.bias is not None else ()
     visible = torch.ones(*q.shape[:3], problem.Lk, dtype=torch.bool, device=q.device)
@@ -38,7 +44,7 @@ def definition(problem: Problem, inputs: Inputs, rows: Tensor) -> tuple[Tensor, 
     visible = visible & (s != -torch.inf)
     s = torch.where(visible, s, -torch.inf)
 
-    sink = s.new_full((), -torch.inf) if inputs.sinks is None else inputs.sinks.to(s.dtype)[:, None, None]
+    sink = s.new_full((), -torch.inf) if inputs.sinks is None else inputs.sinks.to(s.dtype)[at.heads, None, None]
     none = s.new_full((*s.shape[:3], 1), -torch.inf)
     top = torch.maximum(torch.cat((s, none), -1).amax(-1, keepdim=True), sink).detach()
     top = torch.where(top == -torch.inf, 0.0, top)
@@ -81,12 +87,13 @@ def _mean(p: Tensor, v: Tensor, visible: Tensor) -> Tensor:
     return mean
 
 
-def whole_tile(problem: Problem, inputs: Inputs, rows: Tensor) -> Tile:
-    """The tile of the given query rows and all keys."""
+def whole_tile(problem: Problem, inputs: Inputs, rows: Tensor, heads: Tensor | None = None) -> Tile:
+    """The tile of the given query rows, all heads or some, and all keys."""
     device = inputs.q.device
     p = query_positions(problem, inputs.positions, device).index_select(1, rows)
-    every = (slice(0, problem.B), slice(0, problem.Hq), rows, slice(0, problem.Lk))
     b, h, j = (torch.arange(n, device=device) for n in (problem.B, problem.Hq, problem.Lk))
+    h = h if heads is None else heads
+    every = (slice(0, problem.B), slice(0, problem.Hq) if heads is None else heads, rows, slice(0, problem.Lk))
     return Tile(*every, b[:, None, None, None], h[:, None, None], rows[:, None], p[:, None, :, None], j)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qkv import cures
 from qkv.errors import ArgumentError, ArgumentTypeError, ShapeError, describe
 from qkv.functional import attention
 from qkv.masks import Mask, as_mask
@@ -165,6 +166,7 @@ class Attention(nn.Module):
         mask: Mask | Tensor | None = None,
         positions: int | str | Tensor | None = None,
         cache: LayerCache | None = None,
+        **unknown: Any,
     ) -> Tensor:
         """Attend within x, or from x to a context.
 
@@ -211,6 +213,8 @@ class Attention(nn.Module):
         ...     torch.allclose(last, layer(x)[:, 6:], atol=1e-5)
         True
         """
+        if unknown:
+            raise cures.unknown(_FORWARD, unknown, Attention.forward)
         run = Attention._forward if cache is None else eager(Attention._forward)
         return run(self, x, context, mask, positions, cache)
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qkv import cures
 from qkv.errors import ArgumentError, ArgumentTypeError, ShapeError, describe
 from qkv.functional import attention
 from qkv.masks import Mask, as_mask
@@ -185,6 +186,7 @@ class LatentAttention(nn.Module):
         mask: Mask | Tensor | None = None,
         positions: int | Tensor | None = None,
         cache: LayerCache | None = None,
+        **unknown: Any,
     ) -> Tensor:
         """Attend within x.
 
@@ -229,6 +231,8 @@ class LatentAttention(nn.Module):
         ...     torch.allclose(last, layer(x)[:, 6:], atol=1e-5)
         True
         """
+        if unknown:
+            raise cures.unknown(_FORWARD, unknown, LatentAttention.forward)
         run = LatentAttention._forward if cache is None else eager(LatentAttention._forward)
         return run(self, x, mask, positions, cache)
 
