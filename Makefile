@@ -1,15 +1,19 @@
 # `make demo` and `make test` are all a visitor needs; the rest is for those who change the code.
 #
-# TORCH picks the torch to install first (any that the project allows); plain `torch` may pull gigabytes of CUDA.
-TORCH ?= torch==2.13.0
+# What is installed has the versions of requirements.lock, on the Python that it was made with. TORCH picks another torch
+# (any that the project allows); it comes first, since a plain `torch` may pull gigabytes of CUDA.
+LOCK := requirements.lock
+TORCH ?= $(shell grep '^torch==' $(LOCK))
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-CODE := src tests benchmarks examples docs
+PIP := $(BIN)/python -m pip install -q -c $(VENV)/constraints.txt
+CONSTRAIN := $(BIN)/python tools/lock.py constraints "$(TORCH)" > $(VENV)/constraints.txt
+CODE := src tests benchmarks examples docs tools
 NATIVE := CMakeLists.txt pyproject.toml $(wildcard csrc/*)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test check gate soak sanitize bench format clean
+.PHONY: demo test check gate soak sanitize bench format lock clean
 
 demo: $(VENV)/.installed
 	@$(BIN)/qkv demo
@@ -50,23 +54,31 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff format $(CODE)
 	$(BIN)/ruff check --fix $(CODE)
 
+# The newest of everything in the lock, but the torch that it names: `make lock TORCH=torch==...` takes another.
+lock:
+	$(PYTHON) tools/lock.py make "$(TORCH)"
+
 clean:
 	rm -rf build $(VENV)
 
-$(VENV)/.torch:
+$(VENV)/.torch: $(LOCK)
 	@echo "Setting up $(VENV) with $(TORCH) ..."
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install -q "$(TORCH)"
+	@$(CONSTRAIN)
+	@$(PIP) "pip>=25.1"
+	@$(PIP) "$(TORCH)"
+	@$(CONSTRAIN) 2> /dev/null
 	@touch $@
 
+# Without build isolation the tools that build are the locked ones, too.
 $(VENV)/.installed: $(VENV)/.torch $(NATIVE)
 	@echo "Compiling and installing qkv (a minute or two) ..."
-	@$(BIN)/python -m pip install -q -e ".[demo]"
+	@$(PIP) --group build
+	@$(PIP) --no-build-isolation -e ".[demo]"
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	@$(BIN)/python -m pip install -q -U "pip>=25.1"
-	@$(BIN)/python -m pip install -q --group dev
+	@$(PIP) --group dev
 	@touch $@
 
 $(VENV)/.mutants: $(VENV)/.installed-dev
