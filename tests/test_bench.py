@@ -159,7 +159,7 @@ def test_a_wrong_peer_is_shown_but_neither_timed_nor_ranked():
     assert [check.verdict for check in result.checks] == ["no data", "pass"]
     assert result.limit_seconds > 0
     assert result.of_limit is not None
-    text = report.table_text([result]) + report.summary([result])
+    text = report.lines(result, report.columns(["r"])) + report.summary([result])
     assert "disagrees with float64: jax on r" in text
     assert "openvino: failed" in text
 

@@ -46,7 +46,7 @@ def test_ggml_is_looked_for_where_the_user_says(monkeypatch, tmp_path):
 def test_two_tiny_cases_run_from_start_to_end(tmp_path, capsys):
     files = {"json": tmp_path / "out.json", "chart": tmp_path / "out.svg"}
     code = bench.main(
-        ["--only", "^tiny", "--peers", "sdpa", "--seconds", "0.1", "--backend", "tiled", "--threads", "1"]
+        ["--only", "^tiny", "--peers", "sdpa", "--seconds", "20", "--backend", "tiled", "--threads", "1"]
         + [str(part) for key, path in files.items() for part in (f"--{key}", path)]
     )
     document = json.loads(files["json"].read_text(encoding="utf-8"))

@@ -12,8 +12,10 @@ from transformers import AttentionInterface
 import qkv.integrations.transformers as adapter
 from qkv.cli import bench
 from qkv.cli.benching import models
+from qkv.cli.benching.budget import Budget
 from qkv.errors import ArgumentError
 from tests import hf_models as hf
+from tests.bench_fakes import FakeClock
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 hf.quiet()
@@ -65,10 +67,36 @@ def test_verdicts(to_default: tuple[float, float, float], verdict: str) -> None:
     assert models.Decoding(16, "StaticCache", 1.0, 1.0, to_default, to_default, 0.01, 3).verdict == ""
 
 
+def test_the_model_is_in_float32_where_its_layers_are_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models.machine, "product_type", lambda dtype, rows: torch.float32 if rows == 1 else dtype)
+    assert models.Contest(TOY).model.dtype == torch.float32
+
+
+def test_models_keep_their_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = FakeClock()
+    monkeypatch.setattr(models.time, "perf_counter", clock.now)
+    decode = models.Contest.decode
+
+    def slow(self: models.Contest, cache: Any, context: int, count: int) -> float:
+        seconds = decode(self, cache, context, count)
+        clock.call(1.0)()
+        return seconds + 1.0
+
+    monkeypatch.setattr(models.Contest, "decode", slow)
+    shown: list[str] = []
+    budget = Budget(40.0, 6, clock.now)
+    contexts = (8, 9, 10, 11, 12, 13)
+    found = models.measure(lambda text: None, shown.append, budget, contexts=contexts, rounds=7, count=2, shape=TOY)
+    assert 24.0 <= clock.now() <= 48.0
+    assert [str(one) for one in found] == shown[1:]
+    assert {one.rounds for one in found} == {1}
+    assert len(found) // 3 + len(budget.names) == len(contexts)
+
+
 def test_the_command(tmp_path: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     measured = models.measure
     monkeypatch.setattr(
-        models, "measure", lambda say, **given: measured(say, **{**given, "contexts": (24,), "shape": TOY})
+        models, "measure", lambda *parts, **given: measured(*parts, **{**given, "contexts": (24,), "shape": TOY})
     )
     path = tmp_path / "models.json"
     assert bench.main(["--models", "--quick", "--threads", "1", "--json", str(path)]) == 0

@@ -53,7 +53,9 @@ def written() -> dict[str, Any]:
 
 
 def test_the_table_has_one_line_a_row_and_the_verdict():
-    head, line = report.table_text(finished()).splitlines()
+    (result,) = finished()
+    columns = report.columns([result.row.name])
+    head, line = columns.head, report.lines(result, columns)
     assert head.split() == ["case", "qkv", "ms", "opponent", "ms", "ratio", "needed", "of", "limit"]
     assert " ".join(line.split()) == "causal 2048 d128 bf16 20.0 openvino 30.0 1.50× ≥ 2× miss 0% GEMM"
     text = report.summary(finished())

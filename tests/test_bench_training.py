@@ -237,19 +237,20 @@ def test_memory_of_a_long_step_is_beyond_inputs_and_gradients(monkeypatch: pytes
 def test_the_extras_of_training_are_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
 
-    def measure(name: str, threads: int, backend: str | None) -> memory.Memory:
+    def measure(name: str, threads: int, backend: str | None, seconds: float) -> memory.Memory:
         asked.append(name)
         return memory.Memory(name, 0, 10**9, f"{memory.WRONG}: relative error 1.0" if len(asked) == 2 else "")
 
     step = example.Step(256, 8, 1.0, 2.0, 1.0, (1.0, 2.0, 3.0))
     monkeypatch.setattr(memory, "measure", measure)
-    monkeypatch.setattr(example, "measure", lambda say: [step])
-    args = argparse.Namespace(training=True, no_memory=False, quick=False, only=None, sweep=False)
-    progress = argparse.Namespace(say=lambda text: None)
-    found = bench._extras(args, FakeRoster(), 1, None, progress)  # type: ignore[arg-type]
+    monkeypatch.setattr(example, "measure", lambda say, seconds: [step])
+    args = argparse.Namespace(training=True, no_memory=False, quick=False, only=None, sweep=False, seconds=None)
+    shown: list[str] = []
+    progress = argparse.Namespace(say=lambda text: None, show=shown.append)
+    found = bench._extras(args, FakeRoster(), 1, None, progress, bench._shares(args))  # type: ignore[arg-type]
     assert asked == list(memory.TRAINING)
     assert found["wrong"]
-    text, decoder = found["text"]
+    text, decoder = (part.strip() for part in shown)
     assert decoder == example.summary([step])
     assert found["data"]["decoder"] == example.as_data([step])
     assert text.startswith("Memory of forward + backward beyond inputs and gradients:")
@@ -258,7 +259,7 @@ def test_the_extras_of_training_are_its_own(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_a_tiny_step_is_timed_from_start_to_end(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "out.json"
-    options = ["--training", "--only", "tiny.* (f32|bf16)$", "--seconds", "0.1", "--backend", "tiled"]
+    options = ["--training", "--only", "tiny.* (f32|bf16)$", "--seconds", "20", "--backend", "tiled"]
     assert bench.main([*options, "--threads", "1", "--json", str(path)]) == 0
     document = json.loads(path.read_text(encoding="utf-8"))
     assert document["settings"]["training"] is True

@@ -17,14 +17,17 @@ from typing import TYPE_CHECKING, Any
 from qkv.errors import ArgumentError, describe
 
 if TYPE_CHECKING:
+    from qkv.cli.benching.budget import Budget
     from qkv.cli.benching.peers import Roster
     from qkv.cli.benching.rows import Row
-    from qkv.cli.benching.runner import Result
+    from qkv.cli.benching.runner import Result, Runner
     from qkv.cli.progress import Progress
 
 _AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
 _ISAS = ("avx512bf16", "avx512", "avx2", "portable")
-_QUICK_SECONDS, _FULL_SECONDS = 70.0, 300.0
+_QUICK_SECONDS = 70.0
+# Where --seconds is not given: of the rows, and of what a run measures besides. Given, it is divided in the same way.
+_SECONDS = {"rows": 300.0, "memory": 60.0, "decoder": 60.0, "sweep": 200.0}
 _MOST_SECONDS = 12.0  # a row, however much time is left
 # Compiled for the first time, FlexAttention takes longer than a quick run has.
 _QUICK_PEERS = ("sdpa", "matmuls", "openvino", "onnxruntime", "ggml")
@@ -63,7 +66,13 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--isa", choices=_ISAS, help="hold qkv to an instruction set; avx2 holds the peers too")
     parser.add_argument("--backend", help="a backend of qkv by name (default: the one that qkv.plan() chooses)")
     parser.add_argument("--threads", type=int, metavar="N", help="threads of every contender (default: PyTorch's)")
-    parser.add_argument("--seconds", type=float, metavar="S", help="time for the rows together (default 300, quick 70)")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        metavar="S",
+        help="time for the whole run, kept within a fifth; what has no room is left out and named "
+        "(default: 360, --quick 70, --caches 200, --models 600)",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every number")
     parser.add_argument("--chart", type=Path, metavar="FILE.svg", help="draw the README's chart")
     parser.add_argument("--markdown", type=Path, metavar="FILE.md", help="write the README's table, between its marks")
@@ -86,7 +95,9 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from qkv.cli.benching import machine, report
+    from qkv.cli.benching.budget import Budget
     from qkv.cli.benching.peers import Roster, Setup
+    from qkv.cli.benching.runner import Runner
     from qkv.cli.progress import Progress
 
     cache_bytes = machine.last_level_cache()
@@ -102,9 +113,14 @@ def run(args: argparse.Namespace) -> int:
     threads, isa = torch.get_num_threads(), args.isa
     backend = args.backend or (f"cpu:{isa}" if isa else None)
     about = machine.describe(threads, cache_bytes)
-    print(f"{about['cpu']}, {threads} threads, last-level cache {cache_bytes >> 20} MB, torch {torch.__version__}")
+    print(
+        f"{about['cpu']}, {threads} threads, last-level cache {cache_bytes >> 20} MB, torch {torch.__version__}\n",
+        flush=True,
+    )
     roster = Roster(Setup(threads, "avx2" if isa == "avx2" else None), backend, _peers(args))
     settings = {"isa": isa, "backend": backend, "quick": args.quick, "only": args.only, "training": args.training}
+    columns = report.columns(row.name for row in rows)
+    shares = _shares(args)
     try:
         with Progress("qkv bench") as progress:
 
@@ -112,16 +128,38 @@ def run(args: argparse.Namespace) -> int:
                 took = time.perf_counter() - started
                 return _save(args, report.document(so_far, about, roster.versions, settings, took, extra))
 
-            results = _measure(rows, roster, cache_bytes, args, progress, save)
-            extras = _extras(args, roster, threads, backend, progress)
+            def done(so_far: list[Result]) -> None:
+                progress.show(report.lines(so_far[-1], columns))
+                save(so_far)  # a library that takes the process down must not take the numbers with it
+
+            progress.show(columns.head)
+            budget = Budget(shares["rows"], len(rows), time.perf_counter)
+            results = _measure(rows, Runner(roster, cache_bytes), budget, progress.say, done)
+            progress.show("\n" + "\n".join(filter(None, (report.summary(results), budget.said()))))
+            extras = _extras(args, roster, threads, backend, progress, shares)
     finally:
         torch.set_num_threads(before)
     whole = save(results, extras["data"])
-    print(report.table_text(results), report.summary(results), *extras["text"], sep="\n\n")
     print(f"\n{whole['seconds']:.0f} s")
     _tell(args, whole)
     wrong = [r for r in results if not r.timings["qkv"].agrees or r.timings["qkv"].unavailable]
     return 1 if wrong or extras["wrong"] else 0
+
+
+def _shares(args: argparse.Namespace) -> dict[str, float]:
+    """The seconds of each part of the run that is asked for."""
+    whole = not (args.quick or args.only)
+    parts = {
+        "rows": True,
+        "memory": whole and not args.no_memory,
+        "decoder": whole and args.training,
+        "sweep": args.sweep,
+    }
+    usual = {name: _SECONDS[name] for name, asked in parts.items() if asked}
+    if args.quick:
+        usual["rows"] = _QUICK_SECONDS
+    given = args.seconds / sum(usual.values()) if args.seconds else 1.0
+    return {name: seconds * given for name, seconds in usual.items()}
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -137,7 +175,7 @@ def _check(args: argparse.Namespace) -> None:
         )
     calls = "sweep mla chart markdown"  # options of the forward calls
     if args.models:
-        other = f"training caches only peers list isa backend seconds {calls}"
+        other = f"training caches only peers list isa backend {calls}"
         _alone(args, "--models measures decoding in a model only", other, "of single calls")
     if args.caches:
         _alone(args, "--caches measures caches only", f"training peers no_memory {calls}", "of other calls")
@@ -196,56 +234,50 @@ def _choose(args: argparse.Namespace, cache_bytes: int) -> list[Row]:
 
 def _measure(
     rows: list[Row],
-    roster: Roster,
-    cache_bytes: int,
-    args: argparse.Namespace,
-    progress: Progress,
-    save: Callable[[list[Result]], object],
+    runner: Runner,
+    budget: Budget,
+    say: Callable[[str], None],
+    done: Callable[[list[Result]], object],
 ) -> list[Result]:
     """Every row gets an equal share of what time is left, so a slow one shortens all later ones a little."""
-    from qkv.cli.benching.runner import Runner
-
-    runner = Runner(roster, cache_bytes)
-    total = args.seconds or (_QUICK_SECONDS if args.quick else _FULL_SECONDS)
     results: list[Result] = []
-    started = time.perf_counter()
-    overhead = 0.5
     for number, row in enumerate(rows):
-        progress.say(f"{number + 1} of {len(rows)}, {row.name}")
-        left = total - (time.perf_counter() - started)
-        share = left / (len(rows) - number)
-        begun = time.perf_counter()
-        seconds = min(_MOST_SECONDS, max(0.0, share - overhead))
-        results.append(runner.run(row, seconds))
-        save(results)  # a library that takes the process down must not take the numbers with it
-        # What a row costs beyond its measured rounds (inputs, compilation, checks), as seen so far.
-        overhead += 0.3 * (max(0.0, time.perf_counter() - begun - seconds) - overhead)
+        if not budget.fits:
+            budget.leave_out(row.name)
+            continue
+        say(f"{number + 1} of {len(rows)}, {row.name}")
+        seconds = budget.rounds(_MOST_SECONDS)
+        results.append(runner.run(row, seconds, budget.until))
+        budget.done()
+        done(results)
     return results
 
 
 def _extras(
-    args: argparse.Namespace, roster: Roster, threads: int, backend: str | None, progress: Progress
+    args: argparse.Namespace,
+    roster: Roster,
+    threads: int,
+    backend: str | None,
+    progress: Progress,
+    shares: dict[str, float],
 ) -> dict[str, Any]:
-    from qkv.cli.benching import memory, sweep
+    from qkv.cli.benching import example, memory, sweep
 
-    found: dict[str, Any] = {"text": [], "data": {}, "wrong": False}
-    if not (args.no_memory or args.quick or args.only):
-        measured = []
-        for name in memory.TRAINING if args.training else memory.CASES:
-            progress.say(f"memory, {name}")
-            measured.append(memory.measure(name, threads, backend))
-        found["text"].append(memory.summary(measured, training=args.training))
+    found: dict[str, Any] = {"data": {}, "wrong": False}
+    if "memory" in shares:
+        cases = memory.TRAINING if args.training else memory.CASES
+        measured = memory.measure_all(cases, threads, backend, shares["memory"], progress.say)
+        progress.show("\n" + memory.summary(measured, training=args.training))
         found["data"]["memory"] = memory.as_data(measured)
         found["wrong"] = any(m.problem.startswith(memory.WRONG) for m in measured)
-    if args.training and not (args.quick or args.only):
-        from qkv.cli.benching import example
-
-        steps = example.measure(progress.say)
-        found["text"].append(example.summary(steps))
+    if "decoder" in shares:
+        steps = example.measure(progress.say, seconds=shares["decoder"])
+        progress.show("\n" + example.summary(steps))
         found["data"]["decoder"] = example.as_data(steps)
-    if args.sweep:
-        swept = sweep.sweep(roster, count=40 if args.quick else 200, say=progress.say)
-        found["text"].append(sweep.summary(swept))
+    if "sweep" in shares:
+        count = 40 if args.quick else 200
+        swept = sweep.sweep(roster, count=count, seconds=shares["sweep"], say=progress.say)
+        progress.show("\n" + sweep.summary(swept, count))
         found["data"]["sweep"] = sweep.as_data(swept)
         found["wrong"] |= any(not shape.agrees for shape in swept)
     return found

@@ -22,6 +22,12 @@ class Progress:
         if is_terminal(sys.stderr):
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
+    def show(self, text: str) -> None:
+        """Print a part of the result at once, in the place of the line of progress."""
+        if is_terminal(sys.stderr):
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+        print(text, flush=True)
+
     def say(self, step: str) -> None:
         """Show the step that begins now."""
         spent = time.perf_counter() - self.started

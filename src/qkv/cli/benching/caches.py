@@ -20,16 +20,21 @@ import torch
 
 from qkv.cli.benching import caches_books as books
 from qkv.cli.benching import caches_rows as rows
+from qkv.cli.benching.budget import Budget
 from qkv.cli.benching.caches_race import Bench, Figure, Line
 from qkv.cli.benching.cases import Case
-from qkv.cli.benching.report import _STYLE, _VERDICT, milliseconds
+from qkv.cli.benching.columns import Columns
+from qkv.cli.benching.report import milliseconds
 from qkv.cli.benching.runner import Spread
 from qkv.errors import ArgumentError, describe
-from qkv.insight.terminal import paint, table
 
 SECONDS, QUICK_SECONDS = 200.0, 45.0
 _MOST = 20.0  # a contest, however much time is left
-_HEAD = ["case", "qkv ms", "opponent", "ms", "measured", "quartiles", "needed", "", "of limit"]
+COLUMNS = Columns(
+    ["case", "qkv ms", "opponent", "ms", "measured", "quartiles", "needed", "", "of limit"],
+    "<><>>><<<",
+    (43, 6, 14, 6, 10, 14, 8, 12, 0),
+)
 _MAIN = Case("bf16", 1, 4096, B=8, Hq=32, Hkv=8)
 _MANY = Case("bf16", 1, 4096, B=8, Hq=32, Hkv=32)
 _LATENT = Case("bf16", 1, 4096, 576, Hq=128, Hkv=1, rank=512)
@@ -65,32 +70,36 @@ def contests(*, quick: bool = False) -> dict[str, Contest]:
 
 
 def measure(
-    chosen: dict[str, Contest], bench: Bench, seconds: float, say: Callable[[str], None]
+    chosen: dict[str, Contest], bench: Bench, budget: Budget, say: Callable[[str], None], show: Callable[[Line], None]
 ) -> tuple[list[Line], dict[str, float]]:
     """Run contests, each for an equal share of the time that is left. Returns their lines and what each took."""
     lines: list[Line] = []
     took: dict[str, float] = {}
-    started = time.perf_counter()
     for number, (name, contest) in enumerate(chosen.items()):
+        if not budget.fits:
+            budget.leave_out(name)
+            continue
         say(f"{number + 1} of {len(chosen)}, {name}")
-        begun = time.perf_counter()
-        share = (seconds - (begun - started)) / (len(chosen) - number)
-        # Filling pools and checking takes about half of a row's time; what is left over goes to the rows to come.
-        bench.seconds = min(_MOST, max(0.0, 0.5 * share))
+        begun = budget.now()
+        # Some have two races, each for so long.
+        bench.seconds, bench.until = budget.rounds(_MOST, 0.5), budget.until
         try:
             with torch.no_grad():
-                lines += contest(bench)
+                found = contest(bench)
         except Exception as error:  # a row that fails must be reported, and not take the numbers of others with it
-            lines.append(Line(name, problem=f"failed: {type(error).__name__}: {str(error)[:200]}"))
+            found = [Line(name, problem=f"failed: {type(error).__name__}: {str(error)[:200]}")]
         gc.collect()
-        took[name] = time.perf_counter() - begun
+        budget.done()
+        took[name] = budget.now() - begun
+        lines += found
+        for line in found:
+            show(line)
     return lines, took
 
 
-def table_text(lines: Sequence[Line]) -> str:
-    """One line each, verdicts in colour."""
-    plain = table([_HEAD, *map(_cells, lines)], "<><>>><<")
-    return _VERDICT.sub(lambda found: paint(found[0], _STYLE[found[0]]), plain)
+def line_text(line: Line) -> str:
+    """A line of the table, the verdict in colour."""
+    return COLUMNS.line(_cells(line))
 
 
 def _cells(line: Line) -> list[str]:
@@ -209,12 +218,14 @@ def run(args: argparse.Namespace) -> int:
         bench = Bench(cache_bytes, args.backend or (f"cpu:{args.isa}" if args.isa else None))
         seconds = args.seconds or (QUICK_SECONDS if args.quick else SECONDS)
         with Progress("qkv bench --caches") as progress:
-            lines, took = measure(chosen, bench, seconds, progress.say)
+            progress.show("\n" + COLUMNS.head)
+            budget = Budget(seconds, len(chosen), bench.clock.now)
+            lines, took = measure(chosen, bench, budget, progress.say, lambda line: progress.show(line_text(line)))
     finally:
         torch.set_num_threads(before)
     policy = os.environ.get("OMP_WAIT_POLICY")
-    said = [table_text(lines), summary(lines), waiting(policy), f"{time.perf_counter() - started:.0f} s"]
-    print("", *(text for text in said if text), sep="\n\n")
+    said = [summary(lines), budget.said(), waiting(policy), f"{time.perf_counter() - started:.0f} s"]
+    print("\n" + "\n\n".join(text for text in said if text))
     if args.json:
         settings = {"caches": True, "quick": args.quick, "only": args.only, "backend": bench.backend}
         settings |= {"omp_wait_policy": policy, "seconds": {name: round(s, 1) for name, s in took.items()}}

@@ -27,7 +27,8 @@ def in_turn(bench: Bench, timers: Mapping[str, Callable[[], float]]) -> dict[str
             bench.clock.settle()
             taken[name][number] = timers[name]()
         elapsed = bench.clock.now() - start
-        if number + 1 >= bench.rounds[0] and elapsed + elapsed / (number + 1) > bench.seconds:
+        enough = number + 1 >= bench.rounds[0] and elapsed + elapsed / (number + 1) > bench.seconds
+        if enough or bench.clock.now() + elapsed / (number + 1) > bench.until:
             break
     return taken
 

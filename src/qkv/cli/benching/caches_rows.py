@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import qkv
+from qkv.cli.benching import machine
 from qkv.cli.benching.caches_race import Bench, Line, Race
 from qkv.cli.benching.cases import TOLERANCE, Case, Inputs, build
 from qkv.cli.benching.runner import spread
@@ -268,17 +269,21 @@ def cascade(
 
 
 def latent(bench: Bench, case: Case, needed: float | None) -> list[Line]:
-    """Latent decode on pages against its two matrix products, without the softmax, on contiguous data."""
+    """Latent decode on pages against its two matrix products, without the softmax, on contiguous data.
+
+    Where the type has no fast product, they run on float32 copies.
+    """
     inputs = build(case)
     k, R = inputs.sets[0][0], case.rank
     cache = qkv.cache.LatentCache(
         rank=R, rope_dim=case.D - R, pages=_pages(case), page_size=PAGE, dtype=case.torch_dtype
     )
     view = cache.view(fill(cache, (k[:, 0, :, :R], k[:, 0, :, R:]), "shuffled"))
-    q, flat = inputs.q[:, :, 0], k[:, 0]
+    kind = machine.product_type(case.torch_dtype)
+    q, flat = inputs.q[:, :, 0].to(kind), k[:, 0].to(kind)
     # The weights that the products would get, so that their result can be checked, too.
     p = torch.stack([(case.scale * (a.float() @ b.float().T)).softmax(-1) for a, b in zip(q, flat, strict=True)])
-    p = p.to(k.dtype)
+    p = p.to(kind)
 
     def one_by_one() -> Tensor:
         outs = []
@@ -293,7 +298,7 @@ def latent(bench: Bench, case: Case, needed: float | None) -> list[Line]:
 
     calls = {"latent": lambda: bench.attention(inputs.q, view), "two mm": one_by_one, "two bmm": batched}
     wrong = wrong_results({name: inputs.error(call()) for name, call in calls.items()}, TOLERANCE[case.dtype])
-    race = Race(bench, calls, wrong, (flat, flat), case.flops)
+    race = Race(bench, calls, wrong, (k, k), case.flops)
     peers = [name for name in ("two mm", "two bmm") if name in race.taken] or ["two mm"]
     best = min(peers, key=lambda name: spread(list(race.taken.get(name, {0: 0.0}).values())).median)
     title = f"latent {case.B}×{case.Lk:,} {case.Hq} heads {case.D}/{R} {case.dtype}"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import statistics
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
@@ -38,15 +40,19 @@ class Step:
         )
 
 
-def measure(say: Callable[[str], None], rounds: int = 15, size: Config | None = None) -> list[Step]:
-    """Time forward, backward and update of the default decoder at each context."""
+def measure(
+    say: Callable[[str], None], rounds: int = 15, size: Config | None = None, seconds: float = math.inf
+) -> list[Step]:
+    """Time forward, backward and update of the default decoder at each context; after `seconds`, no further rounds."""
     size = size or Config()
-    found = []
+    found: list[Step] = []
+    end = time.perf_counter() + seconds
     for context, batch, needed in STEPS:
         say(f"decoder, context {context:,}")
         shape = {**asdict(size), "context": context}
         configs = {op: Config(**{**shape, "op": op}) for op in ("qkv", "sdpa")}
-        taken = step_times(configs, batch, rounds)
+        share = (end - time.perf_counter()) / (len(STEPS) - len(found))
+        taken = step_times(configs, batch, rounds, seconds=share)
         ratios = statistics.quantiles((b / a for a, b in zip(taken["qkv"], taken["sdpa"], strict=True)), n=4)
         ours, theirs = (1e3 * batch * context / statistics.median(taken[op]) for op in ("qkv", "sdpa"))
         found.append(Step(context, batch, needed, ours, theirs, (ratios[0], ratios[1], ratios[2])))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import platform
 import re
+import time
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +66,40 @@ def last_level_cache(root: Path = _CACHES) -> int:
 def _size(text: str) -> int:
     units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
     return int(text[:-1]) * units[text[-1]] if text[-1] in units else int(text)
+
+
+_PROBE = 256  # rows and columns of the matrices: 0.1 s where a half type has no product of its own, else far less
+
+
+@cache
+def product_type(dtype: torch.dtype, rows: int = _PROBE) -> torch.dtype:
+    """The type whose matrix product is the limit of a call in `dtype`: float32 where that is much faster.
+
+    Products of float16 are slower than those of float32 on most processors. Those of bfloat16 are faster with AVX-512,
+    but with AVX2 `torch.mm` of it is a plain loop at a fraction of one GFLOP/s: not what the machine can do.
+    """
+    if dtype == torch.float16:
+        return torch.float32
+    if dtype != torch.bfloat16:
+        return dtype
+    slow = product_seconds(dtype, rows) > 3 * product_seconds(torch.float32, rows)
+    return torch.float32 if slow else dtype
+
+
+def product_seconds(dtype: torch.dtype, rows: int) -> float:
+    """Seconds of a small product in one thread, the least of a few."""
+    a, b = torch.ones(rows, _PROBE, dtype=dtype), torch.ones(_PROBE, _PROBE, dtype=dtype)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # threads that are not there, since others have them, would slow the faster type alone
+    try:
+        taken = []
+        for _ in range(4):
+            start = time.perf_counter()
+            torch.mm(a, b)
+            taken.append(time.perf_counter() - start)
+        return min(taken[1:])
+    finally:
+        torch.set_num_threads(threads)
 
 
 def describe(threads: int, cache_bytes: int) -> dict[str, Any]:

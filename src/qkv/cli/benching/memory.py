@@ -12,9 +12,12 @@ import json
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from qkv.cli.benching.budget import OUT_OF_TIME
 from qkv.cli.benching.cases import TOLERANCE, Case, build
 
 PER_THREAD = 4 << 20
@@ -57,17 +60,35 @@ def allowed(case: Case, threads: int) -> int:
     return packed + PER_THREAD * threads
 
 
-def measure(name: str, threads: int, backend: str | None) -> Memory:
-    """Run one case in a fresh process."""
+def measure_all(
+    names: Iterable[str], threads: int, backend: str | None, seconds: float, say: Callable[[str], None]
+) -> list[Memory]:
+    """Run cases one after the other; those that have not ended after `seconds` together have a problem instead."""
+    end = time.perf_counter() + seconds
+    measured = []
+    for name in names:
+        say(f"memory, {name}")
+        measured.append(measure(name, threads, backend, end - time.perf_counter()))
+    return measured
+
+
+def measure(name: str, threads: int, backend: str | None, seconds: float = 300.0) -> Memory:
+    """Run one case in a fresh process, for so many seconds at most."""
     command = [sys.executable, "-m", "qkv.cli.benching.memory", name, str(threads), *([backend] if backend else [])]
     bound = allowed({**CASES, **TRAINING}[name], threads)
+    if seconds <= 0:
+        return Memory(name, 0, bound, OUT_OF_TIME)
     try:
-        done = subprocess.run(command, env=_ENV | os.environ, capture_output=True, text=True, timeout=300, check=False)
+        done = subprocess.run(
+            command, env=_ENV | os.environ, capture_output=True, text=True, timeout=seconds, check=False
+        )
         if done.returncode == 0:
             return Memory(name, int(json.loads(done.stdout.splitlines()[-1])), bound)
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
         return Memory(name, 0, bound, lines[-1][:160])
-    except (OSError, ValueError, IndexError, subprocess.TimeoutExpired) as error:
+    except subprocess.TimeoutExpired:
+        return Memory(name, 0, bound, OUT_OF_TIME)
+    except (OSError, ValueError, IndexError) as error:
         return Memory(name, 0, bound, f"{type(error).__name__}: {error}"[:160])
 
 

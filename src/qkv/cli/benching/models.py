@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -19,6 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qkv.cli.benching import machine
+from qkv.cli.benching.budget import Budget
+
+SECONDS, QUICK_SECONDS = 600.0, 120.0
 CONTEXTS = (512, 4096, 8192, 16384)
 CACHES = ("DynamicCache", "StaticCache", "GrowingCache")  # the last is ours
 # How many times as fast as sdpa with its DynamicCache, the default of transformers, this project set out to be.
@@ -89,7 +94,9 @@ class Decoding:
 class Contest:
     """A model, and decoding steps on caches that hold `context` tokens."""
 
-    def __init__(self, shape: Shape | None = None, dtype: torch.dtype = torch.bfloat16) -> None:
+    def __init__(self, shape: Shape | None = None, dtype: torch.dtype | None = None) -> None:
+        """`dtype`: bfloat16 unless given, but float32 where the layers, products of one row, are slow in it."""
+        dtype = dtype or machine.product_type(torch.bfloat16, rows=1)
         self.transformers = transformers = _transformers()
         from qkv.integrations.transformers import cache_keyword
 
@@ -140,8 +147,11 @@ class Contest:
         return taken / count
 
     @torch.inference_mode()
-    def compare(self, context: int, *, rounds: int, count: int) -> list[Decoding]:
-        """Check one step of each against sdpa, then time all in turn, on the same caches."""
+    def compare(self, context: int, *, rounds: int, count: int, until: float = math.inf) -> list[Decoding]:
+        """Check one step of each against sdpa, then time all in turn, on the same caches.
+
+        A round that would end after `until`, as `time.perf_counter` counts, is not begun, but for the first.
+        """
         caches = {kind: self.filled(kind, context, room=count + 1) for kind in CACHES}
         contenders = [(name, kind) for kind in CACHES for name in ("sdpa", "qkv")]
         first: dict[tuple[str, str], Tensor] = {}
@@ -151,7 +161,10 @@ class Contest:
             seen = torch.ones(1, context + 1, dtype=torch.int64)
             first[name, kind] = self.step(caches[kind], self.token, seen).float()
             forget(caches[kind], 1)
+        started = time.perf_counter()
         for n in range(rounds):
+            if n and time.perf_counter() + (time.perf_counter() - started) / n > until:
+                break
             for name, kind in contenders if n % 2 else reversed(contenders):
                 self.model.set_attn_implementation(name)
                 taken[name, kind].append(1e3 * self.decode(caches[kind], context, count))
@@ -162,7 +175,7 @@ class Contest:
             apart = float((first["qkv", kind] - want).norm() / want.norm())
             ratios = _quartiles(ours, theirs), _quartiles(ours, taken["sdpa", "DynamicCache"])
             found.append(
-                Decoding(context, kind, statistics.median(ours), statistics.median(theirs), *ratios, apart, rounds)
+                Decoding(context, kind, statistics.median(ours), statistics.median(theirs), *ratios, apart, len(ours))
             )
         return found
 
@@ -193,26 +206,33 @@ def forget(cache: Any, count: int) -> None:
 
 def measure(
     say: Callable[[str], None],
+    show: Callable[[str], None],
+    budget: Budget,
     *,
     contexts: Sequence[int] = CONTEXTS,
     rounds: int = 7,
     count: int = 4,
     shape: Shape | None = None,
 ) -> list[Decoding]:
-    """Time every context with both kinds of cache."""
+    """Time every context with all kinds of cache, and show each as soon as it is known."""
     say("making the model")
     contest = Contest(shape)
-    found = []
+    kind = str(contest.dtype).removeprefix("torch.")
+    show(f"\nGreedy decoding, batch 1, Hugging Face Llama (16 layers, 32/8 heads of 64, hidden 2,048), {kind}:")
+    found: list[Decoding] = []
     for context in contexts:
-        say(f"{context:,} tokens")
-        found += contest.compare(context, rounds=rounds, count=count)
+        name = f"{context:,} tokens"
+        if not budget.fits:
+            budget.leave_out(name)
+            continue
+        say(name)
+        seconds = budget.rounds(math.inf)
+        new = contest.compare(context, rounds=rounds, count=count, until=budget.now() + seconds)
+        budget.done()
+        for one in new:
+            show(str(one))
+        found += new
     return found
-
-
-def summary(found: Sequence[Decoding]) -> str:
-    """A line for each."""
-    head = "Greedy decoding, batch 1, Hugging Face Llama (16 layers, 32/8 heads of 64, hidden 2,048), bfloat16:"
-    return "\n".join([head, *map(str, found)])
 
 
 def as_data(found: Sequence[Decoding]) -> list[dict[str, object]]:
@@ -224,7 +244,7 @@ def run(args: argparse.Namespace, shape: Shape | None = None) -> int:
     """`qkv bench --models`: the exit code is 1 if the logits of ours were wrong, else 0, fast or not."""
     from importlib import metadata
 
-    from qkv.cli.benching import machine, report
+    from qkv.cli.benching import report
     from qkv.cli.progress import Progress
 
     before = torch.get_num_threads()
@@ -233,12 +253,17 @@ def run(args: argparse.Namespace, shape: Shape | None = None) -> int:
     started = time.perf_counter()
     try:
         about = machine.describe(torch.get_num_threads(), machine.last_level_cache())
+        print(f"{about['cpu']}, {about['threads']} threads, torch {torch.__version__}", flush=True)
         contexts = (512, 8192) if args.quick else CONTEXTS
+        budget = Budget(args.seconds or (QUICK_SECONDS if args.quick else SECONDS), len(contexts), time.perf_counter)
         with Progress("qkv bench --models") as progress:
-            found = measure(progress.say, contexts=contexts, rounds=3 if args.quick else 7, shape=shape)
+            found = measure(
+                progress.say, progress.show, budget, contexts=contexts, rounds=3 if args.quick else 7, shape=shape
+            )
+            if budget.said():
+                progress.show(f"\n{budget.said()}")
     finally:
         torch.set_num_threads(before)
-    print(f"{about['cpu']}, {about['threads']} threads, torch {torch.__version__}\n\n{summary(found)}")
     if args.json:
         versions = {"transformers": metadata.version("transformers")}
         settings = {"models": True, "quick": args.quick}

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import datetime
 import platform
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 
+from qkv.cli.benching.columns import Columns
 from qkv.cli.benching.peers import LEFT_OUT
 from qkv.cli.benching.runner import OURS, Check, Result, Spread, Timing, ratio, spread
-from qkv.insight.terminal import paint, table
+from qkv.insight.terminal import cells
 
 SCHEMA = 1
 _HEAD = ["case", "qkv ms", "opponent", "ms", "ratio", "needed", "", "of limit"]
-_VERDICT = re.compile(r"(?<=[×% ] )(?:pass|near|miss|wrong result)(?=\s|$)", re.MULTILINE)
-_STYLE = {"pass": "green", "near": "yellow", "miss": "red", "wrong result": "red"}
 
 
 def milliseconds(seconds: float) -> str:
@@ -33,10 +31,15 @@ def milliseconds(seconds: float) -> str:
     return f"{ms:,.0f}"
 
 
-def table_text(results: Sequence[Result]) -> str:
-    """One line a row against its best peer, and one more for every target that names another opponent."""
-    plain = table([_HEAD, *(line for result in results for line in _lines(result))], "<><>>><<")
-    return _VERDICT.sub(lambda found: paint(found[0], _STYLE[found[0]]), plain)
+def columns(names: Iterable[str]) -> Columns:
+    """The table's columns, for rows of these names."""
+    longest = max(map(cells, names), default=0)
+    return Columns(_HEAD, "<><>>><<", (longest, 9, 13, 9, 7, 7, 12, 0))
+
+
+def lines(result: Result, within: Columns) -> str:
+    """One line of a row against its best peer, and one more for every target that names another opponent."""
+    return "\n".join(map(within.line, _lines(result)))
 
 
 def _lines(result: Result) -> list[list[str]]:
@@ -106,6 +109,8 @@ def summary(results: Sequence[Result]) -> str:
         lines.append(f"{reached} of {len(checks)} targets reached.")
         lines += [f"  {check.verdict}: {_sentence(name, check)}" for name, check in checks if check.verdict != "pass"]
     lines += [f"  disagrees with float64: {text}" for text in disagreements(results)]
+    if few := [result.row.name for result in results if 0 < len(result.timings[OURS].rounds) < 3]:
+        lines.append(f"  in fewer than three rounds, since --seconds had no room for more: {', '.join(few)}")
     gaps = unavailable(results)
     chosen = [peer for peer, reason in gaps if reason == LEFT_OUT]
     if len(gaps) > len(chosen):

@@ -7,6 +7,7 @@ from times of one round, and the median over rounds is reported with its quartil
 from __future__ import annotations
 
 import gc
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from qkv.cli.benching import machine
+from qkv.cli.benching.budget import OUT_OF_TIME
 from qkv.cli.benching.cases import TOLERANCE, Inputs, build
 from qkv.cli.benching.peers import Prepared, Roster, Unavailable
 from qkv.cli.benching.rows import BEST, BEST_BUT_GGML, LIMIT, Row, Target
@@ -129,8 +132,18 @@ def take_turn(calls: Sequence[Callable[[], Any]], estimate: float, *, cold: bool
         return spread([_batch(call, batch, clock) for _ in range(3)]).median
     if estimate < 0.05:
         call()
-    count = max(1, min(5, round(0.03 / estimate)))
-    return spread([_batch(call, 1, clock) for _ in range(count)]).median
+    return spread([_batch(call, 1, clock) for _ in range(_repeats(estimate))]).median
+
+
+def _repeats(estimate: float) -> int:
+    return max(1, min(5, round(0.03 / estimate)))
+
+
+def _turn_seconds(sets: int, estimate: float, cold: bool) -> float:
+    """How long `take_turn` takes."""
+    if cold:
+        return (sets + 1) * estimate
+    return 6e-3 if estimate < 2e-4 else (_repeats(estimate) + (estimate < 0.05)) * estimate
 
 
 def _batch(call: Callable[[], Any], count: int, clock: Clock) -> float:
@@ -148,21 +161,30 @@ def interleave(
     seconds: float = 5.0,
     rounds: tuple[int, int] = (5, 15),
     keep: Callable[[str], bool] = lambda name: True,
+    until: float = math.inf,
     clock: Clock | None = None,
 ) -> dict[str, dict[int, float]]:
     """Turns of every contender, round after round, each second round in reverse order.
 
     Ends after `seconds`, but never before the least number of rounds nor after the most. A contender that `keep`
     does not name cannot be the best once it is three times as slow as the fastest of those, and leaves after two
-    rounds (ten times as slow: after one).
+    rounds (ten times as slow: after one). One whose next turn would end after `until`, a time of the clock, leaves
+    then; the first turn of the first contender is always taken.
     """
     clock = clock or Clock()
     taken: dict[str, dict[int, float]] = {name: {} for name in contenders}
     playing = list(contenders)
     start = clock.now()
+    first = playing[0] if playing else ""
     for number in range(rounds[1]):
-        for name in playing if number % 2 == 0 else reversed(playing):
+        for name in list(playing) if number % 2 == 0 else playing[::-1]:
+            lasts = _turn_seconds(len(contenders[name]), estimates[name], cold)
+            if clock.now() + lasts > until and (number or name != first):
+                playing.remove(name)
+                continue
             taken[name][number] = take_turn(contenders[name], estimates[name], cold=cold, clock=clock)
+        if first not in playing:  # a round without it compares nothing
+            break
         if number < 2:
             optional = {name: min(taken[name].values()) for name in playing if not keep(name)}
             bound = (10, 3)[number] * min(optional.values(), default=0.0)
@@ -178,11 +200,13 @@ class Runner:
 
     def __init__(self, roster: Roster, cache_bytes: int, *, clock: Clock | None = None) -> None:
         self.roster, self.cache_bytes, self.clock = roster, cache_bytes, clock or Clock()
+        self._costs: dict[str, float] = {}  # seconds that a contender's preparation and check took last, by name
 
-    def run(self, row: Row, seconds: float) -> Result:
+    def run(self, row: Row, seconds: float, until: float = math.inf) -> Result:
+        """`seconds` are for the rounds; whatever would end after `until`, a time of the clock, is left out."""
         with torch.no_grad():
             inputs = build(row.case, row.case.cold_sets(self.cache_bytes) if row.case.cold else 1)
-            timings, prepared, estimates = self._prepare(row, inputs)
+            timings, prepared, estimates = self._prepare(row, inputs, until)
             calls: dict[str, Sequence[Callable[[], Any]]] = {name: p.calls for name, p in prepared.items()}
             flops = self._add_limits(row, inputs, calls, estimates)
             keep = {OURS, *row.own, *_LIMITS, *(t.against for t in row.targets)}
@@ -193,15 +217,19 @@ class Runner:
                 seconds=seconds,
                 rounds=(5 if row.targets else 3, 15),
                 keep=keep.__contains__,
+                until=until,
                 clock=self.clock,
             )
         for name, rounds in taken.items():
-            timings.setdefault(name, Timing(name)).rounds = rounds
+            timing = timings.setdefault(name, Timing(name))
+            timing.rounds, timing.unavailable = rounds, "" if rounds else OUT_OF_TIME
         del calls, prepared, inputs
         gc.collect()
         return judge(row, timings, flops)
 
-    def _prepare(self, row: Row, inputs: Inputs) -> tuple[dict[str, Timing], dict[str, Prepared], dict[str, float]]:
+    def _prepare(
+        self, row: Row, inputs: Inputs, until: float
+    ) -> tuple[dict[str, Timing], dict[str, Prepared], dict[str, float]]:
         timings: dict[str, Timing] = {}
         prepared: dict[str, Prepared] = {}
         estimates: dict[str, float] = {}
@@ -209,20 +237,31 @@ class Runner:
         wanted += [(name, inputs) for name in row.peers]
         for name, given in wanted:
             timing = timings[name] = Timing(name)
+            begun = self.clock.now()
+            if name != OURS and begun + self._costs.get(name, 0.0) > until:
+                timing.unavailable = OUT_OF_TIME
+                continue
             try:
                 ready = self.roster.prepare(OURS if name in row.own else name, given)
                 dtype = name.partition(" ")[2]
                 tolerance = TOLERANCE[dtype if dtype in TOLERANCE else given.case.dtype]
                 ends = ready.calls[:1] if len(ready.calls) == 1 else (ready.calls[0], ready.calls[-1])
-                errors = [given.errors(ready.read(call())) for call in ends]
+                errors = []
+                for call in ends:
+                    started = self.clock.now()
+                    result = call()
+                    took = self.clock.now() - started
+                    errors.append(given.errors(ready.read(result)))
                 timing.error, timing.part = max((e, part) for found in errors for part, e in found.items())
                 timing.agrees, timing.note = timing.error <= tolerance, ready.note
                 if timing.agrees:
-                    prepared[name], estimates[name] = ready, self._estimate(ready.calls[0])
+                    prepared[name] = ready
+                    estimates[name] = took if took > 0.5 else self._estimate(ready.calls[0])
             except Unavailable as reason:
                 timing.unavailable = str(reason)
             except Exception as error:  # a peer that fails must be reported, not end the run
                 timing.unavailable = f"failed: {type(error).__name__}: {str(error)[:160]}"
+            self._costs[name] = self.clock.now() - begun
         return timings, prepared, estimates
 
     def _estimate(self, call: Callable[[], Any]) -> float:
@@ -238,8 +277,7 @@ class Runner:
     ) -> int:
         """The machine's own rate takes part in every round. Returns the FLOPs of its matrix product."""
         if row.limit == "gemm":
-            # The matrix product of float16 is slower than that of float32 on most processors; the faster one is fair.
-            dtype = torch.bfloat16 if row.case.dtype == "bf16" else torch.float32
+            dtype = machine.product_type(row.case.torch_dtype)
             a = torch.randn(_GEMM_SIZE, _GEMM_SIZE).to(dtype)
             b = torch.randn(_GEMM_SIZE, _GEMM_SIZE).to(dtype)
             calls["gemm"] = [lambda: torch.mm(a, b)]

@@ -6,6 +6,7 @@ called slower if three quarters of the last pairs say so.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -63,14 +64,18 @@ def sweep(
     roster: Roster,
     *,
     count: int = 200,
+    seconds: float = math.inf,
     say: Callable[[str], None] = lambda text: None,
     clock: Clock | None = None,
 ) -> list[Swept]:
-    """Measure every shape; those with `slower` set are the ones to look at."""
+    """Measure shapes until `seconds` are over; those with `slower` set are the ones to look at."""
     clock = clock or Clock()
-    results = []
+    results: list[Swept] = []
+    end = clock.now() + seconds
     with torch.no_grad():
         for number, case in enumerate(shapes(count)):
+            if clock.now() > end:
+                break
             say(f"sweep {number + 1} of {count}")
             results.append(_one(roster, case, clock))
     return results
@@ -101,11 +106,13 @@ def _one(roster: Roster, case: Case, clock: Clock) -> Swept:
     )
 
 
-def summary(results: list[Swept]) -> str:
-    """The shapes that lost, then how the others fared by type."""
+def summary(results: list[Swept], count: int | None = None) -> str:
+    """The shapes that lost, then how the others fared by type; `count`: how many there were to measure."""
     slower = [r for r in results if r.slower]
     wrong = [r for r in results if not r.agrees]
     lines = [f"{len(slower)} of {len(results)} shapes slower than PyTorch's attention."]
+    if count is not None and len(results) < count:
+        lines.append(f"  {count - len(results)} of {count} shapes left out: --seconds has no room for them")
     lines += [f"  slower: {r}" for r in sorted(slower, key=lambda r: r.ratio.median)]
     lines += [f"  results differ: {r}" for r in wrong]
     for dtype in dict.fromkeys(r.case.dtype for r in results):

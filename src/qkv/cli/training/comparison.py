@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -37,7 +38,9 @@ class SdpaAttention(Attention):
         return self._kept[1]
 
 
-def step_times(configs: Mapping[str, Config], batch: int, rounds: int = 15) -> dict[str, list[float]]:
+def step_times(
+    configs: Mapping[str, Config], batch: int, rounds: int = 15, seconds: float = math.inf
+) -> dict[str, list[float]]:
     """Time training steps (forward, backward, update) of several decoders in turn.
 
     A round gives each one step on the same random bytes, A B C, the next C B A; two untimed rounds come first.
@@ -49,6 +52,9 @@ def step_times(configs: Mapping[str, Config], batch: int, rounds: int = 15) -> d
     batch : int
         Windows a step.
     rounds : int
+        At most; at least two.
+    seconds : float
+        Once these are over, no further round begins.
 
     Returns
     -------
@@ -60,7 +66,10 @@ def step_times(configs: Mapping[str, Config], batch: int, rounds: int = 15) -> d
     tokens = torch.randint(BYTES, (batch, context + 1), generator=rng)
     steps = {name: _step(config, tokens) for name, config in configs.items()}
     times: dict[str, list[float]] = {name: [] for name in steps}
+    end = time.perf_counter() + seconds
     for turn in range(-2, rounds):
+        if turn >= 2 and time.perf_counter() > end:
+            break
         for name in steps if turn % 2 == 0 else reversed(steps):
             start = time.perf_counter()
             steps[name]()
