@@ -13,7 +13,7 @@ CODE := src tests benchmarks examples docs tools
 NATIVE := CMakeLists.txt pyproject.toml $(wildcard csrc/*)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test check gate soak sanitize bench format lock clean
+.PHONY: demo test check gate soak sanitize bench format lock compatibility clean
 
 demo: $(VENV)/.installed
 	@$(BIN)/qkv demo
@@ -58,6 +58,10 @@ format: $(VENV)/.installed-dev
 lock:
 	$(PYTHON) tools/lock.py make "$(TORCH)"
 
+# The tests on the oldest and the newest torch and transformers, in throw-away environments of gigabytes. Never in CI.
+compatibility: $(VENV)/.installed
+	$(BIN)/python tools/compatibility.py $(if $(ONLY),--only $(ONLY)) $(if $(TESTS),--tests $(TESTS))
+
 clean:
 	rm -rf build $(VENV)
 
@@ -82,6 +86,6 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	@touch $@
 
 $(VENV)/.mutants: $(VENV)/.installed-dev
-	@$(BIN)/cmake -G Ninja -S . -B build/mutants -DQKV_MUTANTS=ON -DQKV_REQUIRED=ON -DPython_EXECUTABLE=$(abspath $(BIN))/python -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja > /dev/null
+	@$(BIN)/cmake -G Ninja -S . -B build/mutants -DQKV_MUTANTS=ON -DPython_EXECUTABLE=$(abspath $(BIN))/python -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja > /dev/null
 	@$(BIN)/cmake --build build/mutants
 	@touch $@

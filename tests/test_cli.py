@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
 import io
 import os
@@ -269,14 +270,23 @@ def test_doctor_says_what_is_here(capsys: pytest.CaptureFixture[str]) -> None:
     assert row.split()[3] == qkv.plan(q, k, k).backend
 
 
-def test_doctor_names_the_reason_without_the_extension(
+def test_doctor_says_in_one_whole_line_what_is_missing_and_how_to_get_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """However long the reason is; both where the backend cannot be loaded and where it says that it is not built."""
     monkeypatch.setattr("qkv.backends.base.load", _without_native(qkv.backends.base.load))
     assert main(["doctor"]) == 0
     shown = capsys.readouterr().out
-    assert "not installed (no compiler was found)" in shown
+    (native,) = [line for line in shown.splitlines() if line.startswith("native")]
+    assert "not installed (no compiler was found); attention runs in plain PyTorch" in native
+    assert native.endswith("pip install --force-reinstall --no-deps .")
+    assert "C++20 compiler" in native
     assert "why not the native kernel" in shown
+    assert "…" not in shown
+
+    reason = "the native extension was not built (No module named 'qkv._native' in a very long list of places)"
+    monkeypatch.setattr("qkv.backends.base.load", lambda name: argparse.Namespace(missing=reason))
+    assert doctor._native() == f"not usable: {reason}; {doctor.CURE}"
 
 
 def _without_native(load: object) -> object:

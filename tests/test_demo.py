@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -190,6 +192,30 @@ def test_a_question_is_answered_and_nothing_is_served(capsys: pytest.CaptureFixt
     assert len(lines) <= 24
     assert "system prompt" not in "\n".join(lines)
     assert len(re.findall(r"qkv (why|demo|doctor|mask|bench)", lines[-1])) == 3
+
+
+def test_what_is_missing_is_said_whole_with_the_cure(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No safetensors: no model and no pages. No kernels: slow. A line each, and the screen still fits."""
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    monkeypatch.setattr(demo, "find_spec", lambda name: None if name == "safetensors" else find_spec(name))
+    monkeypatch.setattr(measure, "BACKENDS", ("reference", "tiled", "sdpa"))
+    lines, _ = _demo(capsys)
+    assert len(lines) <= 24
+    assert max(map(cells, lines)) <= 80
+    assert "no model and no pages here: safetensors is missing (pip install safetensors)" in lines
+    assert "no native kernels here, so qkv is slow: qkv doctor says how to get them" in lines
+    assert "system prompt" not in "\n".join(lines)
+
+
+def test_an_installation_without_the_model_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("qkv.cli.continuation.SHIPPED", tmp_path / "reference.safetensors")
+    lines, _ = _demo(capsys)
+    (told,) = [line for line in lines if line.startswith("no model and no pages here: ")]
+    assert told.endswith("Train one with qkv train, and pass its path.")
 
 
 def test_an_answer_that_differs_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -105,7 +105,7 @@ def test_the_two_commands_come_first() -> None:
 def test_two_plain_pip_lines() -> None:
     blocks = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
     pip = [block.split("\n")[:-1] for block in blocks if "pip install" in block]
-    assert pip == [["pip install torch", "pip install ."]]
+    assert pip == [["pip install torch", 'pip install ".[demo]"']]
 
 
 def test_the_benchmark_section_can_be_filled() -> None:

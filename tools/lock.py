@@ -51,7 +51,10 @@ def read(path: Path = LOCK) -> tuple[str, dict[str, str]]:
 
 def requirements() -> list[str]:
     """What is asked for: the tools that build, the demo's packages, and those of the dependency groups."""
-    import tomllib
+    try:
+        import tomllib
+    except ModuleNotFoundError:  # Python 3.10
+        from pip._vendor import tomli as tomllib
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     asked = ["pip", *project["build-system"]["requires"], *project["project"]["optional-dependencies"]["demo"]]
@@ -94,9 +97,7 @@ def constraints(torch: str) -> list[str]:
     locked = [f"{name}=={version}" for name, version in versions.items()]
     here = f"{sys.version_info.major}.{sys.version_info.minor}"
     if here != python:
-        told = (
-            f"{LOCK.name} is for Python {python}, this is {here}: pip installs the newest that pyproject.toml allows."
-        )
+        told = f"{LOCK.name} is for Python {python}, this is {here}: pip takes the newest that pyproject.toml allows."
         print(told, file=sys.stderr)
         locked = []
     elif torch in ("", f"torch=={versions['torch']}"):

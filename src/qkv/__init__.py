@@ -11,7 +11,16 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from qkv.errors import ArgumentError, ArgumentTypeError, PagesExhausted, QKVError, ShapeError, UnsupportedError
+from qkv import needs  # noqa: F401  first: it says which torch is needed, before anything fails for want of it
+from qkv.errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    PagesExhausted,
+    QKVError,
+    ShapeError,
+    UnsupportedError,
+    VersionError,
+)
 from qkv.functional import attention, weights
 from qkv.masks import (
     Mask,
@@ -69,6 +78,7 @@ __all__ = [
     "QKVError",
     "ShapeError",
     "UnsupportedError",
+    "VersionError",
     "alibi",
     "attention",
     "bigbird",

@@ -28,6 +28,10 @@ class UnsupportedError(QKVError, ValueError):
     """A backend was asked for something it cannot do."""
 
 
+class VersionError(QKVError, ImportError, ValueError):
+    """A package that qkv works with is older than what it needs; raised when it is imported or registered."""
+
+
 class PagesExhausted(QKVError, RuntimeError):
     """A page pool has too few free pages for a step; nothing was changed."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 
 from qkv.errors import ArgumentError, UnsupportedError, describe
 
@@ -15,6 +16,7 @@ PROMPTS = (  # and how many bytes to write: some leave early, and others join in
     ("The for statement ", 28), ("A list ", 56), ("An exception ", 50), ("If a class ", 58), ("A generator ", 46),
     ("The else clause ", 40),
 )  # fmt: skip
+NO_MODEL = "no model and no pages here: safetensors is missing (pip install safetensors)"
 PAGES, BATCH = 40, 4  # fewer at a time than there are prompts, so that some join when others leave
 
 
@@ -52,8 +54,9 @@ def run(args: argparse.Namespace) -> int:
         found = lookup.ask(question)
         agreed = measure.agreement(found.q, lookup.features.k, lookup.features.v, progress.say)
         timings = [measure.decode(dtype, progress.say) for dtype in ("bfloat16", "float32")]
-        said = _continued(progress.say) if args.file is None else ""
-    print(screen.first(text, found, agreed, timings, said, last=not plain))
+        said, absent = _continued(progress.say) if args.file is None else ("", "")
+    absences = [absent, screen.NO_KERNELS if "cpu" not in agreed.errors else ""]
+    print(screen.first(text, found, agreed, timings, said, list(filter(None, absences)), last=not plain))
     if args.full:
         print(screen.details(text, found, agreed, timings))
     if plain:
@@ -85,12 +88,12 @@ def _serve() -> None:
     print(screen.served(server, picture, differing, time.perf_counter() - begun))
 
 
-def _continued(say: Callable[[str], None]) -> str:
-    """A prompt and how the shipped model, trained on the same text, continues it; or why it cannot."""
+def _continued(say: Callable[[str], None]) -> tuple[str, str]:
+    """A prompt and how the shipped model, trained on the same text, continues it; or why it cannot, and the cure."""
     say("asking the shipped model to go on")
     try:
         from qkv.cli.continuation import continue_prompt
 
-        return f"“{PROMPT.strip()}” {continue_prompt(PROMPT, 120, temperature=0.5).text}"
+        return f"“{PROMPT.strip()}” {continue_prompt(PROMPT, 120, temperature=0.5).text}", ""
     except UnsupportedError as error:
-        return f"no model: {error}"
+        return "", NO_MODEL if find_spec("safetensors") is None else f"no model and no pages here: {error}"

@@ -7,13 +7,14 @@ import os
 import platform
 import sys
 import warnings
+from importlib import metadata
 from pathlib import Path
 
 import torch
 
 from qkv.backends import base
 from qkv.errors import QKVError
-from qkv.insight.terminal import fit, paint, table
+from qkv.insight.terminal import paint, table
 from qkv.masks import causal, sliding_window
 from qkv.planning import plan
 
@@ -26,6 +27,12 @@ CALLS = (
     ("latent decode", 128, 1, 1, 4096, 576, None),
 )
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+# Said whole, however long: a terminal breaks the line, and a reader gets the command that helps.
+CURE = (
+    "attention runs in plain PyTorch and is slower. Install a C++20 compiler (g++ 10, clang 13 or newer), then in the "
+    "folder of qkv: pip install --force-reinstall --no-deps ."
+)
 
 # The flags, as Linux names them, that the native kernels are built for.
 ISAS = {
@@ -68,6 +75,7 @@ def report() -> str:
             ["cpu", f"{cpu_name()}, {_usable()} cores usable"],
             ["instructions", ", ".join(instruction_sets()) or "none of " + ", ".join(ISAS)],
             ["gpu", _gpu()],
+            ["transformers", _transformers()],
             ["native", _native()],
         ]
         paths = [["call", "q", "k", *(str(d).removeprefix("torch.") for d in DTYPES)]]
@@ -127,6 +135,14 @@ def _usable() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def _transformers() -> str:
+    """Return the version found."""
+    try:
+        return metadata.version("transformers")
+    except metadata.PackageNotFoundError:
+        return "not installed: pip install transformers for attn_implementation='qkv'"
+
+
 def _gpu() -> str:
     return torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none that this torch can use"
 
@@ -136,10 +152,10 @@ def _native() -> str:
     try:
         backend = base.load("cpu")
     except ImportError as error:
-        return fit(f"not installed ({error}); attention runs in plain PyTorch", 100)
+        return f"not installed ({error}); {CURE}"
     missing = getattr(backend, "missing", None)
     if isinstance(missing, str):
-        return fit(f"not usable: {missing}; attention runs in plain PyTorch", 100)
+        return f"not usable: {missing}; {CURE}"
     able = []
     q = torch.empty(1, 1, 1, 64)
     for isa in base.ISAS:

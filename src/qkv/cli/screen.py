@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import textwrap
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,16 +21,26 @@ if TYPE_CHECKING:
     from qkv.cli.serving import Server
 
 WIDTH, LINES = 80, 24  # the first screen fits the smallest terminal in use
+NO_KERNELS = "no native kernels here, so qkv is slow: qkv doctor says how to get them"
 HIT_LINES = (3, 2, 1, 1, 1)  # lines quoted of each passage
 
 _WORD = re.compile(r"[^\W_]+")
 _EMPHASIS = re.compile(r"\*{1,2}(?=\S)([^*]+)(?<=\S)\*{1,2}")
 
 
-def first(text: Text, found: Found, agreed: Agreement, timings: list[Timing], said: str = "", last: bool = True) -> str:
+def first(
+    text: Text,
+    found: Found,
+    agreed: Agreement,
+    timings: list[Timing],
+    said: str = "",
+    absent: Sequence[str] = (),
+    last: bool = True,
+) -> str:
     """Return the first screen.
 
-    `said`: a prompt and what a model trained on the text makes of it. `last`: whether nothing but details follow.
+    `said`: a prompt and what a model trained on the text makes of it. `absent`: what is missing here and the cure, a
+    line each, never cut. `last`: whether nothing but details follow.
     """
     lines = [
         paint(fit(f"qkv demo · {text.name}, {len(text.passages):,} passages", WIDTH), "dim"),
@@ -42,7 +53,7 @@ def first(text: Text, found: Found, agreed: Agreement, timings: list[Timing], sa
         *_agreed(agreed),
         *_timed(timings),
     ]
-    lines += _spoken(said, LINES - len(lines) - 1) or [""]
+    lines += [*_spoken(said, LINES - len(lines) - len(absent) - 1), *absent] or [""]
     lines += [hint()] if last else []
     return "\n".join(line.rstrip() for line in lines)
 

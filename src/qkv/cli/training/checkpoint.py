@@ -129,7 +129,7 @@ def _safetensors(name: str) -> Any:
         import safetensors
         import safetensors.torch
     except ImportError:
-        rule, fix = "checkpoints are safetensors files", "pip install 'qkv[demo]'"
+        rule, fix = "checkpoints are safetensors files", "Use pip install safetensors"
         raise UnsupportedError(describe("qkv train", rule, "a Python without safetensors", fix)) from None
     return getattr(safetensors if name == "safe_open" else safetensors.torch, name)
 
