@@ -13,7 +13,7 @@ CODE := src tests benchmarks examples docs tools
 NATIVE := CMakeLists.txt pyproject.toml $(wildcard csrc/*)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test check gate soak sanitize bench format lock compatibility clean
+.PHONY: demo test check gate soak sanitize bench models format lock compatibility clean
 
 demo: $(VENV)/.installed
 	@$(BIN)/qkv demo
@@ -40,6 +40,11 @@ soak: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/qkv bench
+
+# Every model type of the installed transformers, small, `eager` against `qkv`: an hour, and goes on where it was stopped.
+# What it found is kept in build/models; ARGS="--retry" tries again what was not built, ARGS="llama t5" those types only.
+models: $(VENV)/.installed-dev
+	$(BIN)/python -W ignore -m tests.hf_sweep $(ARGS)
 
 # The kernels under sanitizers, without Python: random calls, malformed masks, threads, forks. Building takes minutes.
 SECONDS_EACH ?= 60

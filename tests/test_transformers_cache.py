@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -68,6 +69,36 @@ def test_a_growing_cache_copies_seldom() -> None:
     assert cache.get_seq_length() == 398
     cache.reset()
     assert cache.update(k, v, 0)[0].shape[2] == 2
+
+
+@pytest.mark.parametrize("first", ["original", "copy"])
+def test_shallow_copies_of_a_growing_cache_go_their_own_ways(first: str) -> None:
+    """Both hold what was there; what one appends, or writes over after a crop, the other does not see."""
+    g = torch.Generator().manual_seed(0)
+
+    def made(n: int) -> tuple[torch.Tensor, torch.Tensor]:
+        k, v = (torch.randn(1, 2, n, 4, generator=g) for _ in range(2))
+        return k, v
+
+    cache, begun, mine, theirs = adapter.GrowingCache(), made(5), made(2), made(3)
+    cache.update(*begun, 0)
+    twin = copy.copy(cache)
+    layer = copy.copy(cache.layers[0])
+    for held in (cache.layers[0], twin.layers[0], layer):
+        assert torch.equal(held.keys, begun[0])
+        assert torch.equal(held.values, begun[1])
+    if first == "original":
+        cache.crop(-4)
+        found = cache.update(*mine, 0), twin.update(*theirs, 0)
+    else:
+        ours = twin.update(*theirs, 0)
+        cache.crop(-4)
+        found = cache.update(*mine, 0), ours
+    for i in range(2):
+        assert torch.equal(found[0][i], torch.cat([begun[i][:, :, :1], mine[i]], 2))
+        assert torch.equal(found[1][i], torch.cat([begun[i], theirs[i]], 2))
+    assert torch.equal(layer.keys, begun[0])
+    assert (cache.get_seq_length(), twin.get_seq_length(), layer.get_seq_length()) == (3, 8, 5)
 
 
 def test_a_growing_cache_may_leave_inference_mode() -> None:

@@ -2,13 +2,16 @@
 
 The judge is `sdpa_mask` of the installed transformers, with its short cuts off. Wrong adapters that die here: a window
 off by one, a window or chunks counted from the wrong end of a cache, padding on the other side, queries that stand on
-0, "and" for "or", packed sequences that leak, ids taken at the wrong offset, keys cut off one too early.
+0, "and" for "or", packed sequences that leak, ids taken at the wrong offset, keys cut off one too early, a mask that
+is taken for numbers.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 import pickle
+import sys
 import warnings
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -221,14 +224,6 @@ def test_a_release_that_changes_a_part_makes_it_unknown() -> None:
     assert not isinstance(transformers_parts.Parts(mu).parse(mu.sliding_window_overlay(3)), transformers_parts.Unknown)
 
 
-def test_transformers_4_says_where_queries_stand_by_a_tensor() -> None:
-    found = model_mask(
-        batch_size=B, cache_position=torch.arange(8, 13), kv_length=13, kv_offset=0,
-        mask_function=mu.sliding_window_causal_mask_function(4),
-    )  # fmt: skip
-    assert torch.equal(found.tensor(), expected(mu.sliding_window_causal_mask_function(4), (5, 13, 8, 0)))
-
-
 # ------------------------------------------------------------------------------------------------------------- decode
 @pytest.mark.parametrize(
     ("function", "place"),
@@ -281,7 +276,7 @@ def test_a_mask_survives_handling() -> None:
         found.no_such_thing  # noqa: B018
 
 
-def test_a_mask_that_is_computed_with_is_the_tensor_of_sdpa() -> None:
+def test_a_mask_that_is_cut_or_combined_is_the_tensor_of_sdpa() -> None:
     place = (5, 13, 8, 0)
     found = made(mu.causal_mask_function, place)
     want = expected(mu.causal_mask_function, place)
@@ -293,9 +288,102 @@ def test_a_mask_that_is_computed_with_is_the_tensor_of_sdpa() -> None:
     assert torch.equal(found[1:2], want[1:2])
     assert torch.equal(~found, ~want)
     assert torch.equal(found | ~want, want | ~want)
-    assert torch.equal(found.to(torch.float32), want.float())
     assert torch.equal(found.expand(B, 2, -1, -1), want.expand(B, 2, -1, -1))
-    assert torch.equal(torch.where(found, 1.0, 2.0), torch.where(want, 1.0, 2.0))
     assert torch.equal(torch.cat([found, found], dim=-1), torch.cat([want, want], dim=-1))
-    assert torch.equal(found + torch.zeros(1), want + torch.zeros(1))
-    assert torch.equal(found * 2, want * 2)
+    assert torch.equal(torch.nn.functional.pad(found, (0, 2)), torch.nn.functional.pad(want, (0, 2)))
+    assert bool(found[..., 0].all())
+    assert not bool(found[..., 12].all())
+
+
+scores = torch.zeros(B, 2, 5, 13)
+ARITHMETIC: dict[str, Callable[[Any], Any]] = {
+    "+": lambda m: m + scores,
+    "+, on the right": lambda m: scores + m,
+    "+=": lambda m: scores.clone().add_(m),
+    "-": lambda m: 1.0 - m,
+    "*": lambda m: m * -1e9,
+    "*, on the right": lambda m: scores * m,
+    "/": lambda m: m / 2,
+    "@": lambda m: m @ scores.transpose(2, 3),
+    "torch.add": lambda m: torch.add(scores, m),
+    "torch.mul": lambda m: torch.mul(m, 2),
+    "masked_fill": lambda m: scores.masked_fill(m, -math.inf),
+    "masked_fill_": lambda m: scores.clone().masked_fill_(m, -math.inf),
+    "its masked_fill": lambda m: m.masked_fill(torch.ones(5, 13, dtype=torch.bool), 0.0),
+    "where": lambda m: torch.where(m, scores, -math.inf),
+    "where it is a value": lambda m: torch.where(scores == 0, m, scores),
+    "its where": lambda m: m.where(m, scores),
+    ".to(float32)": lambda m: m.to(torch.float32),
+    ".to(dtype=)": lambda m: m.to(dtype=torch.bfloat16),
+    ".to(another tensor)": lambda m: m.to(scores),
+    ".to(bool)": lambda m: m.to(torch.bool),
+    ".type_as": lambda m: m.type_as(scores),
+    ".float()": lambda m: m.float(),
+    ".bool()": lambda m: m.bool(),
+    ".long()": lambda m: m.long(),
+    ".sum()": lambda m: m.sum(),
+    "<": lambda m: m < 0,
+    "== 0": lambda m: torch.eq(m, 0),
+    "softmax": lambda m: torch.softmax(m, -1),
+    "scaled_dot_product_attention": lambda m: torch.nn.functional.scaled_dot_product_attention(
+        torch.zeros(B, 2, 5, 4), torch.zeros(B, 2, 13, 4), torch.zeros(B, 2, 13, 4), attn_mask=m
+    ),
+}
+
+
+@pytest.mark.parametrize("handled", ["as it is", "cut", "expanded", "inverted"])
+@pytest.mark.parametrize("use", ARITHMETIC)
+def test_a_mask_is_never_a_number(use: str, handled: str) -> None:
+    """1 and 0 in place of 0 and -inf would be silently wrong: what a model does to its mask first does not matter."""
+    found: Any = made(mu.causal_mask_function, (5, 13, 8, 0))
+    if handled == "cut":
+        found = found[:, :, -5:, :13][:, :1][:, :, 0:5]
+        found = found[:1].expand(B, 1, 5, 13)
+    elif handled == "expanded":
+        found = found.expand(B, 2, 5, 13)
+    elif handled == "inverted":
+        found = ~found
+    with pytest.raises(qkv.UnsupportedError, match=r"must not be computed with.*eager"):
+        ARITHMETIC[use](found)
+
+
+def test_code_that_takes_attention_by_name_may_choose_by_a_mask() -> None:
+    """It was written for the bool masks of sdpa: Doge and the selected keys of DeepSeek do this."""
+    place = (5, 13, 8, 0)
+    found, want = made(mu.causal_mask_function, place), expected(mu.causal_mask_function, place)
+    # In this file's own globals, it would be this file that takes attention by name.
+    named = sys.modules["transformers.modeling_utils"].ALL_ATTENTION_FUNCTIONS
+    scope = {"torch": torch, "m": found, "s": scores, "ALL_ATTENTION_FUNCTIONS": named, "__name__": "a model"}
+    for code in ("torch.where(m, s, -9.0)", "s.masked_fill(~m, -9.0)", "s.masked_fill(~m.bool(), -9.0)",
+                 "s.masked_fill(~m.to(torch.bool), -9.0)"):  # fmt: skip
+        assert torch.equal(eval(code, dict(scope)), torch.where(want, scores, -9.0)), code
+    for code in ("s + m", "m.float()", "s.masked_fill(m < 0, 1)", "torch.where(s == 0, m, s)"):
+        with pytest.raises(qkv.UnsupportedError, match="computed with"):
+            eval(code, dict(scope))
+
+
+# --------------------------------------------------------------------------------------------------- empty meanings
+@pytest.mark.parametrize("place", PLACES, ids=str)
+@pytest.mark.parametrize(
+    "function",
+    [
+        mu.sliding_window_causal_mask_function(0),
+        mu.sliding_window_causal_mask_function(-3),
+        mu.sliding_window_overlay(0),
+        mu.sliding_window_overlay(-2),
+        mu.sliding_window_bidirectional_mask_function(0),
+        mu.sliding_window_bidirectional_mask_function(-1),
+        mu.and_masks(mu.sliding_window_bidirectional_overlay(3), mu.sliding_window_overlay(-1)),
+        mu.and_masks(),
+        mu.or_masks(),
+        mu.or_masks(mu.sliding_window_causal_mask_function(0), mu.sliding_window_causal_mask_function(3)),
+    ],
+)
+def test_a_part_that_shows_nothing_is_read(function: Any, place: tuple[int, int, int, int]) -> None:
+    """A config with use_sliding_window=False has a window of 0, and its model makes that mask and does not use it."""
+    Lq, Lk, q_offset, kv_offset = place
+    at = torch.arange(Lq)[:, None] + q_offset, torch.arange(Lk) + kv_offset
+    want = torch.as_tensor(function(torch.tensor(0), torch.tensor(0), *at)).expand(B, 1, Lq, Lk)
+    found = made(function, place)
+    assert torch.equal(found.tensor(), want), f"{found!r}"
+    assert "dense" not in repr(found.mask)

@@ -24,8 +24,10 @@ from torch import Tensor
 
 from qkv.errors import ArgumentTypeError, ShapeError, UnsupportedError, describe
 from qkv.functional import attention
-from qkv.integrations.transformers_mask import ModelMask, model_mask
-from qkv.masks import Mask, causal, documents, sliding_window, window
+from qkv.integrations.transformers_features import features
+from qkv.integrations.transformers_mask import MaskTensor, ModelMask, model_mask
+from qkv.integrations.transformers_selection import selected_blocks, selected_keys
+from qkv.masks import Mask, causal, dense, documents, sliding_window, window
 from qkv.masks.arguments import shown
 
 __all__ = [
@@ -34,20 +36,21 @@ __all__ = [
     "ModelMask",
     "attention_forward",
     "cache_keyword",
+    "features",
     "ignore",
     "model_mask",
     "register",
 ]
 
 NAME = "qkv"
-OLDEST = (4, 57)
 _CALL = "attn_implementation='qkv'"
 
 # Keyword arguments of a model reach its attention layers. These say nothing about what attention computes.
 _IGNORED = {
-    "cache_position", "deterministic", "logits_to_keep", "max_length_k", "max_length_q", "max_seqlen_k",
-    "max_seqlen_q", "num_items_in_batch", "output_hidden_states", "output_router_logits", "position_ids",
-    "return_dict", "seq_idx", "token_type_ids", "mm_token_type_ids", "use_cache",
+    "cache_position", "deterministic", "generation_config", "grid_thw", "input_ids", "logits_to_keep",
+    "max_length_k", "max_length_q", "max_seqlen_k", "max_seqlen_q", "mm_token_type_ids", "num_items_in_batch",
+    "output_hidden_states", "output_router_logits", "position_ids", "return_dict", "seq_idx",
+    "token_type_ids", "use_cache",
 }  # fmt: skip
 # These change it, and qkv's interface for models does not have them.
 _REFUSED = {
@@ -55,9 +58,6 @@ _REFUSED = {
     "qkv.weights for chosen rows",
     "head_mask": "Use attn_implementation='eager', or prune the heads",
     "cache": "Continuous batching (generate_batch) is not supported: use generate, or attn_implementation='sdpa'",
-    "indices": "Selected keys are not supported: use attn_implementation='sdpa'",
-    "block_indices": "Selected blocks are not supported: use attn_implementation='sdpa'",
-    "sinks": "Sinks go by the name s_aux, one a query head: use attn_implementation='eager' for others",
 }
 
 
@@ -76,28 +76,27 @@ def ignore(*names: str) -> None:
 def register(name: str = NAME) -> None:
     """Make attention and masks known to transformers under one name. Importing this file does it for "qkv".
 
-    Raises UnsupportedError where transformers is missing or too old. Registering again changes nothing.
+    Raises UnsupportedError where transformers is missing, or lacks a feature that is needed (see `features`).
+    Registering again changes nothing.
 
     >>> from qkv.integrations.transformers import register
     >>> register()
     """
+    fix = 'pip install --upgrade "qkv[transformers]"'
     try:
-        _check_version(metadata.version("transformers"))
-        from transformers import AttentionInterface, AttentionMaskInterface
+        version = metadata.version("transformers")
+        import transformers
     except ImportError as error:  # metadata.PackageNotFoundError is one
-        fix = 'pip install "qkv[transformers]"'
-        rule = f"transformers {'.'.join(map(str, OLDEST))} or later must be installed"
+        rule = "transformers must be installed"
         raise UnsupportedError(describe("qkv.integrations.transformers", rule, str(error) or "none", fix)) from error
-    AttentionInterface.register(name, attention_forward)
-    AttentionMaskInterface.register(name, model_mask)
-
-
-def _check_version(version: str) -> None:
-    numbers = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
-    if numbers < OLDEST:
-        rule = f"transformers must be {'.'.join(map(str, OLDEST))} or later"
-        fix = 'pip install --upgrade "qkv[transformers]"'
-        raise UnsupportedError(describe("qkv.integrations.transformers", rule, f"transformers {version}", fix))
+    lacking = [feature for feature, there in features().items() if not there]
+    if lacking:
+        given = f"transformers {version}, without {', '.join(lacking)}"
+        raise UnsupportedError(
+            describe("qkv.integrations.transformers", "transformers lacks what qkv needs", given, fix)
+        )
+    transformers.AttentionInterface.register(name, attention_forward)
+    transformers.AttentionMaskInterface.register(name, model_mask)
 
 
 def attention_forward(
@@ -112,6 +111,9 @@ def attention_forward(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    sinks: Tensor | None = None,
+    indices: Tensor | None = None,
+    block_indices: Tensor | None = None,
     is_causal: bool | None = None,
     position_bias: Tensor | None = None,
     cu_seq_lens_q: Tensor | None = None,
@@ -130,6 +132,9 @@ def attention_forward(
     scaling, softcap : the scale of the scores and their cap
     dropout : in training only
     s_aux : Tensor (Hq,), sinks
+    sinks : Tensor that broadcasts to (B, Hq, Lq, 1), a sink of each query; or (Hq,), as s_aux
+    indices : int Tensor (B, Lq, n), the keys that are selected for each query, of those that the mask shows
+    block_indices : int Tensor (B, groups, Lq, n), blocks of keys, of the layer's indexer's size; groups divides Hq
     sliding_window : int; it is already part of a mask, and is read where `attention_mask` is None
     position_bias : Tensor that broadcasts to (B, Hq, Lq, Lk), added to the scores
     cu_seq_lens_q, cu_seq_lens_k : int Tensor (sequences + 1,), ends of sequences packed into one row
@@ -144,13 +149,15 @@ def attention_forward(
     ------
     UnsupportedError for keyword arguments that change attention and are not supported; ShapeError, ArgumentTypeError.
 
-    Cost: as `qkv.attention`.
+    Cost: as `qkv.attention`. Where `indices` select fewer than all keys, or blocks are selected, a bool mask of
+    (B, 1 or Hq, Lq, Lk) bytes is made of them, with one warning.
     """
     if kwargs:
         _check_others(kwargs)
     if query.shape[0] != key.shape[0]:  # learned queries are one for all rows
         B = max(query.shape[0], key.shape[0])
         query, key, value = (x.expand(B, -1, -1, -1) if x.shape[0] == 1 else x for x in (query, key, value))
+    keys = key
     mask: Mask | Tensor | None = None
     bias: Tensor | None = position_bias
     positions: int | None = None
@@ -158,8 +165,12 @@ def attention_forward(
         mask = attention_mask.mask
         if mask is not None and mask.depends_on_position:
             positions = attention_mask.start
-        if key.shape[2] != attention_mask.shape[3] or query.shape[2] != attention_mask.shape[2]:
+        if key.shape[2] != attention_mask.shape[3] or attention_mask.shape[2] not in (1, query.shape[2]):
             _refuse_lengths(query, key, attention_mask)
+        if attention_mask.shape[2] != query.shape[2] and positions is not None:  # one row, for every query
+            assert mask is not None
+            mask = mask.tensor(1, attention_mask.keys, positions=positions, B=attention_mask.shape[0])
+            positions = None
         if attention_mask.keys != key.shape[2]:
             key, value = key[:, :, : attention_mask.keys], value[:, :, : attention_mask.keys]
             bias = None if bias is None else bias[..., : attention_mask.keys] if bias.shape[-1] > 1 else bias
@@ -170,31 +181,54 @@ def attention_forward(
         bias = added if bias is None else bias if added is None else bias + added
     if cu_seq_lens_q is not None or cu_seq_lens_k is not None:
         mask, positions = _packed(mask, positions, query, key, cu_seq_lens_q, cu_seq_lens_k)
+    if indices is not None or block_indices is not None:
+        chosen = None if indices is None else selected_keys(indices, query, keys)
+        if block_indices is not None:
+            blocks = selected_blocks(block_indices, module, query, keys)
+            chosen = blocks if chosen is None else chosen & blocks
+        if chosen is not None:
+            chosen = chosen[..., : key.shape[2]]
+            mask = chosen if mask is None else mask & (dense(chosen) if isinstance(mask, Mask) else chosen)
+    if sinks is not None and sinks.shape == query.shape[1:2] and s_aux is None:
+        sinks, s_aux = None, sinks
     if isinstance(scaling, Tensor):
         query, scaling = query * scaling, 1.0
     if torch.is_autocast_enabled(query.device.type):
         to = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(to), key.to(to), value.to(to)
-    out = attention(
-        query,
-        key,
-        value,
-        mask,
-        positions=positions,
-        bias=bias,
-        scale=scaling,
-        softcap=softcap,
-        sinks=s_aux,
-        dropout_p=float(dropout) if dropout and getattr(module, "training", True) else 0.0,
-    )
+    given: dict[str, Any] = {
+        "positions": positions,
+        "bias": bias,
+        "scale": scaling,
+        "softcap": softcap,
+        "sinks": s_aux,
+        "dropout_p": float(dropout) if dropout and getattr(module, "training", True) else 0.0,
+    }
+    if sinks is None:
+        out = attention(query, key, value, mask, **given)
+    else:
+        out, lse = attention(query, key, value, mask, return_lse=True, **given)
+        out = _with_sinks(out, lse, sinks, s_aux)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _with_sinks(out: Tensor, lse: Tensor, sinks: Tensor, s_aux: Tensor | None) -> Tensor:
+    """The output beside a sink of each query: of its weights, exp(lse) of exp(lse) + exp(sink) remains."""
+    B, Hq, Lq, _ = out.shape
+    fits = sinks.ndim == 4 and all(a in (1, b) for a, b in zip(sinks.shape, (B, Hq, Lq, 1), strict=True))
+    if s_aux is not None or not fits:
+        rule = "sinks must be one a query head, (Hq,), or one a query, (B, Hq, Lq, 1), and of one kind"
+        kinds = "" if s_aux is None else f", beside s_aux {shown(s_aux)}"
+        fix = "Use attn_implementation='eager'"
+        raise ShapeError(describe(_CALL, rule, f"sinks {shown(sinks)}{kinds}; B={B}, Hq={Hq}, Lq={Lq}", fix))
+    return (out * torch.sigmoid(lse[..., None] - sinks)).to(out.dtype)
 
 
 def _without_mask(module: Any, query: Tensor, key: Tensor, is_causal: bool | None, sliding: int | None) -> Mask | None:
     """What a layer that was given no mask means: causal where it says so, as `sdpa` reads it."""
     Lq, Lk = query.shape[2], key.shape[2]
     forward_only = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    local = sliding is not None and sliding < Lk
+    local = bool(sliding) and sliding is not None and sliding < Lk  # a window of 0 in a config is none
     if (Lq == 1 and not local) or (not forward_only and not local):
         return None
     if Lq != Lk:
@@ -217,7 +251,7 @@ def _users_mask(given: Tensor) -> tuple[Tensor, Tensor | None]:
         fix = "Pass the model a 2-D padding mask or a 4-D one; masks of other kinds are made for other attention"
         raise ArgumentTypeError(describe(_CALL, rule, f"{shown(given)} ({type(given).__name__})", fix))
     if given.dtype == torch.bool:
-        return given, None
+        return (given.as_subclass(Tensor) if isinstance(given, MaskTensor) else given), None
     if torch.compiler.is_compiling() or given.is_inference():  # whose changes nobody counts
         return _read(given)
     version = given._version
@@ -257,7 +291,7 @@ def _packed(
 def _refuse_lengths(query: Tensor, key: Tensor, mask: ModelMask) -> None:
     rule = "the mask must be made for the lengths of the layer's queries and keys"
     given = f"Lq={query.shape[2]}, Lk={key.shape[2]} and a mask for {mask.shape[2]} and {mask.shape[3]}"
-    fix = "Use attn_implementation='sdpa' in a model that adds keys of its own"
+    fix = "Use attn_implementation='eager' in a model that adds keys of its own"
     raise ShapeError(describe(_CALL, rule, given, fix))
 
 

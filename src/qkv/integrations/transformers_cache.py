@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from typing import Any
 
@@ -41,7 +42,8 @@ class GrowingCache(DynamicCache):
     others : as for `transformers.DynamicCache`
 
     Results are those of DynamicCache to the last bit: layers are given a view of what is filled. Beams, cropping and
-    speculative decoding work as there. Layers with windows or a state of their own are transformers'.
+    speculative decoding work as there. Layers with windows or a state of their own are transformers'. A shallow copy
+    (`copy.copy`) is a cache of its own, which reads what both held until either goes on.
     Cost: a token is written once, and copied less than twice in all; memory up to twice what is held.
 
     >>> import torch
@@ -60,6 +62,14 @@ class GrowingCache(DynamicCache):
                 layer.__class__ = GrowingLayer
         if self.layer_class_to_replicate is DynamicLayer:
             self.layer_class_to_replicate = GrowingLayer
+
+    def __copy__(self) -> GrowingCache:
+        twin = type(self).__new__(type(self))
+        twin.__dict__.update(self.__dict__)
+        # What is no DynamicLayer may write into its state.
+        layers = self.layers
+        twin.layers = [copy.copy(x) if isinstance(x, DynamicLayer) else copy.deepcopy(x) for x in layers]
+        return twin
 
 
 class GrowingLayer(DynamicLayer):  # type: ignore[misc]
@@ -87,6 +97,12 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
             store[:, :, held:new] = given
         self.keys, self.values = stores[0][:, :, :new], stores[1][:, :, :new]
         return self.keys, self.values
+
+    def __copy__(self) -> GrowingLayer:
+        self._stores = None  # what two layers read is written to by neither: each goes on in a store of its own
+        twin = type(self).__new__(type(self))
+        twin.__dict__.update(self.__dict__)
+        return twin
 
     def reset(self) -> None:
         self._stores = None

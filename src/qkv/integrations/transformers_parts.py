@@ -11,7 +11,6 @@ begins later than 0). qkv counts keys from 0, so a query stands on p = i + q_off
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -120,7 +119,6 @@ class Parts:
 
     def __init__(self, module: Any) -> None:
         self._dense = module.sdpa_mask
-        self._takes_offset = "q_offset" in inspect.signature(module.sdpa_mask).parameters
         self._readers: dict[Any, Reader] = {}
         for read, example in _known(module):
             try:
@@ -142,13 +140,10 @@ class Parts:
 
     def evaluate(self, function: MaskFunction, frame: Frame) -> Tensor:
         """The function as a bool tensor (B, 1, Lq, Lk): transformers' own reading of it. Quadratic."""
-        if self._takes_offset:
-            queries: dict[str, Any] = {"q_length": frame.q_length, "q_offset": frame.q_offset}
-        else:  # transformers 4 says where the queries stand by a tensor
-            at = torch.arange(frame.q_length, device=frame.device) + frame.q_offset
-            queries = {"cache_position": at}
         found: Tensor = self._dense(
             batch_size=frame.batch,
+            q_length=frame.q_length,
+            q_offset=frame.q_offset,
             kv_length=frame.kv_length,
             kv_offset=frame.kv_offset,
             mask_function=function,
@@ -156,7 +151,6 @@ class Parts:
             allow_is_causal_skip=False,
             use_vmap=frame.use_vmap,
             device=frame.device,
-            **queries,
         )
         return found
 
@@ -238,6 +232,8 @@ def translate(node: Node, frame: Frame, parts: Parts) -> Mask | None:
         return _both(node, frame, parts)
     if isinstance(node, Either):
         masks = [translate(part, frame, parts) for part in node.parts]
+        if not masks:
+            return prefix(0)
         seen = [mask for mask in masks if mask is not None]
         return reduce(Mask.__or__, seen) if seen and len(seen) == len(masks) else None
     if isinstance(node, Chunks):
@@ -251,7 +247,19 @@ def translate(node: Node, frame: Frame, parts: Parts) -> Mask | None:
 
 
 def _window(node: Window, frame: Frame) -> Mask | None:
-    """The window, without the sides that hide nothing here: one new token of a decode needs no mask."""
+    """The window, without the sides that hide nothing here: one new token of a decode needs no mask.
+
+    A side below 0 begins after the query, or ends before it: a config with a window of 0 has its mask made, and does
+    not use it.
+    """
+    if node.left is not None and node.right is not None and node.left + node.right < 0:
+        return prefix(0)  # no key
+    if node.left is not None and node.left < 0:
+        after = ~window(None, -node.left - 1)
+        return after if node.right is None else after & window(None, node.right)
+    if node.right is not None and node.right < 0:
+        before = ~window(-node.right - 1, None)
+        return before if node.left is None else before & window(node.left, None)
     last = frame.first + frame.q_length - 1
     left = node.left if node.left is not None and node.left < last else None
     right = node.right if node.right is not None and frame.first + node.right < frame.kv_length - 1 else None
