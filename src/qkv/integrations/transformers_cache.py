@@ -106,6 +106,8 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
 
     def reset(self) -> None:
         self._stores = None
+        if self.keys is not None and self.values is not None:  # some releases write zeros, and a copy may read these
+            self.keys, self.values = self.keys.clone(), self.values.clone()
         super().reset()
 
 
