@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 import qkv
-from qkv import cached
+from qkv import cached, planning
 from qkv.masks import as_mask
 from qkv.spec import Clock, KVLayout, KVView
 from tests import gate, judge, views
@@ -286,7 +286,7 @@ def _values_by_key_scale(real: Any) -> Any:
     return lambda view, *rest: real(view._replace(v_scale=view.k_scale), *rest)
 
 
-# name: (what is wrong, the function of qkv.cached that is replaced, by what)
+# name: (what is wrong, the function of qkv.cached or qkv.planning that is replaced, by what)
 GLUE_MUTANTS: dict[str, tuple[str, str, Callable[[Any], Any]]] = {
     "held ignored": ("what the cache gave back counts as visible", "joined", _held_ignored),
     "position off": ("queries of copied keys stand one place early", "problem_of", _position_off),
@@ -305,13 +305,16 @@ def glue_mutant(name: str) -> Iterator[None]:
         yield
         return
     _, where, wrong = GLUE_MUTANTS[name]
-    real = getattr(cached, where)
+    modules = [m for m in (cached, planning) if hasattr(m, where)]
+    real = getattr(modules[0], where)
     cached._PREPARED.clear()
-    setattr(cached, where, wrong(real))
+    for module in modules:
+        setattr(module, where, wrong(real))
     try:
         yield
     finally:
-        setattr(cached, where, real)
+        for module in modules:
+            setattr(module, where, real)
         cached._PREPARED.clear()
 
 

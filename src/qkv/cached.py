@@ -15,11 +15,11 @@ from torch import Tensor
 
 from qkv.backends import base
 from qkv.masks import Mask
-from qkv.planning import check_backend, choose
+from qkv.planning import Part, Plan, check_backend, over_view
 from qkv.scores import ScoreTerm
 from qkv.spec import Inputs, KVView, Output, Problem, empty_output
 from qkv.validation import Options
-from qkv.viewing import Group, check_view, gathered, groups, joined, problem_of, whole
+from qkv.viewing import check_view, gathered, joined, problem_of
 
 # Prepared calls by everything that they depend on: a step's lengths and pages are none of it.
 _PREPARED: dict[Any, base.ExecuteView] = {}
@@ -42,41 +42,30 @@ def attend(call: str, q: Any, view: KVView, v: Any, mask: Any, options: Options,
     check_view(call, q, view, v, options)
     q = q.resolve_neg()
     known = joined(call, mask, view.held)
-    if known is None or known.fits_any_length:
-        group = whole(q, view)
-        problem, inputs = problem_of(call, q, view, known, options, group)
-        if all(term.kind in ("alibi", "relative") for term in problem.bias):
-            native = _native(problem, view, backend)
-            if native is None:
-                return _copied(call, q, view, known, options, backend)
-            execute = _prepare(native, problem, q, view, inputs)
-            if key is not None and inputs.sinks is options.sinks:
-                with _lock:
-                    if len(_PREPARED) >= _MAX_PREPARED:
-                        del _PREPARED[next(iter(_PREPARED))]
-                    _PREPARED[key] = execute
-            return execute(q, view, _tensors(inputs.bias), inputs.sinks, options.return_lse)
-    return _by_group(call, q, view, known, options, backend)
-
-
-def _by_group(call: str, q: Tensor, view: KVView, mask: Mask | None, options: Options, backend: Any) -> Output:
-    """Sequences with equal lengths at a time: a mask or bias of theirs is made for these lengths."""
-    planned: list[tuple[Group, base.ExecuteView, Inputs]] = []
-    for group in groups(q, view):
-        problem, inputs = problem_of(call, q, view, mask, options, group)
-        native = _native(problem, view, backend)
-        if native is None:
-            return _copied(call, q, view, mask, options, backend)
-        planned.append((group, _prepare(native, problem, q, view, inputs), inputs))
+    plan, in_place, parts = over_view(call, q, view, known, options, backend)
+    if not in_place:
+        return _copied(call, q, view, known, options, plan, parts)
+    native = base.load(plan.backend)
+    planned = [(part, _prepare(native, part.problem, q, view, part.inputs)) for part in parts]
+    if len(parts) == 1 and len(parts[0].group.sequences) == len(view.layout.lengths):
+        (part, execute), inputs = planned[0], parts[0].inputs
+        if key is not None and inputs.sinks is options.sinks:
+            with _lock:
+                if len(_PREPARED) >= _MAX_PREPARED:
+                    del _PREPARED[next(iter(_PREPARED))]
+                _PREPARED[key] = execute
+        return execute(q, view, _tensors(inputs.bias), inputs.sinks, options.return_lse)
     to = _empty(q, view, options.return_lse)
-    for group, execute, inputs in planned:
+    for (group, _, inputs), execute in planned:
         execute(q, view, _tensors(inputs.bias), inputs.sinks, options.return_lse, to, list(group.sequences))
     return to
 
 
-def _copied(call: str, q: Tensor, view: KVView, mask: Mask | None, options: Options, backend: Any) -> Output:
+def _copied(
+    call: str, q: Tensor, view: KVView, mask: Mask | None, options: Options, plan: Plan, parts: list[Part]
+) -> Output:
     """On copies of the keys and values, by a backend that knows no pages."""
-    given = q
+    given, backend = q, base.load(plan.backend)
     if view.k_scale is not None and q.dtype in (torch.bfloat16, torch.float16):
         # What is stored has more digits than q's dtype: it is computed with as it is, and only the result is rounded.
         view, q = view._replace(dtype=torch.float32), q.float()
@@ -84,46 +73,31 @@ def _copied(call: str, q: Tensor, view: KVView, mask: Mask | None, options: Opti
             options = options._replace(bias=options.bias.float())
         elif options.bias is not None:
             options = options._replace(bias=options.bias.with_tensors(tuple(t.float() for t in options.bias.tensors())))
+        parts = [Part(p.group, *problem_of(call, q, view, mask, options, p.group)) for p in parts]
     keys, values = gathered(view)
     queries = view.layout.queries
     starts = [0]
     for count in queries if queries is not None else ():
         starts.append(starts[-1] + count)
-    to = _empty(q, view, True)
-    assert to.lse is not None
-    for group in groups(q, view):
-        problem, inputs = problem_of(call, q, view, mask, options, group)
+    to = _empty(q, view, options.return_lse)
+    for group, problem, inputs in parts:
         rows = q
         if queries is not None:
             rows = q.new_zeros((len(queries), q.shape[1], group.Lq, q.shape[3]))
             for i in group.sequences:
                 rows[i] = q[0, :, starts[i] : starts[i + 1]]
-        problem = replace(problem, needs_lse=True, needs_grad=False)
-        plan = choose(problem, backend, inputs.positions)
         k, v = keys[:, :, : group.Lk], values[:, :, : group.Lk]
         with torch.no_grad():
-            out, lse, _ = base.load(plan.backend).run(problem, replace(inputs, q=rows, k=k, v=v))
-        assert lse is not None
+            out, lse, _ = backend.run(replace(problem, needs_grad=False), replace(inputs, q=rows, k=k, v=v))
         for i in group.sequences:
-            if queries is None:
-                to.out[i], to.lse[i] = out[i], lse[i]
-            else:
-                to.out[0, :, starts[i] : starts[i + 1]], to.lse[0, :, starts[i] : starts[i + 1]] = out[i], lse[i]
+            at: Any = (i,) if queries is None else (0, slice(None), slice(starts[i], starts[i + 1]))
+            to.out[at] = out[i]
+            if to.lse is not None:
+                assert lse is not None
+                to.lse[at] = lse[i]
     if given.dtype != q.dtype:
         to = Output(empty_output(given, view.v.shape[3]).copy_(to.out), to.lse)
-    return to if options.return_lse else Output(to.out, None)
-
-
-def _native(problem: Problem, view: KVView, backend: str | None) -> Any:
-    """The backend that will run the problem, if it reads these pages where they lie."""
-    chosen = base.load(backend or choose(problem, None).backend)
-    if getattr(chosen, "prepare_view", None) is None:
-        return None
-    if backend is not None:
-        choose(problem, backend)  # raises where it cannot run the call
-    if view.k_scale is not None and problem.dtype == torch.float64:
-        return None  # stored numbers are multiplied in float32 there
-    return chosen
+    return to
 
 
 def _prepare(native: Any, problem: Problem, q: Tensor, view: KVView, inputs: Inputs) -> base.ExecuteView:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,14 +14,19 @@ from torch import Tensor
 from qkv import cures
 from qkv.backends import base
 from qkv.errors import ArgumentError, ArgumentTypeError, UnsupportedError, describe
+from qkv.masks import Mask
 from qkv.masks.arguments import shown
 from qkv.scores import ScoreTerm
 from qkv.spec import Inputs, KVView, Problem
 from qkv.tiling import TileCount, View, count_tiles
 from qkv.validation import Options, validate
-from qkv.viewing import check_view, groups, joined, problem_of, whole
+from qkv.viewing import Group, check_view, groups, joined, problem_of, whole
 
 _warned = False
+
+# Queries of a sequence up to which reading pages where they lie beats copies for a faster kernel: one query of decode
+# takes the portable kernel 1/2 to 1/30 of the time of the copies alone, 512 queries 3 times that of copies and kernel.
+_COPIES_PAY = 32
 
 
 @dataclass(frozen=True)
@@ -76,12 +82,14 @@ class Plan:
         if self.cached:
             return "none: the keys of a cache have none"
         backend = base.load(self.backend)
+        further = "second derivatives and forward mode: tiled; third: only by backend='reference'"
         if backend.differentiable:
-            return f"{self.backend}, by autograd through its own operations"
+            first = f"{self.backend}, by autograd through its own operations"
+            return first if getattr(backend, "backward", None) is None else f"{first}; {further}"
         why = base.no_backward(backend, self.problem)
         first = f"{self.backend}, by its own backward pass" if why is None else "tiled"
         first += f" ({why})" if why is not None and self.backend != "tiled" else ""
-        return f"{first}; second derivatives and forward mode: tiled; third: only by backend='reference'"
+        return f"{first}; {further}"
 
     def __str__(self) -> str:
         p, tiles = self.problem, self.tiles
@@ -124,44 +132,71 @@ def check_backend(call: str, backend: Any) -> None:
     raise ArgumentError(describe(call, "backend must be a known name", f"backend={backend!r}", fix))
 
 
-def choose(problem: Problem, backend: str | None, positions: Tensor | None = None) -> Plan:
-    """The plan for a problem: the backend asked for, or the first that can and should run it.
+def choose(
+    problem: Problem,
+    backend: str | None,
+    positions: Tensor | None = None,
+    *,
+    parts: Sequence[Problem] = (),
+    pages: bool = False,
+) -> Plan:
+    """The plan for a problem: the backend asked for, or the first that can and should run it. Nothing else decides.
 
-    The order: the native kernel; PyTorch's own where there is no tuned kernel for the machine and the call needs
-    nothing that it lacks; tiled, which can do everything.
+    The order: PyTorch's own kernel where ours are missing or not tuned for the machine and the call needs nothing that
+    it lacks; the native kernel; tiled, which can do everything.
+
+    `parts`: the problems that are computed in place of this one, where there are; what runs can run each of them.
+    `pages`: keys lie on a cache's pages, which the native kernel reads where they lie; others need copies.
     """
+    every = parts or (problem,)
     if backend is not None:
-        return _by_name(problem, backend, positions)
+        return _by_name(problem, backend, positions, every)
     native, tiled, sdpa = _find("cpu"), base.load("tiled"), base.load("sdpa")
-    cannot = native if isinstance(native, str) else native.supports(problem)
-    untuned = None if cannot is not None else getattr(native, "untuned", lambda _: None)(problem)
-    lacking = sdpa.supports(problem)
+    cannot = native if isinstance(native, str) else _refusal(native, every)
+    lacking, untuned = _refusal(sdpa, every), torch_first(problem.device)
+    few = pages and cannot is None and problem.Lq <= _COPIES_PAY
     only_by_name = ("reference", "its memory is quadratic: only by name")
-    if lacking is None and (untuned is not None or problem.device != "cpu"):
-        reason = "no tuned kernel of ours for this machine, and the call needs nothing that PyTorch's lacks"
-        refused = (("cpu", cannot or str(untuned)), ("tiled", "PyTorch's own kernel is faster"), only_by_name)
+    if isinstance(native, str) and problem.device == "cpu":
+        _warn_once(native)
+    if lacking is None and not few and (cannot is not None or untuned is not None):
+        reason = f"{untuned or cannot}, and the call needs nothing that PyTorch's own kernel lacks"
+        refused = (("cpu", str(cannot or untuned)), ("tiled", "PyTorch's own kernel is faster"), only_by_name)
         return _plan(problem, sdpa, reason, refused, positions)
     if cannot is None and not isinstance(native, str):
-        refused = (
-            ("sdpa", lacking or "the native kernel promises more"),
-            ("tiled", "the native kernel is faster"),
-            only_by_name,
-        )
-        return _plan(problem, native, "the native kernel supports this call", refused, positions)
-    if isinstance(native, str):
-        _warn_once(problem, native)
+        reason = "the native kernel supports this call"
+        other = "the native kernel promises more"
+        if few and untuned is not None:
+            reason, other = "it reads the pages where they lie", "copies of the pages would cost more than they save"
+        refused = (("sdpa", lacking or other), ("tiled", "the native kernel is faster"), only_by_name)
+        return _plan(problem, native, reason, refused, positions)
     why = tiled.supports(problem)
     if why is not None:
         fix = "Move the tensors to a device with data"
         rule = f"no backend can run this call, because {why}"
         raise UnsupportedError(describe(problem.call, rule, f"tensors on {problem.device!r}", fix))
-    refused = (("cpu", str(cannot)), ("sdpa", lacking or "tiled promises more"), only_by_name)
+    refused = (("cpu", str(cannot)), ("sdpa", str(lacking)), only_by_name)
     return _plan(problem, tiled, "it takes any call on any device", refused, positions)
 
 
-def _by_name(problem: Problem, name: str, positions: Tensor | None) -> Plan:
+def torch_first(device: str) -> str | None:
+    """Why PyTorch's own kernel goes first on a device, where it can do the call; None where ours does."""
+    if device != "cpu":
+        return f"there is no kernel of ours for {device}"
+    native = _find("cpu")
+    if isinstance(native, str):
+        return native
+    untuned: Callable[[Problem | None], str | None] = getattr(native, "untuned", lambda _: None)
+    return untuned(None)
+
+
+def _refusal(backend: base.Backend, problems: Sequence[Problem]) -> str | None:
+    """Why the backend cannot run one of the problems, or None where it can run all."""
+    return next((why for p in problems if (why := backend.supports(p)) is not None), None)
+
+
+def _by_name(problem: Problem, name: str, positions: Tensor | None, every: Sequence[Problem]) -> Plan:
     chosen = _find(name)
-    why = chosen if isinstance(chosen, str) else chosen.supports(problem)
+    why = chosen if isinstance(chosen, str) else _refusal(chosen, every)
     if why is not None or isinstance(chosen, str):
         fix = "Choose another backend, or leave it out and print qkv.plan(...) for what runs"
         rule = f"backend {name!r} cannot run this call, because {why}"
@@ -188,11 +223,12 @@ def _find(name: str) -> base.Backend | str:
     return missing if isinstance(missing, str) else backend
 
 
-def _warn_once(problem: Problem, why: str) -> None:
+def _warn_once(why: str) -> None:
     global _warned
-    if not _warned and problem.device == "cpu":
+    if not _warned:
         _warned = True
-        warnings.warn(f"qkv: {why}; attention runs in plain PyTorch (backend 'tiled').", UserWarning, stacklevel=5)
+        how = "its own kernel ('sdpa') where that can do the call, else 'tiled'"
+        warnings.warn(f"qkv: {why}; attention runs in PyTorch: {how}.", UserWarning, stacklevel=5)
 
 
 def plan(
@@ -257,17 +293,63 @@ def plan(
 
 def _plan_view(call: str, q: Any, view: KVView, v: Any, mask: Any, options: Options, backend: str | None) -> Plan:
     check_view(call, q, view, v, options)
-    known = joined(call, mask, view.held)
-    if (known is not None and not known.fits_any_length) or options.bias is not None:
-        for group in groups(q, view):
-            problem_of(call, q, view, known, options, group)
-    problem, inputs = problem_of(call, q, view, known, options, whole(q, view))
-    found, k_scaled = choose(problem, backend, inputs.positions), view.k_scale is not None
-    wide = k_scaled and problem.dtype == torch.float64
-    in_place = getattr(base.load(found.backend), "prepare_view", None) is not None and not wide
+    found = over_view(call, q, view, joined(call, mask, view.held), options, backend)
     stored = str(view.k.dtype).removeprefix("torch.")
-    pages = f"keys in {stored} on pages of {view.k.shape[2]}, {'read where they lie' if in_place else 'copied first'}"
-    return replace(found, note=f"{found.note}; {pages}" if found.note else pages, cached=True)
+    how = "read where they lie" if found.in_place else "copied first"
+    pages = f"keys in {stored} on pages of {view.k.shape[2]}, {how}"
+    note = f"{found.plan.note}; {pages}" if found.plan.note else pages
+    return replace(found.plan, note=note, cached=True)
+
+
+class Part(NamedTuple):
+    """Sequences of a view that are computed together, as a problem."""
+
+    group: Group
+    problem: Problem
+    inputs: Inputs
+
+
+class ViewPlan(NamedTuple):
+    """What runs for a view: the plan of all sequences as if each were the longest, and the parts that are computed."""
+
+    plan: Plan
+    in_place: bool
+    """Whether the backend reads the pages where they lie; else keys and values are copied first."""
+    parts: list[Part]
+    """Sequences with equal lengths; or one for all, where the mask and the bias are the same for any lengths."""
+
+
+def over_view(
+    call: str, q: Tensor, view: KVView, mask: Mask | None, options: Options, backend: str | None
+) -> ViewPlan:
+    """The one rule for a view: what runs, whether on the pages themselves, and in which parts.
+
+    `mask` is joined with what the cache holds (`viewing.joined`).
+    """
+
+    def part(group: Group) -> Part:
+        return Part(group, *problem_of(call, q, view, mask, options, group))
+
+    fits = mask is None or mask.fits_any_length
+    parts = None if fits and options.bias is None else [part(group) for group in groups(q, view)]
+    one = part(whole(q, view))
+    where = one.inputs.positions
+    # What holds for any lengths need not be planned for each.
+    if fits and all(t.kind in ("alibi", "relative") for t in one.problem.bias) and _reads(backend or "cpu", one, view):
+        plan = choose(one.problem, backend, where, pages=True)
+        if _reads(plan.backend, one, view):
+            return ViewPlan(plan, True, [one])
+    parts = [p for p in parts or map(part, groups(q, view)) if p.group.Lq]
+    plan = choose(one.problem, backend, where, parts=[p.problem for p in parts], pages=True)
+    return ViewPlan(plan, _reads(plan.backend, one, view), parts)
+
+
+def _reads(backend: str, one: Part, view: KVView) -> bool:
+    """Whether the backend takes the view's pages as they are stored."""
+    if view.k_scale is not None and one.problem.dtype == torch.float64:
+        return False  # stored numbers are multiplied in float32 there
+    found = _find(backend)
+    return not isinstance(found, str) and getattr(found, "prepare_view", None) is not None
 
 
 def prepared(problem: Problem, backend: base.Backend, inputs: Inputs) -> base.Execute | None:

@@ -44,7 +44,8 @@ class Backend(Protocol):
       reason why not): gradients by kernels of its own, which find in `output` what `run` returned, its state included.
       Without them gradients come from `tiled`, which is given out and lse.
     * ``missing``: a reason, if the whole backend is not installed here (str or None).
-    * ``untuned(problem)``: a reason, if it can run but PyTorch's own kernel is better on this machine (str or None).
+    * ``untuned(problem)``: a reason, if it can run but PyTorch's own kernel is better on this machine (str or None);
+      problem is None where the machine as a whole is asked about.
     """
 
     name: str

@@ -5,14 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from qkv.backends.base import Gradients
 from qkv.masks import causal
 from qkv.spec import Inputs, Output, Problem, empty_output
 
 
 class SdpaBackend:
-    """torch.nn.functional.scaled_dot_product_attention, with its own autograd."""
+    """torch.nn.functional.scaled_dot_product_attention, with its own autograd for first derivatives."""
 
     name = "sdpa"
     differentiable = True
@@ -21,31 +23,32 @@ class SdpaBackend:
         p = problem
         if p.device == "meta":
             return "a meta tensor holds no data to compute with"
+        causal_kernel = _is_causal(p)
         lacks = {
-            "a log-sum-exp": p.needs_lse,
+            "log-sum-exp": p.needs_lse,
             "softcap": p.softcap is not None,
             "sinks": p.has_sinks,
             "score terms": bool(p.bias),
             "dropout that is the same for every tiling": p.dropout_p > 0,
             "empty dimensions": 0 in (p.B, p.Hq, p.Lq, p.Lk, p.Dv),
             # Its CPU kernel scales the -inf of hidden scores too: negative makes them +inf (torch 2.13).
-            "causal mask with a scale that is not positive": p.mask is not None and p.scale <= 0,
-            "grouped heads before torch 2.5": p.group > 1 and not _GROUPED,
+            "causal mask with a scale that is not positive": causal_kernel is True and p.scale <= 0,
+            "masks other than causal() from position 0, without reading what they hide": causal_kernel is None,
         }
         missing = [name for name, wanted in lacks.items() if wanted]
-        if p.mask is not None and not (p.mask == causal() and _starts(p)):
-            missing.append("masks other than causal() from position 0, without reading what they hide")
         return f"it has no {', no '.join(missing)}" if missing else None
 
     def run(self, problem: Problem, inputs: Inputs) -> Output:
-        # Some of its CPU kernels read a last dimension whose stride is not 1 wrongly (pytorch#187506, 2026).
-        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (inputs.q, inputs.k, inputs.v))
-        options: dict[str, Any] = {"is_causal": problem.mask is not None, "scale": problem.scale}
-        if problem.group > 1:
-            options["enable_gqa"] = True
-        with torch.autocast(device_type=problem.device, enabled=False):
-            out = scaled_dot_product_attention(q, k, v, **options)
+        out = _computed(problem, inputs.q, inputs.k, inputs.v)
         return Output(empty_output(inputs.q, problem.Dv).copy_(out), None)
+
+    def backward(self, problem: Problem, inputs: Inputs, output: Output, d_out: Tensor, d_lse: Tensor) -> Gradients:
+        """By autograd through `run`'s operations, computed once more: for callers that cannot keep their graph."""
+        leaves = [t.detach().requires_grad_() for t in (inputs.q, inputs.k, inputs.v)]
+        with torch.enable_grad():
+            out = _computed(problem, *leaves)
+        q, k, v = torch.autograd.grad(out, leaves, d_out)
+        return Gradients(q, k, v, None, ())
 
     def tile(self, problem: Problem) -> tuple[int, int]:
         return 64, 64
@@ -57,9 +60,24 @@ class SdpaBackend:
         )
 
 
-def _starts(problem: Problem) -> bool:
-    at = [problem.offset(b) for b in range(problem.B)] if problem.positions != "tensor" else [-1]
-    return all(p == 0 for p in at)
+def _computed(problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    # Some of its CPU kernels read a last dimension whose stride is not 1 wrongly (pytorch#187506, 2026).
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    options: dict[str, Any] = {"is_causal": _is_causal(problem) is True, "scale": problem.scale}
+    if problem.group > 1:
+        options["enable_gqa"] = True
+    with torch.autocast(device_type=problem.device, enabled=False):
+        return scaled_dot_product_attention(q, k, v, **options)
 
 
-_GROUPED = tuple(int(x) for x in torch.__version__.split("+")[0].split(".")[:2]) >= (2, 5)
+def _is_causal(problem: Problem) -> bool | None:
+    """PyTorch's `is_causal` for the problem's mask; None where that cannot say it."""
+    p = problem
+    if p.mask is None:
+        return False
+    if p.mask != causal() or p.positions == "tensor":
+        return None
+    starts = {p.offset(b) for b in range(len(p.positions) if isinstance(p.positions, tuple) else 1)}
+    if min(starts) >= p.Lk - 1:
+        return False  # each query sees every key, as in a step of decode
+    return True if starts == {0} else None
