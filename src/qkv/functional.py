@@ -210,7 +210,7 @@ def attention(
         given = Options(positions, bias, scale, softcap, sinks, dropout_p, return_lse)
         return _over_view(q, k, v, mask, given, backend)
     if _dynamo():
-        found = ops.traced(q, k, v, mask, positions, bias, scale, softcap, sinks, dropout_p, backend)
+        found = ops.traced(q, k, v, mask, positions, bias, scale, softcap, sinks, dropout_p, backend, return_lse)
         return OutputWithLse(*found) if return_lse else found[0]
     fast_key: Any = None
     execute: base.Execute | None = None
@@ -267,7 +267,7 @@ def _traced(q: Any, k: Any, v: Any, mask: Any, options: Options, backend: Any) -
     o = options
     try:
         found = ops.traced(
-            q, k, v, mask, o.positions, o.bias, o.scale, o.softcap, o.sinks, o.dropout_p, backend
+            q, k, v, mask, o.positions, o.bias, o.scale, o.softcap, o.sinks, o.dropout_p, backend, o.return_lse
         )  # fmt: skip
     except UnsupportedError:
         if followed:
@@ -311,7 +311,7 @@ def _attend(
         _remember(_FAST, fast_key, entry.execute)
     if problem.dropout_p > 0:
         inputs.seed = int(ops.draw_seed()) if seed is None else seed
-    if entry.differentiable or not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() or (entry.differentiable and not _differentiates(entry.backend)):
         return entry.run(inputs)
     from qkv.gradients import Call, attend, refuse_captured  # loaded by the first call that may need it
 
@@ -322,13 +322,13 @@ def _attend(
 
 
 def _transform(problem: Problem, inputs: Inputs, backend: str | None) -> Output:
-    """A call whose tensors torch.func or forward mode follows: it needs lse, and no result of it is remembered."""
+    """A call whose tensors torch.func or forward mode follows; no result of it is remembered."""
     from qkv.gradients import Call, attend, refuse_captured
 
-    problem = replace(problem, needs_grad=True, needs_lse=True, needs_state=True)
     refuse_captured(_CALL, inputs.bias, inputs.q.device)
     seed = int(ops.draw_seed()) if problem.dropout_p > 0 else 0
     chosen = base.load(choose(problem, backend, inputs.positions).backend)
+    problem = _kept(replace(problem, needs_grad=True), chosen)
     words: list[int] = []
     operands: list[Tensor] = []
     if problem.mask is not None and any(map(_wrapped, _held_tensors(problem.mask))):
@@ -374,8 +374,7 @@ def _key(problem: Problem, inputs: Inputs, backend: str | None) -> Any:
 def _entry(problem: Problem, inputs: Inputs, name: str | None) -> _Entry:
     plan = choose(problem, name, inputs.positions)
     backend = base.load(name or plan.backend)
-    if problem.needs_grad and not backend.differentiable:
-        problem = replace(problem, needs_lse=True, needs_state=True)
+    problem = _kept(problem, backend)
     execute = prepared(problem, backend, inputs)
     if execute is None:
         return _Entry(problem, backend, lambda given: backend.run(problem, given), None, backend.differentiable)
@@ -388,6 +387,20 @@ def _entry(problem: Problem, inputs: Inputs, name: str | None) -> _Entry:
         return Output(*found)
 
     return _Entry(problem, backend, run, execute, backend.differentiable)
+
+
+def _kept(problem: Problem, backend: base.Backend) -> Problem:
+    """The problem with what a backward pass starts from, where one may follow and the backend has it.
+
+    Only now: what runs is decided by what the caller asked for.
+    """
+    if not problem.needs_grad or not getattr(backend, "has_lse", True):
+        return problem
+    return replace(problem, needs_lse=True, needs_state=True)
+
+
+def _differentiates(backend: base.Backend) -> bool:
+    return getattr(backend, "backward", None) is not None
 
 
 def _remember(cache: dict[Any, Any], key: Any, value: Any) -> None:
@@ -438,12 +451,11 @@ class _Door:
             if _modes() or options.dropout_p:
                 return _attend(q, k, v, mask, options, backend, seed=seed)
             o = options
-            return Output(
-                *attention(
-                    q, k, v, mask, positions=o.positions, bias=o.bias, scale=o.scale, softcap=o.softcap, sinks=o.sinks,
-                    return_lse=True, backend=backend,
-                )
+            found = attention(
+                q, k, v, mask, positions=o.positions, bias=o.bias, scale=o.scale, softcap=o.softcap, sinks=o.sinks,
+                return_lse=o.return_lse, backend=backend,
             )  # fmt: skip
+            return Output(*found) if isinstance(found, tuple) else Output(found, None)
 
     @staticmethod
     def planned(
@@ -452,7 +464,7 @@ class _Door:
         from qkv.gradients import Call
 
         problem, inputs = validate(_CALL, q, k, v, mask, options)
-        entry, _ = _planned(replace(problem, needs_state=True), inputs, backend)
+        entry, _ = _planned(replace(problem, needs_grad=True), inputs, backend)
         return Call(entry.problem, entry.backend, entry.run, inputs.bias), inputs
 
 

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
 
+from qkv import batched
 from qkv.backends import base, tiled_backward
 from qkv.backends.base import Gradients
 from qkv.derivatives import along, curved
@@ -86,16 +87,30 @@ def backward(call: Call, problem: Problem, inputs: Inputs, output: Output, d_out
     """Gradients of sum(out * d_out) + sum(lse * d_lse): by the backend's own kernels, else by `tiled`."""
     own = base.no_backward(call.backend, problem) is None
     if not own:
-        return tiled_backward.backward(problem, inputs, output._replace(state=None), d_out, d_lse)
+        return tiled_backward.backward(problem, inputs, _with_lse(problem, inputs, output), d_out, d_lse)
     found: Gradients = call.backend.backward(problem, inputs, output, d_out, d_lse)  # type: ignore[attr-defined]
     return found
+
+
+def _with_lse(problem: Problem, inputs: Inputs, output: Output) -> Output:
+    """out and lse as further derivatives need them: by `tiled`, where the backend that computed has no lse."""
+    if problem.needs_lse:
+        return output._replace(state=None)
+    return base.load("tiled").run(replace(problem, needs_lse=True), inputs)._replace(state=None)
+
+
+def _no_lse(problem: Problem, q: Tensor) -> Tensor:
+    """What stands where a backend has no lse and nobody asked for one: whoever reads it all the same will notice."""
+    return q.new_full(q.shape[:3], torch.nan, dtype=problem.accumulate)
 
 
 # What each function computes, on plain tensors.
 def _attention(call: Call, *given: Any) -> tuple[Any, ...]:
     problem, inputs = call.inputs(given)
     out, lse, state = call.compute(problem, inputs)
-    assert lse is not None
+    if lse is None:
+        assert not problem.needs_lse
+        lse = _no_lse(problem, inputs.q)
     return (out, lse) if state is None else (out, lse, state)
 
 
@@ -108,13 +123,14 @@ def _backward(call: Call, *tensors: Any) -> tuple[Any, ...]:
 def _along(call: Call, *tensors: Any) -> tuple[Any, ...]:
     out, lse, *tangents = tensors[call.given :]
     problem, inputs = call.inputs(tensors[: call.given])
-    return tuple(along(problem, inputs, Output(out, lse), _tangents(tangents))[:2])
+    return tuple(along(problem, inputs, _with_lse(problem, inputs, Output(out, lse)), _tangents(tangents))[:2])
 
 
 def _curved(call: Call, *tensors: Any) -> tuple[Any, ...]:
     out, lse, d_out, d_lse, *tangents = tensors[call.given :]
     problem, inputs = call.inputs(tensors[: call.given])
-    return _listed(curved(problem, inputs, Output(out, lse), d_out, d_lse, _tangents(tangents)))
+    output = _with_lse(problem, inputs, Output(out, lse))
+    return _listed(curved(problem, inputs, output, d_out, d_lse, _tangents(tangents)))
 
 
 def _listed(found: Gradients) -> tuple[Any, ...]:
@@ -256,6 +272,30 @@ class _Curved(_Differentiable):
         return _mapped(_Curved, (0,) * 7, True, info, in_dims, call, tensors)
 
 
+class _Through(Function):
+    """The result of a backend whose own autograd differentiates once: what it cannot, the other functions do.
+
+    A gradient that may be differentiated again, or that is computed for several at once, goes to the inputs past the
+    backend's operations; any other goes through them.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, call: Call, out: Tensor, *given: Any) -> Tensor:
+        ctx.call = call
+        ctx.save_for_backward(*given)
+        return out.clone()  # not a view: writing into it must not reach what the backend's operations saved
+
+    @staticmethod
+    def backward(ctx: Any, d_out: Tensor) -> Any:
+        call, given = ctx.call, ctx.saved_tensors
+        if not (torch.is_grad_enabled() or torch._C._are_functorch_transforms_active() or batched.level()):
+            return None, d_out, *[None] * len(given)
+        q, lse = given[0], _no_lse(call.problem, given[0])
+        out = q.new_full((), torch.nan).expand(*lse.shape, call.problem.Dv)
+        found = call.spread(_apply(_Backward, call, *given, out, lse, d_out, torch.zeros_like(lse)))
+        return None, None, *[g if wanted else None for g, wanted in zip(found, ctx.needs_input_grad[2:], strict=True)]
+
+
 _COMPUTE = {_Attention: _attention, _Backward: _backward, _Along: _along, _Curved: _curved}
 
 
@@ -265,7 +305,11 @@ def _forward_mode() -> bool:
 
 def _apply(function: Any, call: Call, *tensors: Any) -> tuple[Any, ...]:
     """The function, as part of a graph only where someone may differentiate or map it."""
-    found: tuple[Any, ...]
+    found: tuple[Any, ...] | None
+    if at := batched.level():
+        found = batched.over_samples(lambda *each: _apply(function, call, *each), tensors, at)
+        if found is not None:
+            return found
     learned = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     if learned or torch._C._are_functorch_transforms_active() or _forward_mode():
         found = function.apply(call, *tensors)
@@ -329,6 +373,9 @@ def attend(call: Call, inputs: Inputs, masks: Sequence[Tensor] = ()) -> Output:
     """A call that someone may differentiate or map. `masks`: the mask's tensors, if `call.words` encodes it."""
     bias = inputs.bias.tensors() if inputs.bias is not None else ()
     transformed = torch._C._are_functorch_transforms_active()
+    if call.backend.differentiable and not transformed and not _forward_mode():
+        out = call.compute(call.problem, inputs).out
+        return Output(_Through.apply(call, out, inputs.q, inputs.k, inputs.v, inputs.sinks, inputs.positions), None)
     function: Any = _TransformedAttention if transformed else _Attention
     rest = map(_savable, (inputs.positions, *bias, *masks))
     found = function.apply(call, inputs.q, inputs.k, inputs.v, inputs.sinks, *rest)

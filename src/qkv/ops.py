@@ -6,9 +6,10 @@ Calls that no tracer follows do not come here: the dispatcher alone costs more t
 
 Arguments, in order: q, k, v, sinks?, positions? int64 (B or 1, Lq), seed? int64 (), bias[], mask operands[]; by name:
 mask words, the kind of each bias tensor, the reading of positions ("" = not given, "start", "end", "at" = the offsets,
-"tensor"), offsets, scale?, softcap?, dropout_p, backend?, and whether a gradient follows, which autograd says. Results:
-out, lse and the state that the backward pass wants (`spec.Output`), with no elements where no gradient follows. The
-backward op takes d_out, d_lse, out, lse, state first.
+"tensor"), offsets, scale?, softcap?, dropout_p, backend?, whether lse is asked for, and whether a gradient follows,
+which autograd says. Results: out, lse (NaN where neither is so) and the state that the backward pass wants
+(`spec.Output`), with no elements where no gradient follows. The backward op takes d_out, d_lse, out, lse, state first.
+Which backend runs is decided when the graph runs, by the rule of every call (`planning.choose`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
 
+from qkv import batched
 from qkv.encoding import DENSE, decode, depends_on_position, encode
 from qkv.errors import ArgumentTypeError, UnsupportedError, describe
 from qkv.masks import Mask, as_mask
@@ -39,7 +41,7 @@ _GIVEN = (
 )
 _STATIC = (
     "SymInt[] words, int[] kinds, str reading, SymInt[] offsets, float? scale, float? softcap, float dropout_p, "
-    "str? backend"
+    "str? backend, bool return_lse=True"
 )
 _KINDS: tuple[type[ScoreTerm], ...] = (TensorBias, Alibi, Relative)
 
@@ -98,7 +100,7 @@ def implement(door: type[Door]) -> None:
 # ------------------------------------------------------------------------------------------------- into the graph
 def traced(
     q: Any, k: Any, v: Any, mask: Any, positions: Any, bias: Any, scale: Any, softcap: Any, sinks: Any,
-    dropout_p: Any, backend: Any,
+    dropout_p: Any, backend: Any, return_lse: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """attention() as one node: (out, lse). Written for tracers to follow: plain branches, no tables, no data."""
     if v is None:
@@ -123,7 +125,7 @@ def traced(
     seed = draw_seed() if dropout_p else None
     out, lse, _ = torch.ops.qkv.attention(
         q, k, v, sinks, where, seed, tensors, operands, words=words, kinds=kinds, reading=reading, offsets=offsets,
-        scale=scale, softcap=softcap, dropout_p=dropout_p, backend=backend,
+        scale=scale, softcap=softcap, dropout_p=dropout_p, backend=backend, return_lse=return_lse,
     )  # fmt: skip
     return out, lse
 
@@ -190,7 +192,7 @@ def _unpack(given: _Given, static: dict[str, Any], *, contents: bool) -> tuple[M
     bias = None if not parts else parts[0] if len(parts) == 1 else Sum(parts)
     mask = decode(static["words"], given.operands) if contents else None
     options = Options(
-        positions, bias, static["scale"], static["softcap"], given.sinks, static["dropout_p"], return_lse=True
+        positions, bias, static["scale"], static["softcap"], given.sinks, static["dropout_p"], static.get("return_lse", True)
     )
     return mask, options
 
@@ -201,10 +203,15 @@ def _forward(*args: Any, state: bool = False, **static: Any) -> tuple[Tensor, Te
     mask, options = _unpack(given, static, contents=True)
     seed = int(given.seed) if given.seed is not None else 0
     out, lse, kept = _door.forward(*given[:3], mask, options, static["backend"], seed, state)
-    assert lse is not None
+    if lse is None:  # as the state below
+        lse = out.new_full(out.shape[:3], torch.nan, dtype=_accumulate(out))
     if kept is None:  # its size was promised; nobody reads it
         kept = lse.new_full(_state_size(lse.shape, state), torch.nan)
     return out, lse, kept
+
+
+def _accumulate(q: Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
 def _state_size(rows: Sequence[int], state: bool) -> tuple[int, ...]:
@@ -258,8 +265,7 @@ def _fake_forward(*args: Any, state: bool = False, **static: Any) -> tuple[Tenso
     if (masked or biased) and options.positions is None and Lq != sizes.Lk:
         name = "a mask that looks at positions" if masked else f"bias {options.bias!r}"
         refuse_positions(CALL, name, drawn_positions(int(Lq), int(sizes.Lk)), sizes)
-    kind = torch.float64 if q.dtype == torch.float64 else torch.float32
-    lse = torch.empty((B, Hq, Lq), dtype=kind, device=q.device)
+    lse = torch.empty((B, Hq, Lq), dtype=_accumulate(q), device=q.device)
     return empty_output(q, v.shape[3]), lse, lse.new_empty(_state_size((B, Hq, Lq), state))
 
 
@@ -298,8 +304,13 @@ class _Node(torch.autograd.Function):
     def backward(ctx: Any, d_out: Tensor, d_lse: Tensor, _: Any) -> Any:
         out, lse, state, *flat = ctx.saved_tensors
         lists = _lists(flat[6:], ctx.terms)
-        found = torch.ops.qkv.attention_backward(d_out, d_lse, out, lse, state, *flat[:6], *lists, **ctx.static)
-        dq, dk, dv, sinks, bias = found
+
+        def gradients(*sums: Tensor) -> tuple[Any, ...]:
+            each = torch.ops.qkv.attention_backward(*sums, out, lse, state, *flat[:6], *lists, **ctx.static)
+            return *each[:4], *each[4]
+
+        several = batched.over_samples(gradients, (d_out, d_lse), at) if (at := batched.level()) else None
+        dq, dk, dv, sinks, *bias = gradients(d_out, d_lse) if several is None else several
         given = (dq, dk, dv, sinks if ctx.needs_input_grad[6] else None, None, None)
         return None, None, None, *given, *bias, *[None] * len(lists[1])
 

@@ -43,6 +43,9 @@ class Backend(Protocol):
     * ``backward(problem, inputs, output, d_out, d_lse) -> Gradients`` and ``backward_supports(problem)`` (None, or the
       reason why not): gradients by kernels of its own, which find in `output` what `run` returned, its state included.
       Without them gradients come from `tiled`, which is given out and lse.
+      One that is differentiable by autograd offers `backward` where that differentiates once only, or for callers that
+      cannot keep its graph.
+    * ``has_lse``: False, if it computes no lse even where a backward pass is to follow.
     * ``missing``: a reason, if the whole backend is not installed here (str or None).
     * ``untuned(problem)``: a reason, if it can run but PyTorch's own kernel is better on this machine (str or None);
       problem is None where the machine as a whole is asked about.
