@@ -10,6 +10,7 @@ import torch
 
 import qkv
 from qkv.errors import ArgumentError, ArgumentTypeError, QKVError
+from qkv.remembered import Remembered
 from tests.rowwise import inputs
 
 
@@ -55,8 +56,8 @@ def door(monkeypatch: pytest.MonkeyPatch) -> _Prepared:
 
     native, real = _Prepared(), planning.base.load
     monkeypatch.setattr(planning.base, "load", lambda name: native if name == "cpu" else real(name))
-    monkeypatch.setattr(functional, "_ENTRIES", {})
-    monkeypatch.setattr(functional, "_FAST", {})
+    monkeypatch.setattr(functional, "_ENTRIES", Remembered(256))
+    monkeypatch.setattr(functional, "_FAST", Remembered(256))
     return native
 
 

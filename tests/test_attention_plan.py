@@ -11,6 +11,7 @@ import torch
 import qkv
 from qkv.backends import base
 from qkv.errors import UnsupportedError
+from qkv.remembered import Remembered
 from tests.rowwise import inputs
 
 
@@ -104,8 +105,8 @@ def test_a_missing_native_backend_is_said_once(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(planning.base, "load", load)
     monkeypatch.setattr(planning, "_warned", False)
-    monkeypatch.setattr(functional, "_ENTRIES", {})
-    monkeypatch.setattr(functional, "_FAST", {})
+    monkeypatch.setattr(functional, "_ENTRIES", Remembered(256))
+    monkeypatch.setattr(functional, "_FAST", Remembered(256))
     q, k, v = inputs()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

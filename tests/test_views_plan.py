@@ -268,9 +268,9 @@ class TestPrepared:
 
     def test_what_is_remembered_is_bounded(self) -> None:
         q, view = step((20,))
-        for n in range(cached._MAX_PREPARED + 20):
+        for n in range(cached._PREPARED.most + 20):
             qkv.attention(q, view, mask=CAUSAL, scale=0.1 + n)
-        assert len(cached._PREPARED) <= cached._MAX_PREPARED
+        assert len(cached._PREPARED) <= cached._PREPARED.most
         close(qkv.attention(q, view, mask=CAUSAL, scale=0.1), truth(q, view, scale=0.1))
 
     def test_lse_or_not(self) -> None:

@@ -1,8 +1,8 @@
 """PyTorch's older vmap, which runs a backward pass for several gradients at once, by the newer torch.vmap.
 
 `torch.autograd.grad(..., is_grads_batched=True)`, `torch.autograd.functional.jacobian` and `hessian` with
-`vectorize=True` and `gradcheck(check_batched_grad=True)` wrap tensors in a way that functions with a rule for torch.vmap
-do not see: they find a tensor without storage and one dimension too few.
+`vectorize=True` and `gradcheck(check_batched_grad=True)` wrap tensors in a way that functions with a rule for
+torch.vmap do not see: they find a tensor without storage and one dimension too few.
 """
 
 from __future__ import annotations

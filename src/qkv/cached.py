@@ -6,7 +6,6 @@ and a PyTorch backend computes.
 
 from __future__ import annotations
 
-import threading
 from dataclasses import replace
 from typing import Any
 
@@ -16,26 +15,27 @@ from torch import Tensor
 from qkv.backends import base
 from qkv.masks import Mask
 from qkv.planning import Part, Plan, check_backend, over_view
+from qkv.remembered import Remembered, now
 from qkv.scores import ScoreTerm
 from qkv.spec import Inputs, KVView, Output, Problem, empty_output
 from qkv.validation import Options
 from qkv.viewing import check_view, gathered, joined, problem_of
 
 # Prepared calls by everything that they depend on: a step's lengths and pages are none of it.
-_PREPARED: dict[Any, base.ExecuteView] = {}
-_MAX_PREPARED = 128
-_lock = threading.Lock()
+_PREPARED = Remembered(128)
 
 
 def attend(call: str, q: Any, view: KVView, v: Any, mask: Any, options: Options, backend: Any) -> Output:
     """What `attention` returns for queries and a view."""
     key = _key(q, view, mask, options, backend) if v is None and options.positions is None else None
-    execute = _PREPARED.get(key) if key is not None else None
+    kept = _PREPARED.get(key) if key is not None else None
     layout = view.layout
     fresh = layout.clock.now == layout.alive_at and (layout.most is None or q.shape[2] <= layout.most)
-    if execute is not None and fresh and not _learns(q, options.sinks):
+    if kept is not None and fresh and not _learns(q, options.sinks):
+        kept.used = now()
         try:
-            return execute(q, view, (), options.sinks, options.return_lse)
+            output: Output = kept.value(q, view, (), options.sinks, options.return_lse)
+            return output
         except ValueError:  # lengths or pages that do not fit: the checks below say which
             pass
     check_backend(call, backend)
@@ -48,12 +48,9 @@ def attend(call: str, q: Any, view: KVView, v: Any, mask: Any, options: Options,
     native = base.load(plan.backend)
     planned = [(part, _prepare(native, part.problem, q, view, part.inputs)) for part in parts]
     if len(parts) == 1 and len(parts[0].group.sequences) == len(view.layout.lengths):
-        (part, execute), inputs = planned[0], parts[0].inputs
+        execute, inputs = planned[0][1], parts[0].inputs
         if key is not None and inputs.sinks is options.sinks:
-            with _lock:
-                if len(_PREPARED) >= _MAX_PREPARED:
-                    del _PREPARED[next(iter(_PREPARED))]
-                _PREPARED[key] = execute
+            _PREPARED.put(key, execute, (known, getattr(execute, "operands", ())))
         return execute(q, view, _tensors(inputs.bias), inputs.sinks, options.return_lse)
     to = _empty(q, view, options.return_lse)
     for (group, _, inputs), execute in planned:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
@@ -21,6 +20,8 @@ from qkv.masks import Mask
 from qkv.masks.arguments import integers, shown, whole
 from qkv.numerics import no_autocast
 from qkv.planning import check_backend, choose, prepared
+from qkv.remembered import Kept, Remembered
+from qkv.remembered import now as _now
 from qkv.scores import ScoreTerm
 from qkv.spec import Inputs, KVView, Output, Problem
 from qkv.validation import Options, named, validate
@@ -44,11 +45,9 @@ class _Entry(NamedTuple):
 
 # Two caches, keyed by all that the checks and the plan depend on: metadata, options and the mask, never data.
 # _FAST holds the prepared calls that need no gradient; a hit there is the whole door.
-_ENTRIES: dict[Any, _Entry] = {}
-_FAST: dict[Any, base.Execute] = {}
-_MAX_ENTRIES = 256
-_MAX_HELD_BYTES = 4 << 20  # a mask that holds more (segment ids of a million tokens) is planned anew each call
-_lock = threading.Lock()
+# With the prepared calls over views they share a budget in bytes, for the masks that they keep alive.
+_ENTRIES = Remembered(256)
+_FAST = Remembered(256)
 _PLAIN_POSITIONS = frozenset((type(None), str, int))
 _grad_enabled = torch.is_grad_enabled
 _dynamo = torch.compiler.is_dynamo_compiling  # looked up once; torch.compile knows it by any name
@@ -213,7 +212,7 @@ def attention(
         found = ops.traced(q, k, v, mask, positions, bias, scale, softcap, sinks, dropout_p, backend, return_lse)
         return OutputWithLse(*found) if return_lse else found[0]
     fast_key: Any = None
-    execute: base.Execute | None = None
+    kept: Kept | None = None
     if (
         bias is None
         and _modes() == 0
@@ -233,18 +232,19 @@ def attention(
                 None if sinks is None else (sinks.shape, sinks.stride(), sinks.dtype, sinks.device, sinks.__class__),
                 return_lse, backend,
             )  # fmt: skip
-            execute = _FAST.get(fast_key)
+            kept = _FAST.get(fast_key)
         except (
             TypeError,
             AttributeError,
             RuntimeError,
         ):  # not what was expected: the checks below will say what is wrong
             fast_key = None
-        if execute is not None and not (
+        if kept is not None and not (
             _grad_enabled()
             and (q.requires_grad or k.requires_grad or v.requires_grad or (sinks is not None and sinks.requires_grad))  # type: ignore[union-attr]
         ):
-            out, lse, _ = execute(q, k, v, None, (), sinks, return_lse)  # type: ignore[arg-type]
+            kept.used = _now()
+            out, lse, _ = kept.value(q, k, v, None, (), sinks, return_lse)
             return OutputWithLse(out, lse) if return_lse else out  # type: ignore[arg-type]
     options = Options(positions, bias, scale, softcap, sinks, dropout_p, return_lse)
     output = _traced(q, k, v, mask, options, backend)
@@ -308,7 +308,7 @@ def _attend(
     as_given = inputs.q is q and inputs.k is k and inputs.v is v and inputs.sinks is options.sinks
     seedless = problem.dropout_p == 0
     if None not in (key, fast_key, entry.execute) and as_given and seedless and q.is_cpu and not problem.needs_grad:
-        _remember(_FAST, fast_key, entry.execute)
+        _FAST.put(fast_key, entry.execute, (problem.mask, _operands(entry.execute)))
     if problem.dropout_p > 0:
         inputs.seed = int(ops.draw_seed()) if seed is None else seed
     if not torch.is_grad_enabled() or (entry.differentiable and not _differentiates(entry.backend)):
@@ -353,12 +353,15 @@ def _wrapped(t: Tensor) -> bool:
 
 def _planned(problem: Problem, inputs: Inputs, backend: str | None) -> tuple[_Entry, Any]:
     """How to run the call, from the cache where it can be, and the key there."""
-    key = None if _held_bytes(problem.mask) > _MAX_HELD_BYTES else _key(problem, inputs, backend)
-    entry = _ENTRIES.get(key) if key is not None else None
-    if entry is None:
-        entry = _entry(problem, inputs, backend)
-        if key is not None:
-            _remember(_ENTRIES, key, entry)
+    key = None if _holds_users_objects(problem.mask) else _key(problem, inputs, backend)
+    kept = _ENTRIES.get(key) if key is not None else None
+    if kept is not None:
+        kept.used = _now()
+        found: _Entry = kept.value
+        return found, key
+    entry = _entry(problem, inputs, backend)
+    if key is not None:
+        _ENTRIES.put(key, entry, (problem.mask, _operands(entry.execute)))
     return entry, key
 
 
@@ -403,27 +406,22 @@ def _differentiates(backend: base.Backend) -> bool:
     return getattr(backend, "backward", None) is not None
 
 
-def _remember(cache: dict[Any, Any], key: Any, value: Any) -> None:
-    with _lock:
-        if len(cache) >= _MAX_ENTRIES:
-            del cache[next(iter(cache))]
-        cache[key] = value
+def _operands(execute: Any) -> tuple[Tensor, ...]:
+    """What a prepared call made of the mask's tensors."""
+    found: tuple[Tensor, ...] = getattr(execute, "operands", ())
+    return found
 
 
-def _held_bytes(mask: Any) -> float:
-    """Bytes that remembering a mask would keep alive; infinite where it holds the user's tensors or functions."""
-    if mask is None:
-        return 0
-    total: float = 0
-    for value in vars(mask).values():
+def _holds_users_objects(mask: Any) -> bool:
+    """Whether remembering a mask would keep the user's own tensors or functions alive."""
+    for value in vars(mask).values() if mask is not None else ():
         for part in value if isinstance(value, tuple) else (value,):
             if isinstance(part, Mask):
-                total += _held_bytes(part)
+                if _holds_users_objects(part):
+                    return True
             elif isinstance(part, Tensor) or callable(part):
-                return float("inf")
-            elif isinstance(inner := getattr(part, "tensor", None), Tensor):
-                total += inner.nbytes
-    return total
+                return True
+    return False
 
 
 def _held_tensors(mask: Mask | None) -> list[Tensor]:

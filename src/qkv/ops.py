@@ -192,7 +192,13 @@ def _unpack(given: _Given, static: dict[str, Any], *, contents: bool) -> tuple[M
     bias = None if not parts else parts[0] if len(parts) == 1 else Sum(parts)
     mask = decode(static["words"], given.operands) if contents else None
     options = Options(
-        positions, bias, static["scale"], static["softcap"], given.sinks, static["dropout_p"], static.get("return_lse", True)
+        positions,
+        bias,
+        static["scale"],
+        static["softcap"],
+        given.sinks,
+        static["dropout_p"],
+        static.get("return_lse", True),
     )
     return mask, options
 

@@ -319,9 +319,7 @@ class ViewPlan(NamedTuple):
     """Sequences with equal lengths; or one for all, where the mask and the bias are the same for any lengths."""
 
 
-def over_view(
-    call: str, q: Tensor, view: KVView, mask: Mask | None, options: Options, backend: str | None
-) -> ViewPlan:
+def over_view(call: str, q: Tensor, view: KVView, mask: Mask | None, options: Options, backend: str | None) -> ViewPlan:
     """The one rule for a view: what runs, whether on the pages themselves, and in which parts.
 
     `mask` is joined with what the cache holds (`viewing.joined`).
