@@ -231,6 +231,29 @@ for x, want in torch.load(folder + "/samples.pt"):
 """
 
 
+class WithLse(nn.Module):
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Any:
+        return qkv.attention(q, k, v, mask=CAUSAL, positions="end", return_lse=True)
+
+
+def test_a_program_that_returns_lse_is_saved(tmp_path: Path) -> None:
+    """Its result is a named tuple, which a file names; here and in a process that only imports qkv."""
+    lengths = {2: torch.export.Dim("L", min=3, max=4096)}
+    program = torch.export.export(WithLse(), tuple(tensors(10)), dynamic_shapes=(lengths,) * 3)
+    torch.export.save(program, tmp_path / "model.pt2")
+    loaded = torch.export.load(tmp_path / "model.pt2").module()
+    for L in (9, 33):
+        got, want = loaded(*tensors(L)), WithLse()(*tensors(L))
+        assert type(got) is type(want)
+        assert torch.equal(got.out, want.out)
+        assert torch.equal(got.lse, want.lse)
+    read = "import sys, qkv, torch; x = [torch.ones(2, h, 4, d) for h, d in ((4, 8), (2, 8), (2, 6))]; "
+    read += "print(torch.export.load(sys.argv[1]).module()(*x))"
+    command = [sys.executable, "-c", read, str(tmp_path / "model.pt2")]
+    told = subprocess.run(command, check=True, timeout=120, capture_output=True, text=True).stdout
+    assert told.startswith("OutputWithLse(out=")
+
+
 @pytest.mark.parametrize("strict", [False, True])
 def test_export(tmp_path: Path, strict: bool) -> None:
     """A program of any length, saved and loaded in a process that never saw the model."""

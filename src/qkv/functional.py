@@ -62,6 +62,10 @@ class OutputWithLse(NamedTuple):
     lse: Tensor
 
 
+# By this name torch.export.save writes the tuple, and a process that has imported qkv reads it.
+torch.utils._pytree._register_namedtuple(OutputWithLse, serialized_type_name="qkv.OutputWithLse")
+
+
 @overload
 def attention(
     q: Tensor,
@@ -193,6 +197,7 @@ def attention(
     Derivatives, by torch.autograd or torch.func, forward or backward: the first and the second, never with quadratic
     memory; backend="reference" has all of them, backwards. torch.vmap maps it. torch.compile and torch.export take it
     as one node and keep lengths dynamic; a mask or score term that is a Python function stays outside of their graphs.
+    FLOP counters see each call but those over a view: `qkv.flops` says what is counted.
     Source: Vaswani et al. (2017); computed by online softmax over tiles, Dao et al. (2022).
 
     Examples

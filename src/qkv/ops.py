@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
 
-from qkv import batched
+from qkv import batched, flops
 from qkv.encoding import DENSE, decode, depends_on_position, encode
 from qkv.errors import ArgumentTypeError, UnsupportedError, describe
 from qkv.masks import Mask, as_mask
@@ -418,3 +418,4 @@ torch.library.register_vmap("qkv::attention", _over(torch.ops.qkv.attention, (),
 torch.library.register_vmap(
     "qkv::attention_backward", _over(torch.ops.qkv.attention_backward, (0, 0, 0, 0, 1), True), lib=_library
 )
+flops.register()
