@@ -53,12 +53,12 @@ def _exact(mask: Mask) -> bool:
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any, out_val: Any = None, **static: Any) -> int:
-    return 2 * (q.shape[3] + v.shape[3]) * pairs(q, k, rest[1], rest[4], static)
+    return 2 * int(q.shape[3] + v.shape[3]) * pairs(q, k, rest[1], rest[4], static)
 
 
 def _backward(*given: Any, out_val: Any = None, **static: Any) -> int:
     q, k, v, *rest = given[5:]  # after d_out, d_lse, out, lse and state
-    return 2 * (3 * q.shape[3] + 2 * v.shape[3]) * pairs(q, k, rest[1], rest[4], static)
+    return 2 * int(3 * q.shape[3] + 2 * v.shape[3]) * pairs(q, k, rest[1], rest[4], static)
 
 
 def register() -> None:
