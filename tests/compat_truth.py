@@ -22,6 +22,8 @@ MARKS = [
     pytest.mark.filterwarnings("ignore:qkv:UserWarning"),  # said once where there is no native extension
 ]
 MODULE = importlib.import_module("qkv.compat.scaled_dot_product")
+ATTRIBUTE = importlib.import_module("qkv.compat.attribute")
+COUNTING = importlib.import_module("qkv.compat.counting")
 TORCH = torch._C._nn.scaled_dot_product_attention
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 TINY = {torch.float16: 2.0**-24, torch.float64: 2.0**-1022}
@@ -32,7 +34,8 @@ def restored() -> Iterator[None]:
     """No test may leave the patch behind."""
     yield
     assert F.scaled_dot_product_attention is TORCH
-    assert not MODULE._levels
+    assert torch.backends.mha.get_fastpath_enabled()
+    assert not (ATTRIBUTE._levels or ATTRIBUTE._aside or ATTRIBUTE._owed or COUNTING._watching)
 
 
 @pytest.fixture
@@ -42,7 +45,7 @@ def own(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: Any, **kwargs: Any) -> Tensor:
         raise AssertionError("the call was passed on to PyTorch")
 
-    monkeypatch.setattr(MODULE, "_torch_sdpa", refuse)
+    monkeypatch.setattr(MODULE, "torch_sdpa", refuse)
 
 
 class Bounded(NamedTuple):

@@ -9,6 +9,7 @@ torch.Size([2, 8, 16, 64])
 
 from __future__ import annotations
 
-from qkv.compat.scaled_dot_product import patch_sdpa, sdpa
+from qkv.compat.patch import patch_sdpa
+from qkv.compat.scaled_dot_product import sdpa
 
 __all__ = ["patch_sdpa", "sdpa"]

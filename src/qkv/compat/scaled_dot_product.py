@@ -12,42 +12,35 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-import threading
-from collections.abc import Callable
-from numbers import Real
-from types import TracebackType
 from typing import Any
 
 import torch
-import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
-import qkv.backends.sdpa  # noqa: F401  it binds PyTorch's function when it loads: that must be before any patch of ours
-from qkv.errors import ArgumentError, ArgumentTypeError, ShapeError, describe
+from qkv.compat import counting
+from qkv.compat.arguments import (
+    CALL,
+    TorchArgumentError,
+    TorchShapeError,
+    as_dropout,
+    as_scale,
+    cast,
+    check_tensors,
+    fitted,
+    folded,
+    refuse_other_flags,
+    refuse_other_types,
+)
+from qkv.compat.attribute import aside, torch_sdpa
+from qkv.errors import ArgumentTypeError, describe
 from qkv.functional import attention
-from qkv.masks import Mask, causal
+from qkv.masks import causal
 from qkv.masks.arguments import shown
+from qkv.ops import eager
 
-# The builtin itself and not the attribute of torch.nn.functional: that one may be patched, by us or by others.
-_torch_sdpa: Callable[..., Tensor] = torch._C._nn.scaled_dot_product_attention
-
-_CALL = "qkv.compat.sdpa()"
 _DTYPES = frozenset((torch.float64, torch.float32, torch.bfloat16, torch.float16))
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
-
-
-class TorchShapeError(ShapeError, RuntimeError):
-    """Sizes that do not fit together, where PyTorch raises a RuntimeError."""
-
-
-class TorchArgumentError(ArgumentError, RuntimeError):
-    """A value outside its range or a forbidden combination, where PyTorch raises a RuntimeError."""
-
-
-class TorchArgumentTypeError(ArgumentTypeError, RuntimeError):
-    """A dtype that the function does not take, where PyTorch raises a RuntimeError."""
 
 
 def sdpa(
@@ -102,17 +95,18 @@ def sdpa(
 
     Notes
     -----
-    Passed on to PyTorch's own function, which then decides on memory and speed:
+    Everything plain on the CPU runs in qkv, or is an error: no path of quadratic memory is taken, and values at hidden
+    keys are never read, so NaN there does no harm, which PyTorch does not promise. That holds for calls that are
+    compiled, exported, mapped (torch.vmap), differentiated by torch.func or in forward mode, checkpointed or watched by
+    a mode as well: they are `qkv.attention`'s, as often differentiable as its own, and what sees operators sees
+    `torch.ops.qkv.attention`. `torch.nn.attention.sdpa_kernel` chooses among PyTorch's kernels and has no say.
 
-    * any of the tensors not on the CPU, nested, sparse, of a subclass (FakeTensor and DTensor among them; CausalBias
-      runs here), or of a dtype not listed above;
-    * while torch.compile, torch.export or torch.jit.trace record the call, inside torch.func transforms and
-      torch.vmap, for tangents of forward-mode AD, and while a TorchDispatchMode is active: they see only operations
-      that go through the dispatcher.
+    Handed to PyTorch's own function, which then decides on memory and speed, and to the `__torch_function__` of a
+    class as without qkv:
 
-    Everything else runs in qkv, or is an error: no path of quadratic memory is taken. `torch.nn.attention.sdpa_kernel`
-    chooses among PyTorch's kernels and has no say here. Values at hidden keys are never read, so NaN there does no
-    harm, which PyTorch does not promise. Differentiable as often as `qkv.attention`.
+    * any of the tensors not on the CPU, nested, sparse, of a subclass (CausalBias runs here; what stands for a plain
+      tensor while a graph is made is one), or of a dtype not listed above;
+    * while torch.jit.trace or torch.onnx record the call: what they write down has no operators of ours.
 
     Cost: that of `attention`; copies are made only of tensors that broadcast along one of several batch dimensions,
     and of keys or values whose numbers of heads differ from each other.
@@ -126,26 +120,36 @@ def sdpa(
     torch.Size([2, 8, 5, 32])
     """
     if not (isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor)):
-        _refuse_other_types(query=query, key=key, value=value)
+        if torch.overrides.has_torch_function((query, key, value)):  # a stand-in for a tensor, such as torch.fx's
+            return _by_torch(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+        refuse_other_types(query=query, key=key, value=value)
     if is_causal.__class__ is not bool or enable_gqa.__class__ is not bool:
-        _refuse_other_flags(is_causal=is_causal, enable_gqa=enable_gqa)
+        refuse_other_flags(is_causal=is_causal, enable_gqa=enable_gqa)
     corner = _causal_bias(attn_mask)
-    if _is_torchs(query, key, value, attn_mask if corner is None else None):
-        return _torch_sdpa(
-            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-        )  # fmt: skip
     if attn_mask is not None and is_causal:
+        rule = "attn_mask and is_causal exclude each other"
+        if corner is not None:
+            rule += ": CausalBias should not be used with causal=True"  # PyTorch's words, for who looks for them
         fix = "Leave out is_causal and write it into the mask (attn_mask.tril()), or leave out attn_mask"
-        raise TorchArgumentError(describe(_CALL, "attn_mask and is_causal exclude each other", "both", fix))
+        raise TorchArgumentError(describe(CALL, rule, "both", fix))
+    why = _torchs(query, key, value, attn_mask if corner is None else None)
+    if why is not None:
+        counting.count("PyTorch", why)
+        if corner is not None:  # it stands for a mask and holds none: only its own class may answer
+            function = torch.nn.functional.scaled_dot_product_attention
+            options = {"dropout_p": dropout_p, "scale": scale, "enable_gqa": enable_gqa}
+            out: Tensor = corner.__torch_function__(function, (type(corner),), (query, key, value, corner), options)
+            return out
+        return _by_torch(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     if torch.is_autocast_enabled("cpu"):
         to = torch.get_autocast_dtype("cpu")
-        query, key, value = _cast(query, to), _cast(key, to), _cast(value, to)
-        attn_mask = _cast(attn_mask, to) if corner is None and attn_mask is not None else attn_mask
-    _check_tensors(query, key, value, attn_mask if corner is None else None)
-    p, factor = _dropout(dropout_p), _scale(scale)
+        query, key, value = cast(query, to), cast(key, to), cast(value, to)
+        attn_mask = cast(attn_mask, to) if corner is None and attn_mask is not None else attn_mask
+    check_tensors(query, key, value, attn_mask if corner is None else None)
+    p, factor = as_dropout(dropout_p), as_scale(scale)
 
-    q, k, v, lead = _folded(query, key, value, enable_gqa)
-    mask: Mask | Tensor | None = None
+    q, k, v, lead = folded(query, key, value, enable_gqa)
+    mask: Any = None
     bias: Tensor | None = None
     positions = "start"
     if corner is not None:
@@ -153,8 +157,8 @@ def sdpa(
     elif is_causal:
         mask = causal()
     elif attn_mask is not None:
-        fitted = _fitted(attn_mask, (*lead, q.shape[2], k.shape[2]))
-        mask, bias = (fitted, None) if fitted.dtype == torch.bool else (None, fitted)
+        fit = fitted(attn_mask, (*lead, q.shape[2], k.shape[2]))
+        mask, bias = (fit, None) if fit.dtype == torch.bool else (None, fit)
     if q.shape[3] == 0:  # every score is 0: one coordinate of zeros says the same
         q, k, factor = torch.nn.functional.pad(q, (0, 1)), torch.nn.functional.pad(k, (0, 1)), 1.0
     elif factor is not None and not math.isfinite(factor):
@@ -163,29 +167,50 @@ def sdpa(
         out = _nothing(q, k, v, bias)
     else:
         out = attention(q, k, v, mask, positions=positions, bias=bias, scale=factor, dropout_p=p)
+        counting.count_attention(q, k, v, mask, positions=positions, bias=bias, scale=factor, dropout_p=p)
     return out.reshape(*lead, q.shape[2], v.shape[3]) if len(lead) != 2 else out
 
 
-# ----------------------------------------------------------------------------------------- what is passed on to PyTorch
-def _is_torchs(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None) -> bool:
-    """Whether the call is PyTorch's own to answer; the docstring of `sdpa` lists the reasons."""
-    if torch.compiler.is_compiling() or torch._C._is_tracing():
-        return True
-    if _foreign(query) or _foreign(key) or _foreign(value) or (attn_mask is not None and _foreign(attn_mask)):
-        return True
-    if query.dtype not in _DTYPES or key.dtype not in _DTYPES or value.dtype not in _DTYPES:
-        return True
-    if torch._C._len_torch_dispatch_stack():
-        return True
-    if torch._C._functorch.peek_interpreter_stack() is None and forward_ad._current_level < 0:
-        return False
-    given = (query, key, value) if attn_mask is None else (query, key, value, attn_mask)
-    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
-    return any(wrapped(x) or forward_ad.unpack_dual(x).tangent is not None for x in given)
+# ----------------------------------------------------------------------------------------- what is handed to PyTorch
+def _torchs(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None) -> str | None:
+    """Why the call is PyTorch's to answer, or None where it is ours; the docstring of `sdpa` lists the reasons."""
+    for name, x in (("query", query), ("key", key), ("value", value), ("attn_mask", attn_mask)):
+        if x is None:
+            continue
+        if type(x) not in _PLAIN and not _followed(x):
+            return f"{name} is a {type(x).__name__}"
+        if x.is_nested or x.layout is not torch.strided:
+            return f"{name} is {'nested' if x.is_nested else str(x.layout).removeprefix('torch.')}"
+        if not x.is_cpu and x.device.type != "cpu":
+            return f"{name} is on {x.device.type}"
+        if x is not attn_mask and x.dtype not in _DTYPES:
+            return f"{name} is {str(x.dtype).removeprefix('torch.')}"
+    if torch.jit.is_tracing() or (torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export()):
+        return "torch.jit and ONNX know only PyTorch's own operators"
+    return None
 
 
-def _foreign(x: Tensor) -> bool:
-    return type(x) not in _PLAIN or not x.is_cpu or x.layout is not torch.strided or x.is_nested
+def _followed(x: Tensor) -> bool:
+    """Whether the class of x only stands for plain tensors while a graph is made."""
+    from torch._subclasses.fake_tensor import FakeTensor
+    from torch._subclasses.functional_tensor import FunctionalTensor
+
+    return type(x) in (FakeTensor, FunctionalTensor)
+
+
+def _by_torch(
+    query: Any, key: Any, value: Any, attn_mask: Any, dropout_p: Any, is_causal: Any, scale: Any, enable_gqa: Any
+) -> Tensor:
+    """PyTorch's own function, as its caller would have met it without us."""
+    answering = {type(x) for x in (query, key, value, attn_mask) if torch.overrides.has_torch_function((x,))}
+    if not answering:
+        return torch_sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+    if torch.compiler.is_dynamo_compiling():
+        if all(kind.__module__.startswith("torch.") for kind in answering):  # they ask for the builtin by its own name
+            return torch_sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+        return eager(_by_torch)(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    with aside(sdpa):
+        return torch_sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
 
 
 def _causal_bias(attn_mask: Any) -> Any:
@@ -195,7 +220,7 @@ def _causal_bias(attn_mask: Any) -> Any:
     if not isinstance(attn_mask, Tensor):
         given = f"attn_mask={shown(attn_mask)} ({type(attn_mask).__name__})"
         fix = "Pass a bool or floating tensor; a qkv mask goes to qkv.attention(mask=)"
-        raise ArgumentTypeError(describe(_CALL, "attn_mask must be a tensor", given, fix))
+        raise ArgumentTypeError(describe(CALL, "attn_mask must be a tensor", given, fix))
     from torch.nn.attention.bias import CausalBias  # loads on first use: hardly anyone passes one
 
     return attn_mask if isinstance(attn_mask, CausalBias) else None
@@ -211,139 +236,8 @@ def _alignment(corner: Any, Lq: int, Lk: int) -> str:
     if made_for != (Lq, Lk):
         given = f"causal_lower_right{made_for}, Lq={Lq} and Lk={Lk}"
         fix = f"Use causal_lower_right({Lq}, {Lk})"
-        raise TorchShapeError(describe(_CALL, "a lower-right causal bias is made for its lengths", given, fix))
+        raise TorchShapeError(describe(CALL, "a lower-right causal bias is made for its lengths", given, fix))
     return "end"
-
-
-# --------------------------------------------------------------------------------------------------------------- checks
-def _refuse_other_types(**given: Any) -> None:
-    for name, x in given.items():
-        if not isinstance(x, Tensor):
-            got = f"{name}={shown(x)} ({type(x).__name__})"
-            raise ArgumentTypeError(describe(_CALL, f"{name} must be a tensor", got, "Pass a tensor (..., H, L, D)"))
-
-
-def _refuse_other_flags(**given: Any) -> None:
-    for name, x in given.items():
-        if not isinstance(x, bool):
-            got = f"{name}={shown(x)} ({type(x).__name__})"
-            raise ArgumentTypeError(describe(_CALL, f"{name} must be a bool", got, "Pass True or False"))
-
-
-def _check_tensors(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None) -> None:
-    if not query.dtype == key.dtype == value.dtype:
-        given = ", ".join(f"{n} {_short(x)}" for n, x in (("query", query), ("key", key), ("value", value)))
-        fix = "Convert them with .to(query.dtype)"
-        raise TorchArgumentTypeError(describe(_CALL, "query, key and value must share one dtype", given, fix))
-    if query.dim() < 2 or key.dim() < 2 or value.dim() < 2:
-        rule = "query, key and value must have at least 2 dimensions"
-        raise TorchShapeError(describe(_CALL, rule, _sizes(query, key, value), "Pass (..., H, L, D)"))
-    if query.shape[-1] != key.shape[-1]:
-        fix = "Project both to one head size"
-        raise TorchShapeError(
-            describe(_CALL, "query and key must have one last dimension D", _sizes(query, key, value), fix)
-        )
-    if key.shape[-2] != value.shape[-2]:
-        fix = "Every key has one value: give them the same tokens"
-        raise TorchShapeError(describe(_CALL, "key and value must have one length Lk", _sizes(query, key, value), fix))
-    if attn_mask is not None and attn_mask.dtype not in (torch.bool, torch.float32, query.dtype):
-        given = f"attn_mask {_short(attn_mask)} and query {_short(query)}"
-        fix = "Convert it with .to(query.dtype) where it is added, with .bool() where it says who may attend"
-        raise TorchArgumentTypeError(describe(_CALL, "attn_mask must be bool, float32 or of query's dtype", given, fix))
-
-
-def _short(x: Tensor) -> str:
-    return str(x.dtype).removeprefix("torch.")
-
-
-def _sizes(query: Tensor, key: Tensor, value: Tensor) -> str:
-    return f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
-
-
-def _real(name: str, x: Any, fix: str) -> float:
-    if not isinstance(x, Real) and not (isinstance(x, Tensor) and x.numel() == 1 and not x.is_complex()):
-        given = f"{name}={shown(x)} ({type(x).__name__})"
-        raise ArgumentTypeError(describe(_CALL, f"{name} must be a number", given, fix))
-    return float(x)
-
-
-def _dropout(x: Any) -> float:
-    fix = "Use 0 for no dropout"
-    p = _real("dropout_p", x, fix)
-    if not 0 <= p <= 1:
-        raise TorchArgumentError(describe(_CALL, "dropout_p must be in [0, 1]", f"dropout_p={p}", fix))
-    return p
-
-
-def _scale(x: Any) -> float | None:
-    return None if x is None else _real("scale", x, "Leave it out for 1/sqrt(D)")
-
-
-def _cast(x: Tensor, to: torch.dtype) -> Tensor:
-    """What autocast does to an argument: floating tensors change their dtype, float64 stays."""
-    return x.to(to) if x.is_floating_point() and x.dtype != torch.float64 else x
-
-
-# --------------------------------------------------------------------------------------------------------------- shapes
-def _folded(query: Tensor, key: Tensor, value: Tensor, gqa: bool) -> tuple[Tensor, Tensor, Tensor, tuple[int, ...]]:
-    """(B, Hq, Lq, D), (B, Hkv, Lk, D), (B, Hkv, Lk, Dv), and the leading dimensions that B and Hq stand for."""
-    if query.dim() == key.dim() == value.dim() == 4 and query.shape[:2] == key.shape[:2] == value.shape[:2]:
-        return query, key, value, tuple(query.shape[:2])
-    shapes: list[tuple[int, ...]] = [tuple(x.shape[:-2]) for x in (query, key, value)]
-    if gqa:
-        key, value = _same_heads(query, key, value)
-        shapes = [tuple(query.shape[:-2]), (*key.shape[:-3], 1), (*value.shape[:-3], 1)]
-    try:
-        lead = tuple(torch.broadcast_shapes(*shapes))
-    except RuntimeError:
-        rule = "the dimensions before L must broadcast"
-        fix = "Give each its size or 1"
-        if not gqa and all(x.dim() > 2 for x in (query, key, value)) and query.shape[-3] != key.shape[-3]:
-            fix += "; for fewer key/value heads than query heads pass enable_gqa=True"
-        raise TorchShapeError(describe(_CALL, rule, _sizes(query, key, value), fix)) from None
-    B, Hq = math.prod(lead[:-1]), lead[-1] if lead else 1
-    Hk, Hv = (x.shape[-3] if x.dim() > 2 else 1 for x in (key, value))
-    Hkv = Hk if Hk == Hv and (gqa or Hq) else Hq  # one head shared by all stays one
-    return _fold(query, lead, B, Hq), _fold(key, lead, B, Hkv), _fold(value, lead, B, Hkv), lead
-
-
-def _same_heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """key and value with one number of heads, that query's is a multiple of."""
-    if min(query.dim(), key.dim(), value.dim()) < 3:
-        given, fix = _sizes(query, key, value), "Pass (..., H, L, D)"
-        raise TorchShapeError(describe(_CALL, "enable_gqa needs a dimension of heads", given, fix))
-    Hq, Hk, Hv = (x.shape[-3] for x in (query, key, value))
-    if not Hq == Hk == Hv and (not Hk or not Hv or Hq % Hk or Hq % Hv or not Hq):
-        given = f"{_sizes(query, key, value)} → Hq={Hq}, Hk={Hk}, Hv={Hv}"
-        fix = "Use numbers of heads that divide Hq, or check that the heads are dimension -3"
-        raise TorchShapeError(describe(_CALL, "query heads must be a multiple of key and of value heads", given, fix))
-    if Hk != Hv:
-        heads = math.lcm(Hk, Hv)
-        key, value = (x.repeat_interleave(heads // x.shape[-3], dim=-3) for x in (key, value))
-    return key, value
-
-
-def _fold(x: Tensor, lead: tuple[int, ...], B: int, H: int) -> Tensor:
-    """x (..., h, L, D) as (B, H, L, D): a view, unless it broadcasts along some of several batch dimensions."""
-    L, D = x.shape[-2:]
-    h = x.shape[-3] if x.dim() > 2 else 1
-    if all(n == 1 for n in x.shape[:-3]):
-        return x.reshape(1, h, L, D).expand(B, H, L, D)
-    return x.expand(*lead[:-1], H, L, D).reshape(B, H, L, D)
-
-
-def _fitted(attn_mask: Tensor, full: tuple[int, ...]) -> Tensor:
-    """attn_mask, which broadcasts to `full` = (..., Hq, Lq, Lk), in 4 dimensions that broadcast to (B, Hq, Lq, Lk)."""
-    shape = (1,) * (len(full) - attn_mask.dim()) + tuple(attn_mask.shape)
-    if len(shape) != len(full) or any(n not in (1, m) for n, m in zip(shape, full, strict=True)):
-        given = f"attn_mask {tuple(attn_mask.shape)} for {full}"
-        fix = "Give each dimension its size or 1"
-        raise TorchShapeError(describe(_CALL, "attn_mask must broadcast to (..., Hq, Lq, Lk)", given, fix))
-    shape = (1,) * (4 - len(shape)) + shape
-    batch, rest = shape[:-3], shape[-3:]
-    if all(n == 1 for n in batch):
-        return attn_mask.reshape(1, *rest)
-    return attn_mask.reshape(shape).expand(*full[:-3], *rest).reshape(math.prod(full[:-3]), *rest)
 
 
 def _nothing(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
@@ -351,73 +245,3 @@ def _nothing(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     given = (q, k, v) if bias is None else (q, k, v, bias)
     nil = torch.stack([x.flatten()[:0].sum(dtype=q.dtype) for x in given]).sum()
     return q.new_zeros(*q.shape[:3], v.shape[3]) + nil
-
-
-# ---------------------------------------------------------------------------------------------------------------- patch
-class _Level:
-    """One assignment of `sdpa` to torch.nn.functional: what was there before, and how many contexts rely on it."""
-
-    def __init__(self, before: Any) -> None:
-        self.before, self.users = before, 1
-
-
-_levels: list[_Level] = []
-_lock = threading.Lock()
-
-
-class patch_sdpa(contextlib.ContextDecorator):
-    """Make `torch.nn.functional.scaled_dot_product_attention` mean `qkv.compat.sdpa` inside a block or a function.
-
-    `torch.nn.MultiheadAttention`, `torch.nn.Transformer*` and every model that calls the function through the module
-    then run on qkv. What was there before comes back when the block ends, also by an exception. Blocks nest, and one
-    object may be entered again.
-
-    Notes
-    -----
-    * Names bound before the patch (`from torch.nn.functional import scaled_dot_product_attention`) are not changed,
-      nor is `torch._C._nn.scaled_dot_product_attention`.
-    * In evaluation without gradients, `torch.nn.MultiheadAttention` and `torch.nn.TransformerEncoderLayer` run fused
-      code of PyTorch that never calls the function. `torch.backends.mha.set_fastpath_enabled(False)` sends them
-      through it.
-    * The attribute of a module belongs to the whole process: while any thread is inside a block, all threads use qkv,
-      and the last one to leave restores. A function that someone else assigns meanwhile stays in place.
-    * As a decorator it covers the call of a function; what a generator or coroutine runs later is outside.
-    * torch.jit.script reads the function's source and cannot compile `sdpa`: script outside of the block.
-
-    Cost: about a microsecond to enter and leave.
-
-    Examples
-    --------
-    >>> import torch, qkv.compat
-    >>> layer = torch.nn.MultiheadAttention(32, 4)
-    >>> x = torch.randn(10, 2, 32)
-    >>> with qkv.compat.patch_sdpa():
-    ...     out, _ = layer(x, x, x, need_weights=False)
-    >>> out.shape
-    torch.Size([10, 2, 32])
-
-    >>> @qkv.compat.patch_sdpa()
-    ... def step(model, x):
-    ...     return model(x)
-    """
-
-    def __enter__(self) -> None:
-        with _lock:
-            found = torch.nn.functional.scaled_dot_product_attention
-            if _levels and found is sdpa:
-                _levels[-1].users += 1
-                return
-            _levels.append(_Level(found))
-            torch.nn.functional.scaled_dot_product_attention = sdpa  # type: ignore[assignment]
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        with _lock:
-            level = _levels[-1]
-            level.users -= 1
-            if level.users == 0:
-                _levels.pop()
-                # An assignment that someone made inside the block is not ours to undo.
-                if torch.nn.functional.scaled_dot_product_attention is sdpa:
-                    torch.nn.functional.scaled_dot_product_attention = level.before
