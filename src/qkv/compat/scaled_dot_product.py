@@ -161,7 +161,7 @@ def sdpa(
         mask, bias = (fit, None) if fit.dtype == torch.bool else (None, fit)
     if q.shape[3] == 0:  # every score is 0: one coordinate of zeros says the same
         q, k, factor = torch.nn.functional.pad(q, (0, 1)), torch.nn.functional.pad(k, (0, 1)), 1.0
-    elif factor is not None and not math.isfinite(factor):
+    elif factor is not None and not -math.inf < factor < math.inf:
         q, factor = q * factor, 1.0  # the scores, and so the rows, become NaN or infinite as they do in PyTorch
     if p == 1:
         out = _nothing(q, k, v, bias)
