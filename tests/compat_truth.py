@@ -35,7 +35,7 @@ def restored() -> Iterator[None]:
     yield
     assert F.scaled_dot_product_attention is TORCH
     assert torch.backends.mha.get_fastpath_enabled()
-    assert not (ATTRIBUTE._levels or ATTRIBUTE._aside or ATTRIBUTE._owed or COUNTING._watching)
+    assert not any((ATTRIBUTE._levels, ATTRIBUTE._aside, ATTRIBUTE._owed, COUNTING._watching))
 
 
 @pytest.fixture

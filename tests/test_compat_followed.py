@@ -160,7 +160,7 @@ class _Module(torch.nn.Module):
         return self.call(*args)
 
 
-# -------------------------------------------------------------------------------------------------- torch.func and modes
+# ------------------------------------------------------------------------------------------------- torch.func and modes
 def _hidden_nan() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     q, k, v = drawn()
     mask = torch.ones(5, 7, dtype=torch.bool)
@@ -297,7 +297,9 @@ def test_selective_checkpointing_keeps_or_recomputes_it(own: None) -> None:
 
     def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
         seen.append(op)
-        return CheckpointPolicy.MUST_SAVE if op is torch.ops.qkv.attention.default else CheckpointPolicy.PREFER_RECOMPUTE
+        return (
+            CheckpointPolicy.MUST_SAVE if op is torch.ops.qkv.attention.default else CheckpointPolicy.PREFER_RECOMPUTE
+        )
 
     leaf, bias = q.clone().requires_grad_(), causal_upper_left(5, 7)
     with patch_sdpa():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 import threading
@@ -9,13 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo
 import torch.nn.functional as F
 from torch import Tensor
 
 import qkv
 from qkv.compat import patch_sdpa, sdpa
 from tests import compat_truth
-from tests.compat_truth import MODULE, TORCH
+from tests.compat_truth import COUNTING, MODULE, TORCH
 
 pytestmark = compat_truth.MARKS
 restored = compat_truth.restored
@@ -180,19 +182,122 @@ def test_encoder_layer_under_the_patch(counted: list[int]) -> None:
     assert len(counted) == 2
 
 
-def test_the_fast_path_of_pytorch_goes_around_the_patch(counted: list[int]) -> None:
+README = {"d_model": 256, "nhead": 8, "batch_first": True}  # the layer that README shows
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.parametrize("mode", ["train", "eval", "no_grad", "inference_mode"])
+def test_pytorchs_layers_run_on_qkv_in_training_and_in_evaluation(counted: list[int], mode: str) -> None:
     torch.manual_seed(0)
-    layer = torch.nn.TransformerEncoderLayer(24, 2, 48, dropout=0.0, batch_first=True).eval()
-    x = torch.randn(2, 6, 24)
-    before = torch.backends.mha.get_fastpath_enabled()
+    layer = torch.nn.TransformerEncoderLayer(**README)
+    encoder = torch.nn.TransformerEncoder(layer, 2).train(mode == "train")
+    attention = torch.nn.MultiheadAttention(32, 4, batch_first=True).train(mode == "train")
+    x, y = torch.randn(2, 16, 256), torch.randn(2, 16, 32)
+    pad = torch.arange(16) >= torch.tensor([[16], [9]])
+    with contextlib.ExitStack() as stack:
+        if mode in ("no_grad", "inference_mode"):
+            stack.enter_context(getattr(torch, mode)())
+        plain = [attention(y, y, y, need_weights=False)[0], encoder(x, src_key_padding_mask=pad), encoder(x)]
+        with patch_sdpa() as block:
+            made = [attention(y, y, y, need_weights=False)[0], encoder(x, src_key_padding_mask=pad), encoder(x)]
+    assert len(counted) == 5
+    assert sum(block.calls.values()) == 5
+    assert "PyTorch" not in block.calls
+    assert torch.backends.mha.get_fastpath_enabled()
+    if mode != "train":  # there dropout draws its own weights
+        made[1], plain[1] = (z[~pad] for z in (made[1], plain[1]))
+        for a, b in zip(made, plain, strict=True):
+            torch.testing.assert_close(a, b, atol=2e-5, rtol=0)
+
+
+def test_the_fast_path_is_closed_inside_and_comes_back() -> None:
+    mha = torch.backends.mha
     try:
-        with torch.no_grad(), patch_sdpa():
-            torch.backends.mha.set_fastpath_enabled(True)
-            fast = layer(x)
-            assert not counted
-            torch.backends.mha.set_fastpath_enabled(False)
-            slow = layer(x)
-            assert len(counted) == 1
+        for before in (True, False):
+            mha.set_fastpath_enabled(before)
+            with patch_sdpa():
+                assert not mha.get_fastpath_enabled()
+                with contextlib.suppress(KeyError), patch_sdpa():
+                    assert not mha.get_fastpath_enabled()
+                    raise KeyError
+                assert not mha.get_fastpath_enabled()
+            assert mha.get_fastpath_enabled() is before
+        with patch_sdpa():
+            mha.set_fastpath_enabled(True)  # somebody's wish, inside of the block: theirs to keep
+        assert mha.get_fastpath_enabled()
     finally:
-        torch.backends.mha.set_fastpath_enabled(before)
-    torch.testing.assert_close(fast, slow, atol=1e-5, rtol=0)
+        mha.set_fastpath_enabled(True)
+
+
+# ------------------------------------------------------------------------------------------ how many calls went where
+def test_a_block_says_how_many_calls_went_where_and_why() -> None:
+    q = torch.randn(1, 2, 5, 8)
+    with patch_sdpa() as block:
+        for _ in range(3):
+            F.scaled_dot_product_attention(q, q, q, is_causal=True)
+        F.scaled_dot_product_attention(q.to("meta"), q.to("meta"), q.to("meta"))
+        torch.vmap(sdpa)(q, q, q)  # called by its own name, it counts as well
+        torch.compile(F.scaled_dot_product_attention, backend="eager")(q, q, q)
+    sdpa(q, q, q)  # after the block
+    planned = qkv.plan(q, q, q, qkv.causal(), positions="start")
+    assert block.calls == {planned.backend: 4, "PyTorch": 1, "graph": 1}
+    lines = str(block).splitlines()
+    assert lines[0] == "6 calls of torch.nn.functional.scaled_dot_product_attention"
+    assert lines[1].split()[:2] == ["4", planned.backend]
+    assert any("1  PyTorch  query is on meta" in line for line in lines)
+    assert any("1  graph    recorded by a tracer" in line for line in lines)
+
+
+def test_a_call_that_is_not_native_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    from qkv.backends import base
+
+    monkeypatch.setattr(COUNTING, "_plans", {})
+    monkeypatch.setattr(base.load("cpu"), "supports", lambda problem: "it is Sunday", raising=False)
+    q = torch.randn(1, 2, 5, 8)
+    with patch_sdpa() as block:
+        F.scaled_dot_product_attention(q, q, q, attn_mask=torch.zeros(5, 5))
+    assert block.calls == {"tiled": 1}
+    assert "not the native kernel: it is Sunday" in str(block)
+
+
+def test_blocks_count_what_is_called_inside_of_them() -> None:
+    q = torch.randn(1, 2, 5, 8)
+    outer, inner = patch_sdpa(), patch_sdpa()
+    assert "nothing called it" in str(outer)
+    with outer:
+        F.scaled_dot_product_attention(q, q, q)
+        with inner, outer:  # entered again while it is open: each call is one call
+            F.scaled_dot_product_attention(q, q, q)
+    with inner:
+        F.scaled_dot_product_attention(q, q, q)
+    assert (sum(outer.calls.values()), sum(inner.calls.values())) == (2, 2)
+    assert "\n" in str(inner)
+
+
+def test_every_thread_is_counted() -> None:
+    q = torch.randn(1, 2, 5, 8)
+    with patch_sdpa() as block:
+        workers = [
+            threading.Thread(target=lambda: [F.scaled_dot_product_attention(q, q, q) for _ in range(200)])
+            for _ in range(4)
+        ]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+    assert sum(block.calls.values()) == 800
+
+
+def test_compiled_calls_do_not_compile_again_for_the_count() -> None:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    q = torch.randn(1, 2, 5, 8)
+    with patch_sdpa() as block:
+        compiled = torch.compile(lambda q: F.scaled_dot_product_attention(q, q, q), fullgraph=True, backend="eager")
+        for _ in range(4):
+            compiled(q)
+            F.scaled_dot_product_attention(q, q, q)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert block.calls["graph"] == 1
+    assert sum(block.calls.values()) == 5
+    torch._dynamo.reset()

@@ -73,7 +73,9 @@ def _sizes(query: Tensor, key: Tensor, value: Tensor) -> str:
 
 
 def _real(name: str, x: Any, fix: str) -> float:
-    if not isinstance(x, (Real, torch.SymInt, torch.SymFloat)) and not (isinstance(x, Tensor) and x.numel() == 1 and not x.is_complex()):
+    if not isinstance(x, (Real, torch.SymInt, torch.SymFloat)) and not (
+        isinstance(x, Tensor) and x.numel() == 1 and not x.is_complex()
+    ):
         given = f"{name}={shown(x)} ({type(x).__name__})"
         raise ArgumentTypeError(describe(CALL, f"{name} must be a number", given, fix))
     return float(x)

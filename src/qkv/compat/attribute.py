@@ -1,4 +1,4 @@
-"""The attribute `torch.nn.functional.scaled_dot_product_attention`: the one place that assigns it, and gives it back."""
+"""The attribute `torch.nn.functional.scaled_dot_product_attention`: the one place that assigns it and gives it back."""
 
 from __future__ import annotations
 

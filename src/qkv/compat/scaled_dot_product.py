@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.jit._trace import is_tracing  # torch.jit.is_tracing, under a name that type checkers know
 
 from qkv.compat import counting
 from qkv.compat.arguments import (
@@ -127,9 +128,9 @@ def sdpa(
         refuse_other_flags(is_causal=is_causal, enable_gqa=enable_gqa)
     corner = _causal_bias(attn_mask)
     if attn_mask is not None and is_causal:
-        rule = "attn_mask and is_causal exclude each other"
+        rule = "Explicit attn_mask should not be set when is_causal=True"  # PyTorch's words, for who looks for them
         if corner is not None:
-            rule += ": CausalBias should not be used with causal=True"  # PyTorch's words, for who looks for them
+            rule = "CausalBias should not be used with causal=True"
         fix = "Leave out is_causal and write it into the mask (attn_mask.tril()), or leave out attn_mask"
         raise TorchArgumentError(describe(CALL, rule, "both", fix))
     why = _torchs(query, key, value, attn_mask if corner is None else None)
@@ -185,7 +186,7 @@ def _torchs(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None)
             return f"{name} is on {x.device.type}"
         if x is not attn_mask and x.dtype not in _DTYPES:
             return f"{name} is {str(x.dtype).removeprefix('torch.')}"
-    if torch.jit.is_tracing() or (torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export()):
+    if is_tracing() or (torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export()):
         return "torch.jit and ONNX know only PyTorch's own operators"
     return None
 

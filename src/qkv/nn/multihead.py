@@ -15,6 +15,15 @@ from qkv.masks.arguments import integer, shown
 from qkv.scores import ScoreTerm, as_bias
 
 _CALL = "qkv.nn.MultiheadAttention()"
+_LINEAR = (torch.nn.Linear, torch.nn.modules.linear.NonDynamicallyQuantizableLinear)
+
+
+class TorchShapeError(ShapeError, AssertionError, RuntimeError):
+    """Sizes that do not fit together, where PyTorch's layer fails an assertion or raises a RuntimeError."""
+
+
+class TorchTypeError(ArgumentTypeError, AssertionError):
+    """A dtype that is not taken, where PyTorch's layer fails an assertion."""
 
 
 class MultiheadAttention(torch.nn.MultiheadAttention):
@@ -65,15 +74,16 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
 
     * A query whose keys are all hidden gets weights 0 and the output b_O, and its gradients are finite. PyTorch 2.13
       gives NaN for both where need_weights=True, and b_O where it is False.
-    * Bytes at hidden keys of `key` and `value` cannot reach the outputs, NaN included, unless dropout is on and weights
-      are asked for.
+    * Bytes at hidden keys of `key` and `value` cannot reach the outputs, NaN included.
     * `is_causal=True` needs no attn_mask; together with one both apply. With PyTorch it is a hint that attn_mask is
       causal, which replaces attn_mask or is ignored, depending on the other arguments.
     * Bool and float masks may be mixed without a warning.
-    * Nested tensors are refused: pass key_padding_mask.
+    * Nested tensors (N, L*, E) are taken in training and evaluation, with gradients; they need batch_first=True.
+    * out_proj is called: what replaces it (an adapter, a quantised layer) and the hooks on it take part.
 
     `torch.nn.TransformerEncoderLayer` in evaluation without gradients runs PyTorch's fused code on the parameters and
-    never calls its attention layer; `torch.backends.mha.set_fastpath_enabled(False)` makes it.
+    never calls its attention layer, unless it has hooks or another out_proj;
+    `torch.backends.mha.set_fastpath_enabled(False)` makes it, and so does a `qkv.compat.patch_sdpa()` block.
 
     Cost: 8 E² FLOPs a token for the projections (kdim = vdim = E) and the cost of `qkv.attention`; need_weights=True,
     which is PyTorch's default, adds `qkv.weights` for all rows: N H L S probabilities, computed in float64.
@@ -140,8 +150,11 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         query : Tensor, shape (L, E), (L, N, E), or (N, L, E) with batch_first
         key : Tensor, shape (S, kdim), (S, N, kdim) or (N, S, kdim)
         value : Tensor, shape (S, vdim), (S, N, vdim) or (N, S, vdim)
+            Or three nested tensors (N, L*, E), (N, S*, kdim), (N, S*, vdim): padding and masks then have the sizes of
+            the longest.
         key_padding_mask : Tensor, shape (N, S), or (S,) without a batch
-            bool: True = ignore this key (the opposite of `qkv.attention`). Floating: added to the scores.
+            bool: True = ignore this key (the opposite of `qkv.attention`). Floating: added to the scores. Nested
+            tensors have none: they hold their lengths.
         need_weights : bool
             Return the probabilities as well. False is faster and takes no quadratic memory.
         attn_mask : Tensor, shape (L, S) or (N H, L, S)
@@ -157,14 +170,19 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             A query that sees no key gets out_proj.bias.
         p : Tensor, shape (N, L, S') or (N, H, L, S'), without N for inputs without a batch; None unless need_weights
             S' counts the keys of add_bias_kv and add_zero_attn, which come last and are always visible. Each row sums
-            to 1; a row that sees no key is 0. In training with dropout these are the weights that made `out`, dropped
-            ones 0 and the others divided by 1 - dropout, as PyTorch returns them.
+            to 1; a row that sees no key is 0, and so is one past the end of a nested query. In training with dropout
+            these are the weights that made `out`, dropped ones 0 and the others divided by 1 - dropout, as PyTorch
+            returns them.
 
         Raises
         ------
         ShapeError, ArgumentTypeError
-            Inputs and masks that do not fit the layer or each other.
+            Inputs and masks that do not fit the layer or each other; a ShapeError is PyTorch's AssertionError as well.
         """
+        if _nested(query, key, value):
+            return self._over_nested(
+                query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+            )
         sizes = _check_inputs(self, query, key, value)
         parts = _Masks.read(sizes, key_padding_mask, attn_mask)
         batched = query.dim() == 3
@@ -179,16 +197,52 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             p = weights(q, k, mask=mask, positions="start", bias=bias)
         if p is not None and dropout_p > 0:  # `out` must come from the very weights that are returned
             p = F.dropout(p, dropout_p)
-            out = (p.to(v.dtype) @ v).transpose(1, 2)
+            # The keys that are left share a row as in attention among them alone, and what they weigh together is
+            # the sum of the row: no value that is hidden or dropped is read.
+            among = attention(q, k, v, dense(p.detach() != 0), positions="start", bias=bias)
+            out = (among * p.sum(-1, keepdim=True).to(among.dtype)).transpose(1, 2)
         else:
             out = attention(q, k, v, mask, positions="start", bias=bias, dropout_p=dropout_p).transpose(1, 2)
-        out = F.linear(out.flatten(2), self.out_proj.weight, self.out_proj.bias)
+        out = self.out_proj(out.flatten(2))
         if p is not None:
             p = p.to(q.dtype)
             p = p.mean(dim=1) if average_attn_weights else p
         if not batched:
             return out.squeeze(0), None if p is None else p.squeeze(0)
         return out if self.batch_first else out.transpose(0, 1), p
+
+    @property
+    def _qkv_same_embed_dim(self) -> bool:
+        """PyTorch's layers ask for it before they read the weights and pass this layer by.
+
+        What is not the plain layer that the weights belong to has to be called, and they are told no.
+        """
+        out_proj = self._modules.get("out_proj")  # absent while PyTorch's constructor works
+        return bool(self.__dict__["_qkv_same_embed_dim"]) and (out_proj is None or type(out_proj) in _LINEAR)
+
+    @_qkv_same_embed_dim.setter
+    def _qkv_same_embed_dim(self, value: bool) -> None:
+        self.__dict__["_qkv_same_embed_dim"] = value
+
+    def _over_nested(
+        self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None, need_weights: bool,
+        attn_mask: Tensor | None, average_attn_weights: bool, is_causal: bool,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """The call on padded tensors, and its output as nested as the query."""
+        _check_nested(self, query, key, value, key_padding_mask)
+        parts = {id(x): x.unbind() for x in (query, key, value)}
+        lengths, keys = ([len(row) for row in parts[id(x)]] for x in (query, key))
+        padded = {name: torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True) for name, rows in parts.items()}
+        q, k, v = (padded[id(x)] for x in (query, key, value))  # one tensor given three times stays one
+        hidden = _beyond(keys, k)
+        out, p = self.forward(q, k, v, hidden, need_weights, attn_mask, average_attn_weights, is_causal)
+        rows = [row[:n] for row, n in zip(out, lengths, strict=True)]
+        if p is not None:
+            past = _beyond(lengths, q)
+            p = p.masked_fill(past[:, :, None] if average_attn_weights else past[:, None, :, None], 0)
+        if query.layout == torch.jagged:  # on the query's own offsets, so that the two add
+            return torch.nested.nested_tensor_from_jagged(torch.cat(rows), query.offsets()), p  # type: ignore[attr-defined]
+        return torch.nested.as_nested_tensor(rows), p
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
         """q (N, L, E), k and v (N, S, E): one matrix product for what has one source."""
@@ -269,6 +323,49 @@ class _Masks(NamedTuple):
         return mask, bias
 
 
+def _nested(*given: Any) -> bool:
+    return any(isinstance(x, Tensor) and x.is_nested for x in given)
+
+
+def _beyond(lengths: list[int], padded: Tensor) -> Tensor:
+    """(N, L) bool: True past the end of a row."""
+    ends = torch.tensor(lengths, device=padded.device)
+    return torch.arange(padded.shape[1], device=padded.device) >= ends[:, None]
+
+
+def _check_nested(layer: MultiheadAttention, query: Any, key: Any, value: Any, key_padding_mask: Any) -> None:
+    tensors = {"query": query, "key": key, "value": value}
+    given = ", ".join(
+        f"{name} {x.dim()}-D {'nested' if x.is_nested else 'plain'}" if isinstance(x, Tensor) else f"{name}={shown(x)}"
+        for name, x in tensors.items()
+    )
+    if not all(isinstance(x, Tensor) and x.is_nested for x in tensors.values()):
+        fix = "Nest all three, or pad with .to_padded_tensor(0) and pass key_padding_mask"
+        raise ArgumentTypeError(describe(_CALL, "query, key and value must all be nested tensors or none", given, fix))
+    if not query.dim() == key.dim() == value.dim() == 3:
+        raise TorchShapeError(describe(_CALL, _dimensions(query, key, value), given, "Nest tensors of shape (L, E)"))
+    if not layer.batch_first:
+        fix = "Make the layer with batch_first=True"
+        raise ArgumentError(describe(_CALL, "nested tensors are (N, L*, E)", "batch_first=False", fix))
+    if key_padding_mask is not None:
+        fix = "Leave key_padding_mask out: the keys end where the nested tensor says"
+        raise ArgumentError(describe(_CALL, "nested tensors hold their lengths", "key_padding_mask as well", fix))
+    lengths = {name: [len(row) for row in x.unbind()] for name, x in tensors.items()}
+    if len(lengths["query"]) != len(lengths["key"]) or lengths["key"] != lengths["value"]:
+        rule = "nested query, key and value must have one batch size N, and key and value the same lengths"
+        fix = "Every key has one value: give them the same tokens"
+        raise TorchShapeError(describe(_CALL, rule, f"lengths {lengths}", fix))
+
+
+def _dimensions(query: Tensor, key: Tensor, value: Tensor) -> str:
+    """The rule about dimensions that three tensors break, in the words of PyTorch's layer."""
+    if query.dim() not in (2, 3):
+        return f"query should be unbatched 2D or batched 3D tensor but received {query.dim()}-D query tensor"
+    kind = "batched (3-D)" if query.dim() == 3 else "unbatched (2-D)"
+    found = f"{key.dim()}-D and {value.dim()}-D tensors respectively"
+    return f"For {kind} `query`, expected `key` and `value` to be {query.dim()}-D but found {found}"
+
+
 def _check_inputs(layer: MultiheadAttention, query: Any, key: Any, value: Any) -> _Sizes:
     """The sizes of a call that fits the layer."""
     tensors = {"query": query, "key": key, "value": value}
@@ -276,39 +373,53 @@ def _check_inputs(layer: MultiheadAttention, query: Any, key: Any, value: Any) -
         if not isinstance(x, Tensor):
             given = f"{name}={shown(x)} ({type(x).__name__})"
             raise ArgumentTypeError(describe(_CALL, f"{name} must be a tensor", given, "Pass a tensor of embeddings"))
-        if x.is_nested:
-            fix = "Pad it with .to_padded_tensor(0) and pass key_padding_mask"
-            raise ArgumentTypeError(describe(_CALL, f"{name} must be a plain tensor", f"{name} nested", fix))
     given = ", ".join(f"{name} {tuple(x.shape)}" for name, x in tensors.items())
     layout = "(N, L, E)" if layer.batch_first else "(L, N, E)"
     if query.dim() not in (2, 3) or not query.dim() == key.dim() == value.dim():
-        rule = f"query, key and value must all be {layout}, or all (L, E)"
-        raise ShapeError(describe(_CALL, rule, given, "Add or remove the dimension of the batch"))
+        fix = f"Pass all as {layout}, or all as (L, E): add or remove the dimension of the batch"
+        raise TorchShapeError(describe(_CALL, _dimensions(query, key, value), given, fix))
     wanted = (layer.embed_dim, layer.kdim, layer.vdim)
     if (query.shape[-1], key.shape[-1], value.shape[-1]) != wanted:
         rule = f"query, key and value must have embed_dim={wanted[0]}, kdim={wanted[1]} and vdim={wanted[2]} features"
-        raise ShapeError(describe(_CALL, rule, given, "Pass other tensors, or give the layer kdim and vdim"))
+        raise TorchShapeError(describe(_CALL, rule, given, "Pass other tensors, or give the layer kdim and vdim"))
     if key.shape[:-1] != value.shape[:-1]:
         fix = "Every key has one value: give them the same tokens"
-        raise ShapeError(describe(_CALL, "key and value must have the same tokens", given, fix))
+        raise TorchShapeError(describe(_CALL, "key and value must have the same tokens", given, fix))
     batched = query.dim() == 3
     at, along = (0, 1) if layer.batch_first else (1, 0)
     if batched and query.shape[at] != key.shape[at]:
         fix = f"Check batch_first={layer.batch_first}: tensors are {layout}"
-        raise ShapeError(describe(_CALL, "query and key must have one batch size N", given, fix))
+        raise TorchShapeError(describe(_CALL, "query and key must have one batch size N", given, fix))
     if not batched:
         at, along = -1, 0
     N = query.shape[at] if batched else 1
-    return _Sizes(N, layer.num_heads, query.shape[along], key.shape[along], batched, layer.out_proj.weight.dtype)
+    weight = layer.q_proj_weight if layer.in_proj_weight is None else layer.in_proj_weight
+    return _Sizes(N, layer.num_heads, query.shape[along], key.shape[along], batched, weight.dtype)
 
 
 def _check_mask(name: str, x: Any, sizes: _Sizes, allowed: tuple[tuple[int, ...], ...]) -> None:
     if not isinstance(x, Tensor) or x.dtype not in (torch.bool, torch.float32, sizes.dtype):
         given = f"{name} as {shown(x)}"
         fix = "Use .bool() where it marks keys to ignore, .float() where it is added"
-        rule = f"{name} must be a bool tensor, or floating in the parameters' dtype or float32"
-        raise ArgumentTypeError(describe(_CALL, rule, given, fix))
+        rule = f"only bool and floating types of {name} are supported, the floating one float32 or the parameters'"
+        raise TorchTypeError(describe(_CALL, rule, given, fix))
+    if _is_causal_bias(x):  # it holds no data: its numbers are whatever lay in memory
+        fix = "Pass is_causal=True, or attn_mask=~torch.ones(L, S).tril(S - L).bool() for the lower right corner"
+        raise ArgumentTypeError(describe(_CALL, f"{name} must be a plain tensor", type(x).__name__, fix))
     if tuple(x.shape) not in allowed:
-        rule = f"{name} must be {' or '.join(map(str, allowed))}"
         given = f"{name} {tuple(x.shape)} for N={sizes.N}, H={sizes.H}, L={sizes.L}, S={sizes.S}"
-        raise ShapeError(describe(_CALL, rule, given, "Check the batch and the lengths; S are the keys"))
+        rule = f"Expected `{name}` shape to be {' or '.join(map(str, allowed))}"
+        if x.dim() not in {len(shape) for shape in allowed}:
+            dims = "2-D or 3-D" if len(allowed) > 1 else f"{len(allowed[0])}-D"
+            comma = "," if len(allowed) > 1 else " or"
+            rule = f"expected `{name}` to be `None`{comma} {dims} but found {x.dim()}-D tensor instead"
+        fix = f"Give it {' or '.join(map(str, allowed))}: check the batch and the lengths; S are the keys"
+        raise TorchShapeError(describe(_CALL, rule, given, fix))
+
+
+def _is_causal_bias(x: Tensor) -> bool:
+    if type(x) is Tensor:
+        return False
+    from torch.nn.attention.bias import CausalBias  # loads on first use: hardly anyone passes one
+
+    return isinstance(x, CausalBias)
