@@ -13,7 +13,7 @@ CODE := src tests benchmarks examples docs tools
 NATIVE := CMakeLists.txt pyproject.toml $(wildcard csrc/*)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test check gate soak sanitize bench models format lock compatibility clean
+.PHONY: demo test check gate soak sanitize bench models foreign format lock compatibility clean
 
 demo: $(VENV)/.installed
 	@$(BIN)/qkv demo
@@ -45,6 +45,13 @@ bench: $(VENV)/.installed-dev
 # What it found is kept in build/models; ARGS="--retry" tries again what was not built, ARGS="llama t5" those types only.
 models: $(VENV)/.installed-dev
 	$(BIN)/python -W ignore -m tests.hf_sweep $(ARGS)
+
+# PyTorch's own tests on qkv, from the folder that holds its files (docs/foreign_tests.md).
+EVERY ?= 1
+foreign: $(VENV)/.installed-dev
+	@test -n "$(DIR)" || { echo "make foreign DIR=...: the folder that holds PyTorch's test files (docs/foreign_tests.md)"; exit 2; }
+	@$(BIN)/python -m pip install -q expecttest
+	$(BIN)/python -m tests.foreign --every $(EVERY) "$(DIR)"
 
 # The kernels under sanitizers, without Python: random calls, malformed masks, threads, forks. Building takes minutes.
 SECONDS_EACH ?= 60
