@@ -131,6 +131,29 @@ def test_long_rows_lose_no_precision() -> None:
     assert torch.allclose(lse.double(), exact_lse, rtol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("scale", [1e3, 1e4, 1e5, 1e6, 2.0**90])
+def test_gradients_of_saturated_rows(scale: float, dtype: torch.dtype) -> None:
+    """Scores of 3e4 and more: the weights of the backward pass still add up to 1, and delta cancels."""
+    tensors = [x.detach()[:, :2] for x in inputs(300, 300, dtype=dtype)]
+    d_out = torch.randn(tensors[0].shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+    def gradients(attend: Any, kind: torch.dtype) -> Any:
+        leaves = [x.to(kind).requires_grad_() for x in tensors]
+        return torch.autograd.grad(attend(*leaves), leaves, d_out.to(kind))
+
+    def dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return ((q @ k.mT) * scale).softmax(-1) @ v
+
+    found = gradients(lambda *x: qkv.attention(*x, scale=scale, backend="tiled"), dtype)
+    want = gradients(dense, torch.float64)
+    beside = gradients(dense, torch.float32)
+    for name, x, y, exact in zip("qkv", found, beside, want, strict=True):
+        largest = exact.abs().max().clamp(min=1e-30)
+        error, other = (float((t.double() - exact).abs().max() / largest) for t in (x, y))
+        assert error <= 1.25 * other + 4 * torch.finfo(dtype).eps, f"d{name} errs by {error:.1e}, dense by {other:.1e}"
+
+
 def test_magnet_and_needle_at_tile_edges() -> None:
     """A hidden key that would take all the weight must not; the visible needle beside it must."""
     Lk = 600

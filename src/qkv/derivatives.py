@@ -1,4 +1,4 @@
-"""Second derivatives of attention, tile by tile from the saved lse: nothing quadratic is kept.
+"""Second derivatives of attention, tile by tile: nothing quadratic is kept.
 
 A dot marks the derivative along the tangents q', k', v', bias', sinks' of the inputs, written here with a prime:
 
@@ -6,14 +6,17 @@ A dot marks the derivative along the tangents q', k', v', bias', sinks' of the i
     lse'_i = sum_j p_ij s'_ij + exp(sink - lse_i) sink'                          p'_ij = p_ij (s'_ij - lse'_i)
     o'_i   = sum_j w_ij (s'_ij v_j + v'_j) - lse'_i o_i                          w = p, or its share that dropout keeps
 
-These are `along`, the forward mode. `curved` differentiates the gradient once more, along the same tangents:
+These are `along`, the forward mode. `curved` differentiates the gradient once more, along the same tangents, with
+dp_ij = do_i . v_j and dp'_ij = do_i . v'_j (or what dropout keeps of them), delta and p as in `tiled_backward`:
 
-    delta'_i = do_i . o'_i
-    ds'_ij   = p'_ij (do_i . v_j - delta_i) + p_ij (do_i . v'_j - delta'_i)
+    delta'_i = sum_j p_ij s'_ij dp_ij - lse'_i delta_i + sum_j p_ij dp'_ij
+    ds'_ij   = p'_ij (dp_ij - delta_i + dlse_i) + p_ij (dp'_ij - delta'_i)
     dx'      = slope ds' + slope' ds                        for each elementwise step from x to s, last step first
     dq'_i    = scale sum_j (dx'_ij k_j + dx_ij k'_j)        dk'_j = scale sum_i (dx'_ij q_i + dx_ij q'_i)
     dv'_j    = sum_i w'_ij do_i        dbias' = ds'
-    dsink'   = -sum_i exp(sink - lse_i) ((sink' - lse'_i) delta_i + delta'_i)
+    dsink'   = -sum_i exp(sink - lse_i) ((sink' - lse'_i) (delta_i - dlse_i) + delta'_i)
+
+The sums are kept apart as they stand here: where one key has all the weight, what should cancel does so exactly.
 
 Differentiating a gradient backwards needs nothing else: the gradient of <u, dL/dx> is `curved` along u towards the
 inputs, and `along` u towards do and dlse. Source: Pearlmutter, Fast Exact Multiplication by the Hessian (1994), applied
@@ -29,28 +32,26 @@ from torch import Tensor
 
 from qkv.backends.base import Gradients
 from qkv.backends.tiled import Block, Walk, product
+from qkv.backends.tiled_backward import Rows, kept
 from qkv.numerics import finite, no_autocast, softcap_slope, steady_matmul
 from qkv.scores import ScoreMod, ScoreTerm, Tile
-from qkv.spec import Inputs, Output, Problem
+from qkv.spec import Inputs, Problem
 from qkv.tiling import KeyTile
 
 Tangents = Gradients
 """Directions in the shapes and dtypes of the inputs; bias has one entry a tensor of the bias."""
 
 
-def along(problem: Problem, inputs: Inputs, output: Output, tangents: Tangents) -> Output:
+def along(problem: Problem, inputs: Inputs, tangents: Tangents) -> tuple[Tensor, Tensor]:
     """The derivative of (out, lse) along the tangents, in their dtypes."""
     with no_autocast(problem.device):
-        return _Second(problem, inputs, output, tangents).along()
+        return _Second(problem, inputs, tangents, None).along()
 
 
-def curved(
-    problem: Problem, inputs: Inputs, output: Output, d_out: Tensor, d_lse: Tensor, tangents: Tangents
-) -> Gradients:
+def curved(problem: Problem, inputs: Inputs, d_out: Tensor, d_lse: Tensor, tangents: Tangents) -> Gradients:
     """The derivative along the tangents of the gradients of sum(out * d_out) + sum(lse * d_lse)."""
     with no_autocast(problem.device):
-        second = _Second(problem, inputs, output, tangents)
-        return second.curved(second.along(exact=True), d_out, d_lse)
+        return _Second(problem, inputs, tangents, d_out).curved(d_out, d_lse)
 
 
 class _Step(NamedTuple):
@@ -75,55 +76,50 @@ class _Scores(NamedTuple):
 class _Rows(NamedTuple):
     """What one tile of queries needs for every tile of keys."""
 
-    q: Tensor  # scaled
-    tq: Tensor  # scaled
-    lse: Tensor
+    q: Tensor
+    tq: Tensor
+    top: Tensor
+    total: Tensor
+    delta: Tensor
 
 
 class _Second:
-    def __init__(self, problem: Problem, inputs: Inputs, output: Output, tangents: Tangents) -> None:
-        assert output.lse is not None
+    def __init__(self, problem: Problem, inputs: Inputs, tangents: Tangents, d_out: Tensor | None) -> None:
         self.walk = Walk(problem, inputs)
         self.problem, self.inputs, self.t = problem, inputs, tangents
-        self.out, self.lse = output.out, output.lse
+        self.rows = Rows(self.walk, d_out, careful=True)
+        self.share = self.rows.sink_share()
         lifted = inputs.bias.with_tensors(tangents.bias) if inputs.bias is not None else None
         self.tangent_terms: tuple[ScoreTerm, ...] = lifted.terms if lifted is not None else ()
 
-    def along(self, *, exact: bool = False) -> Output:
-        """(out', lse'); `exact` keeps out' in the accumulation dtype."""
+    def along(self) -> tuple[Tensor, Tensor]:
+        """out' and lse'."""
         walk, p = self.walk, self.problem
-        kind = p.accumulate if exact else p.dtype
-        t_out = torch.empty(self.out.shape, dtype=kind, device=walk.device)
-        t_lse = torch.empty(self.lse.shape, dtype=p.accumulate, device=walk.device)
-        share, t_sinks = self._sinks()
+        t_out = torch.empty(p.B, p.Hq, p.Lq, p.Dv, dtype=p.dtype, device=walk.device)
+        t_lse = torch.empty(p.B, p.Hq, p.Lq, dtype=p.accumulate, device=walk.device)
         for block in walk.blocks():
             for index, rows in walk.query_tiles():
                 found = self._rows(block, rows)
-                acc = found.q.new_zeros(*found.q.shape[:3], p.Dv)
-                total = found.q.new_zeros(*found.q.shape[:3], 1)
+                total = self._sink_tangent(block, rows)
+                moved, out, more = found.q.new_zeros(3, *found.q.shape[:3], p.Dv).unbind(0)
                 for key in walk.schedule(block).keys(index):
                     where = slice(key.start, key.stop)
                     tile = self._scores(found, block, rows, key)
-                    weight = self._kept(tile.p, tile.at)
-                    v, tv = walk.load(self.inputs.v, block, where), walk.load(self.t.v, block, where)
-                    acc += steady_matmul(weight * tile.tangent, finite(v)) + steady_matmul(weight, finite(tv))
+                    weight = kept(walk, tile.p, tile.at)
+                    v, tv = (finite(walk.load(x, block, where)) for x in (self.inputs.v, self.t.v))
+                    moved += steady_matmul(weight * tile.tangent, v)
+                    out += steady_matmul(weight, v)
+                    more += steady_matmul(weight, tv)
                     total += (tile.p * tile.tangent).sum(-1, keepdim=True)
                 here = (block.batch, walk.heads(block), rows)
-                if share is not None and t_sinks is not None:
-                    total += walk.fold((share[here] * t_sinks[walk.heads(block), None]).unsqueeze(-1))
-                acc -= total * walk.load_queries(self.out, block, rows)
-                t_out[here] = walk.unfold(acc).to(kind)
+                t_out[here] = walk.unfold(moved - total * out + more).to(p.dtype)
                 t_lse[here] = walk.unfold(total).squeeze(-1)
-        return Output(t_out, t_lse)
+        return t_out, t_lse
 
-    def curved(self, lifted: Output, d_out: Tensor, d_lse: Tensor) -> Gradients:
+    def curved(self, d_out: Tensor, d_lse: Tensor) -> Gradients:
         walk, inputs, kind = self.walk, self.inputs, self.problem.accumulate
-        t_lse = lifted.lse
-        assert t_lse is not None
-        do, o = d_out.to(kind), self.out.to(kind)
-        # A row without visible keys has a constant output, whatever its gradient holds.
-        delta = torch.where(o == 0, 0.0, do * o).sum(-1) - d_lse
-        t_delta = torch.where(lifted.out == 0, 0.0, do * lifted.out).sum(-1)
+        d_lse = d_lse.to(kind)
+        t_lse, t_delta = self._tangents_of_rows(d_out)
         dq, dk, dv = (torch.zeros_like(x) for x in (inputs.q, inputs.k, inputs.v))
         buffers = [t.new_gradients(kind) for t in walk.terms]
         for block in walk.blocks():
@@ -132,31 +128,52 @@ class _Second:
             dv_sum = torch.zeros(dv[mine].shape, dtype=kind, device=dv.device)
             for index, rows in walk.query_tiles():
                 found = self._rows(block, rows)
-                do_rows = walk.load_queries(d_out, block, rows)
-                numbers = [walk.load_queries(x.unsqueeze(-1), block, rows) for x in (delta, t_delta, t_lse)]
+                do = walk.load_queries(d_out, block, rows)
+                numbers = [walk.load_queries(x.unsqueeze(-1), block, rows) for x in (d_lse, t_lse, t_delta)]
                 acc = torch.zeros_like(found.q)
                 for key in walk.schedule(block).keys(index):
                     where = slice(key.start, key.stop)
                     tile = self._scores(found, block, rows, key)
-                    k, v, tk, tv = (walk.load(x, block, where) for x in (inputs.k, inputs.v, self.t.k, self.t.v))
-                    ds, t_ds, t_p = self._score_gradients(tile, do_rows, v, tv, numbers)
-                    dv_sum[:, :, where] += product(self._kept(t_p, tile.at), tile.seen, do_rows, transposed=True)
+                    k, tk = walk.load(inputs.k, block, where), walk.load(self.t.k, block, where)
+                    d_p, t_dp = self._score_gradients(tile, do, block, where)
+                    ds, t_ds, t_p = _lifted(tile, found.delta, d_p, t_dp, numbers)
+                    dv_sum[:, :, where] += product(kept(walk, t_p, tile.at), tile.seen, do, transposed=True)
                     dx, t_dx = self._through(tile, ds, t_ds, buffers)
                     acc += steady_matmul(t_dx, finite(k)) + steady_matmul(dx, finite(tk))
                     dk_sum[:, :, where] += steady_matmul(t_dx, finite(found.q), a_t=True)
                     dk_sum[:, :, where] += steady_matmul(dx, finite(found.tq), a_t=True)
                 dq[block.batch, walk.heads(block), rows] = walk.unfold(acc * self.problem.scale).to(dq.dtype)
-            dk[mine], dv[mine] = dk_sum.to(dk.dtype), dv_sum.to(dv.dtype)
+            dk[mine], dv[mine] = (dk_sum * self.problem.scale).to(dk.dtype), dv_sum.to(dv.dtype)
         flat = [buffer for found in buffers for buffer in found]
         tensors = inputs.bias.tensors() if inputs.bias is not None else ()
         bias = tuple(x.to(t.dtype) for x, t in zip(flat, tensors, strict=True))
-        return Gradients(dq, dk, dv, self._sink_gradient(delta, t_delta, t_lse), bias)
+        return Gradients(dq, dk, dv, self._sink_gradient(d_lse, t_lse, t_delta), bias)
+
+    def _tangents_of_rows(self, d_out: Tensor) -> tuple[Tensor, Tensor]:
+        """lse' and delta', (B, Hq, Lq)."""
+        walk, p = self.walk, self.problem
+        t_lse, t_delta = d_out.new_empty(2, p.B, p.Hq, p.Lq, dtype=p.accumulate).unbind(0)
+        for block in walk.blocks():
+            for index, rows in walk.query_tiles():
+                found = self._rows(block, rows)
+                do = walk.load_queries(d_out, block, rows)
+                total = self._sink_tangent(block, rows)
+                moved, more = torch.zeros_like(total), torch.zeros_like(total)
+                for key in walk.schedule(block).keys(index):
+                    tile = self._scores(found, block, rows, key)
+                    d_p, t_dp = self._score_gradients(tile, do, block, slice(key.start, key.stop))
+                    by_score = tile.p * tile.tangent
+                    total += by_score.sum(-1, keepdim=True)
+                    moved += torch.where(tile.seen, by_score * d_p, 0.0).sum(-1, keepdim=True)
+                    more += torch.where(tile.seen, tile.p * t_dp, 0.0).sum(-1, keepdim=True)
+                here = (block.batch, walk.heads(block), rows)
+                t_lse[here] = walk.unfold(total).squeeze(-1)
+                t_delta[here] = walk.unfold(moved - total * found.delta + more).squeeze(-1)
+        return t_lse, t_delta
 
     def _rows(self, block: Block, rows: slice) -> _Rows:
-        walk, scale = self.walk, self.problem.scale
-        lse = walk.load_queries(self.lse.unsqueeze(-1), block, rows)
-        q, tq = (walk.load_queries(x, block, rows) * scale for x in (self.inputs.q, self.t.q))
-        return _Rows(q, tq, lse.masked_fill(lse == -torch.inf, 0.0))
+        q, tq = (self.walk.load_queries(x, block, rows) for x in (self.inputs.q, self.t.q))
+        return _Rows(q, tq, *self.rows.load(block, rows))
 
     def _scores(self, rows: _Rows, block: Block, where: slice, key: KeyTile) -> _Scores:
         walk, cap = self.walk, self.problem.softcap
@@ -164,8 +181,9 @@ class _Second:
         k, tk = walk.load(self.inputs.k, block, keys), walk.load(self.t.k, block, keys)
         found = walk.scores(rows.q, k, block, where, key)
         seen = found.s != -torch.inf
-        p = torch.where(seen, torch.exp(found.s - rows.lse), 0.0)
+        p = torch.where(seen, torch.exp(found.s - rows.top) / rows.total, 0.0)
         tangent = steady_matmul(rows.tq, k, b_t=True) + steady_matmul(rows.q, tk, b_t=True)
+        tangent = tangent * self.problem.scale
         capped = None
         if cap is not None:
             assert found.dots is not None
@@ -184,20 +202,12 @@ class _Second:
             tangent = walk.fold(tangent)
         return _Scores(p, torch.where(seen, tangent, 0.0), seen, found.at, capped, mods)
 
-    def _kept(self, weight: Tensor, at: Tile) -> Tensor:
-        p = self.problem.dropout_p
-        return torch.where(self.walk.keep(at), weight / (1.0 - p), 0.0) if p > 0 else weight
-
-    def _score_gradients(
-        self, tile: _Scores, do: Tensor, v: Tensor, tv: Tensor, numbers: list[Tensor]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """ds, ds' and p'; zero where hidden."""
-        delta, t_delta, t_lse = numbers
-        d_p, t_dp = (self._kept(steady_matmul(do, x, b_t=True), tile.at) for x in (v, tv))
-        t_p = torch.where(tile.seen, tile.p * (tile.tangent - t_lse), 0.0)
-        ds = torch.where(tile.seen, tile.p * (d_p - delta), 0.0)
-        t_ds = torch.where(tile.seen, t_p * (d_p - delta) + tile.p * (t_dp - t_delta), 0.0)
-        return ds, t_ds, t_p
+    def _score_gradients(self, tile: _Scores, do: Tensor, block: Block, where: slice) -> tuple[Tensor, Tensor]:
+        """dp and dp'."""
+        v, tv = self.walk.load(self.inputs.v, block, where), self.walk.load(self.t.v, block, where)
+        return kept(self.walk, steady_matmul(do, v, b_t=True), tile.at), kept(
+            self.walk, steady_matmul(do, tv, b_t=True), tile.at
+        )
 
     def _through(
         self, tile: _Scores, ds: Tensor, t_ds: Tensor, buffers: list[tuple[Tensor, ...]]
@@ -214,21 +224,38 @@ class _Second:
             ds, t_ds = walk.fold(ds), walk.fold(t_ds)
         return _back(tile.cap, ds, t_ds) if tile.cap is not None else (ds, t_ds)
 
-    def _sinks(self) -> tuple[Tensor | None, Tensor | None]:
-        """exp(sink - lse), (B, Hq, Lq), and the sinks' tangents in float64."""
+    def _sink_tangent(self, block: Block, rows: slice) -> Tensor:
+        """What the sinks' tangents add to lse' of a tile of queries, (b, kv heads, group * rows, 1)."""
+        walk, share, tangents = self.walk, self.share, self._tangents_of_sinks()
+        here = (block.batch, walk.heads(block), rows)
+        if share is None or tangents is None:
+            return walk.fold(torch.zeros_like(self.rows.top[here]).unsqueeze(-1))
+        return walk.fold((share[here] * tangents[walk.heads(block), None]).unsqueeze(-1))
+
+    def _tangents_of_sinks(self) -> Tensor | None:
         sinks, tangent = self.inputs.sinks, self.t.sinks
         if sinks is None or tangent is None:
-            return None, None
-        s = sinks.to(self.lse.dtype)[:, None]
-        share = torch.where(s == -torch.inf, 0.0, torch.exp(s - self.lse))
-        return share, torch.where(sinks == -torch.inf, 0.0, tangent).to(self.lse.dtype)
-
-    def _sink_gradient(self, delta: Tensor, t_delta: Tensor, t_lse: Tensor) -> Tensor | None:
-        share, t_sinks = self._sinks()
-        if share is None or t_sinks is None or self.inputs.sinks is None:
             return None
-        found = share * ((t_sinks[:, None] - t_lse) * delta + t_delta)
-        return -found.sum((0, 2), dtype=torch.float64).to(self.inputs.sinks.dtype)
+        return torch.where(sinks == -torch.inf, 0.0, tangent).to(self.rows.top.dtype)
+
+    def _sink_gradient(self, d_lse: Tensor, t_lse: Tensor, t_delta: Tensor) -> Tensor | None:
+        share, tangents, sinks = self.share, self._tangents_of_sinks(), self.inputs.sinks
+        if share is None or tangents is None or sinks is None:
+            return None
+        found = share * ((tangents[:, None] - t_lse) * (self.rows.delta - d_lse) + t_delta)
+        return -found.sum((0, 2), dtype=torch.float64).to(sinks.dtype)
+
+
+def _lifted(
+    tile: _Scores, delta: Tensor, d_p: Tensor, t_dp: Tensor, numbers: list[Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """ds, ds' and p'; zero where hidden."""
+    d_lse, t_lse, t_delta = numbers
+    towards = d_p - delta + d_lse
+    t_p = torch.where(tile.seen, tile.p * (tile.tangent - t_lse), 0.0)
+    ds = torch.where(tile.seen, tile.p * towards, 0.0)
+    t_ds = torch.where(tile.seen, t_p * towards + tile.p * (t_dp - t_delta), 0.0)
+    return ds, t_ds, t_p
 
 
 def _mod(term: ScoreMod, before: Tensor, at: Tile, entering: Tensor) -> _Step:

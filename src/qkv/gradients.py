@@ -1,18 +1,18 @@
 """How attention is differentiated: four autograd functions, each defined by the others.
 
     Attention  (given)                                 -> out, lse, state?  by the plan's backend
-    Backward   (given, out, lse, d_out, d_lse, state?) -> gradients      by the backend's own kernels, else by `tiled`
-    Along      (given, out, lse, tangents)             -> out', lse'     forward mode: `qkv.derivatives.along`
-    Curved     (given, out, lse, d_out, d_lse, tangents) -> gradients'   of Backward along the tangents: `curved`
+    Backward   (given, d_out, d_lse, (out, lse, state?)?) -> gradients   by the backend's own kernels, else by `tiled`
+    Along      (given, tangents)                       -> out', lse'     forward mode: `qkv.derivatives.along`
+    Curved     (given, d_out, d_lse, tangents)         -> gradients'     of Backward along the tangents: `curved`
 
     Attention   backwards: Backward             forwards: Along
     Backward    backwards: Curved and Along     forwards: Curved and Backward
     Along       backwards: Curved and Backward  forwards: refused, as is a third derivative
 
 `given` is q, k, v, sinks, positions, the bias's tensors and, where they may be traced, the mask's. The state
-(`spec.Output`) is there where the backend that made it also computes Backward; it is a constant to the others. Under
-torch.vmap the mapped dimension joins the batch if nothing that it maps is shared by batch rows; else there is one call
-a sample.
+(`spec.Output`) is there where the backend that made it also computes Backward; who has no output of it at hand gets
+Backward from `tiled`, which needs none. Under torch.vmap the mapped dimension joins the batch if nothing that it maps
+is shared by batch rows; else there is one call a sample.
 """
 
 from __future__ import annotations
@@ -83,20 +83,14 @@ class Call:
         return [q, k, v, sinks, None, *rest, *[None] * self.masks]
 
 
-def backward(call: Call, problem: Problem, inputs: Inputs, output: Output, d_out: Tensor, d_lse: Tensor) -> Gradients:
+def backward(
+    call: Call, problem: Problem, inputs: Inputs, output: Output | None, d_out: Tensor, d_lse: Tensor
+) -> Gradients:
     """Gradients of sum(out * d_out) + sum(lse * d_lse): by the backend's own kernels, else by `tiled`."""
-    own = base.no_backward(call.backend, problem) is None
-    if not own:
-        return tiled_backward.backward(problem, inputs, _with_lse(problem, inputs, output), d_out, d_lse)
+    if output is None or base.no_backward(call.backend, problem) is not None:
+        return tiled_backward.backward(problem, inputs, d_out, d_lse)
     found: Gradients = call.backend.backward(problem, inputs, output, d_out, d_lse)  # type: ignore[attr-defined]
     return found
-
-
-def _with_lse(problem: Problem, inputs: Inputs, output: Output) -> Output:
-    """out and lse as further derivatives need them: by `tiled`, where the backend that computed has no lse."""
-    if problem.needs_lse:
-        return output._replace(state=None)
-    return base.load("tiled").run(replace(problem, needs_lse=True), inputs)._replace(state=None)
 
 
 def _no_lse(problem: Problem, q: Tensor) -> Tensor:
@@ -115,22 +109,20 @@ def _attention(call: Call, *given: Any) -> tuple[Any, ...]:
 
 
 def _backward(call: Call, *tensors: Any) -> tuple[Any, ...]:
-    out, lse, d_out, d_lse, *state = tensors[call.given :]
+    d_out, d_lse, *output = tensors[call.given :]
     problem, inputs = call.inputs(tensors[: call.given])
-    return _listed(backward(call, problem, inputs, Output(out, lse, *state), d_out, d_lse))
+    return _listed(backward(call, problem, inputs, Output(*output) if output else None, d_out, d_lse))
 
 
 def _along(call: Call, *tensors: Any) -> tuple[Any, ...]:
-    out, lse, *tangents = tensors[call.given :]
     problem, inputs = call.inputs(tensors[: call.given])
-    return tuple(along(problem, inputs, _with_lse(problem, inputs, Output(out, lse)), _tangents(tangents))[:2])
+    return along(problem, inputs, _tangents(tensors[call.given :]))
 
 
 def _curved(call: Call, *tensors: Any) -> tuple[Any, ...]:
-    out, lse, d_out, d_lse, *tangents = tensors[call.given :]
+    d_out, d_lse, *tangents = tensors[call.given :]
     problem, inputs = call.inputs(tensors[: call.given])
-    output = _with_lse(problem, inputs, Output(out, lse))
-    return _listed(curved(problem, inputs, output, d_out, d_lse, _tangents(tangents)))
+    return _listed(curved(problem, inputs, d_out, d_lse, _tangents(tangents)))
 
 
 def _listed(found: Gradients) -> tuple[Any, ...]:
@@ -165,13 +157,13 @@ class _Attention(Function):
 
     @staticmethod
     def backward(ctx: Any, d_out: Tensor, d_lse: Tensor, *_: None) -> Any:
-        call, saved, n = ctx.call, ctx.saved_tensors, ctx.call.given + 2
+        call, saved, n = ctx.call, ctx.saved_tensors, ctx.call.given
         found = _apply(_Backward, call, *saved[:n], d_out, d_lse, *saved[n:])
         return None, *_needed(ctx, call.spread(found))
 
     @staticmethod
     def jvp(ctx: Any, _: Any, *tangents: Any) -> Any:
-        call, saved = ctx.call, ctx.saved_tensors[: ctx.call.given + 2]
+        call, saved = ctx.call, ctx.saved_tensors[: ctx.call.given]
         return _apply(_Along, call, *saved, *_filled(call, saved, tangents))
 
 
@@ -207,20 +199,19 @@ class _Backward(_Differentiable):
     def backward(ctx: Any, *towards: Any) -> Any:
         call, saved, n = ctx.call, ctx.saved_tensors, ctx.call.given
         tangents = call.learned(call.spread(towards))
-        found = call.spread(_apply(_Curved, call, *saved[: n + 4], *tangents))
-        lifted = _apply(_Along, call, *saved[: n + 2], *tangents)
+        found = call.spread(_apply(_Curved, call, *saved[: n + 2], *tangents))
+        lifted = _apply(_Along, call, *saved[:n], *tangents)
         # out, lse and state are functions of the rest: what depends on them is already in the other gradients.
-        return None, *_needed(ctx, [*found, None, None, *lifted, *[None] * len(saved[n + 4 :])])
+        return None, *_needed(ctx, [*found, *lifted, *[None] * len(saved[n + 2 :])])
 
     @staticmethod
     def jvp(ctx: Any, _: Any, *tangents: Any) -> Any:
         call, saved, n = ctx.call, ctx.saved_tensors, ctx.call.given
-        found = _apply(_Curved, call, *saved[: n + 4], *_filled(call, saved, tangents))
+        found = _apply(_Curved, call, *saved[: n + 2], *_filled(call, saved, tangents))
         d_out, d_lse = (
-            torch.zeros_like(x) if t is None else t
-            for x, t in zip(saved[n + 2 : n + 4], tangents[n + 2 : n + 4], strict=True)
+            torch.zeros_like(x) if t is None else t for x, t in zip(saved[n : n + 2], tangents[n : n + 2], strict=True)
         )
-        more = _apply(_Backward, call, *saved[: n + 2], d_out, d_lse, *saved[n + 4 :])
+        more = _apply(_Backward, call, *saved[:n], d_out, d_lse, *saved[n + 2 :])
         return tuple(a + b for a, b in zip(found, more, strict=True))
 
     @staticmethod
@@ -237,9 +228,9 @@ class _Along(_Differentiable):
     def backward(ctx: Any, d_out: Tensor, d_lse: Tensor) -> Any:
         call, saved = ctx.call, ctx.saved_tensors
         n = call.given
-        found = call.spread(_apply(_Curved, call, *saved[: n + 2], d_out, d_lse, *saved[n + 2 :]))
-        towards = call.learned(call.spread(_apply(_Backward, call, *saved[: n + 2], d_out, d_lse)))
-        return None, *_needed(ctx, [*found, None, None, *towards])
+        found = call.spread(_apply(_Curved, call, *saved[:n], d_out, d_lse, *saved[n:]))
+        towards = call.learned(call.spread(_apply(_Backward, call, *saved[:n], d_out, d_lse)))
+        return None, *_needed(ctx, [*found, *towards])
 
     @staticmethod
     def jvp(ctx: Any, *_: Any) -> Any:
@@ -251,7 +242,7 @@ class _Along(_Differentiable):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, call: Call, *tensors: Any) -> Any:
-        return _mapped(_Along, (0,) * 5, False, info, in_dims, call, tensors)
+        return _mapped(_Along, (0,) * 3, False, info, in_dims, call, tensors)
 
 
 class _Curved(_Differentiable):
@@ -269,7 +260,7 @@ class _Curved(_Differentiable):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, call: Call, *tensors: Any) -> Any:
-        return _mapped(_Curved, (0,) * 7, True, info, in_dims, call, tensors)
+        return _mapped(_Curved, (0,) * 5, True, info, in_dims, call, tensors)
 
 
 class _Through(Function):
@@ -292,7 +283,7 @@ class _Through(Function):
             return None, d_out, *[None] * len(given)
         q, lse = given[0], _no_lse(call.problem, given[0])
         out = q.new_full((), torch.nan).expand(*lse.shape, call.problem.Dv)
-        found = call.spread(_apply(_Backward, call, *given, out, lse, d_out, torch.zeros_like(lse)))
+        found = call.spread(_apply(_Backward, call, *given, d_out, torch.zeros_like(lse), out, lse))
         return None, None, *[g if wanted else None for g, wanted in zip(found, ctx.needs_input_grad[2:], strict=True)]
 
 

@@ -42,7 +42,7 @@ class Backend(Protocol):
       is prepared holds for any lengths and pages of as many sequences, unless the mask or bias is made for some.
     * ``backward(problem, inputs, output, d_out, d_lse) -> Gradients`` and ``backward_supports(problem)`` (None, or the
       reason why not): gradients by kernels of its own, which find in `output` what `run` returned, its state included.
-      Without them gradients come from `tiled`, which is given out and lse.
+      Without them gradients come from `tiled`, which makes its own row statistics.
       One that is differentiable by autograd offers `backward` where that differentiates once only, or for callers that
       cannot keep its graph.
     * ``has_lse``: False, if it computes no lse even where a backward pass is to follow.
@@ -53,7 +53,7 @@ class Backend(Protocol):
 
     name: str
     differentiable: bool
-    """True: autograd can go through `run` itself. False: gradients come from a backward pass and the saved lse."""
+    """True: autograd can go through `run` itself. False: gradients come from a backward pass."""
 
     def supports(self, problem: Problem) -> str | None:
         """None if it can run the problem, else the reason why not."""

@@ -1,11 +1,14 @@
 """Online softmax over key tiles in plain PyTorch: any device, any feature, memory in proportion to the inputs.
 
-    for each tile of queries:   m = sink or -inf;  l = exp(sink - m) or 0;  acc = 0
+    for each tile of queries:   m = sink or -inf;  l = 1 or 0;  acc = 0
         for each key tile the mask leaves:
             s   = scores of the tile                     m' = max(m, rowmax s)
             l   = l * exp(m - m') + rowsum exp(s - m')
             acc = acc * exp(m - m') + exp(s - m') @ v    m  = m'
         out = acc / l                                    lse = m + log l
+
+The largest score is subtracted before anything else is done to a score, so any finite one will do: the best key has
+weight exp(0) before the division, and a difference that overflows is -inf, a weight of 0.
 
 Source: Milakov and Gimelshein (2018), Rabe and Staats (2021), Dao et al. (2022). `tiled_backward` has the gradients.
 """
@@ -128,10 +131,20 @@ class Walk:
         group, (b, heads, n, width) = self.problem.group, x.shape
         return x.reshape(b, heads * group, n // group, width)
 
-    def scores(self, scaled_q: Tensor, k: Tensor, block: Block, rows: slice, key: KeyTile) -> Scores:
+    def begin(self, block: Block, q: Tensor) -> tuple[Tensor, Tensor]:
+        """Row maxima and sums before any key: those of the sinks."""
+        sinks = self.inputs.sinks
+        if sinks is None:
+            top = q.new_full((*q.shape[:3], 1), -torch.inf)
+        else:
+            mine = sinks[self.heads(block)].to(q.dtype)[None, :, None, None]
+            top = self.fold(mine.expand(*self.unfold(q).shape[:3], 1))
+        return top, torch.where(top == -torch.inf, 0.0, torch.exp(top - top))
+
+    def scores(self, q: Tensor, k: Tensor, block: Block, rows: slice, key: KeyTile) -> Scores:
         """Scores of one tile, -inf where hidden."""
         p = self.problem
-        dots = steady_matmul(scaled_q, k, b_t=True)
+        dots = steady_matmul(q, k, b_t=True) * p.scale  # a scaled q may overflow where the score does not
         s = dots if p.softcap is None else softcap(dots, p.softcap)
         at = self.at(block, rows, slice(key.start, key.stop))
         seen: Tensor | None = None
@@ -185,24 +198,24 @@ def product(weights: Tensor, seen: Tensor, values: Tensor, *, transposed: bool =
     return result
 
 
+def step(s: Tensor, top: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """exp(s - m'), the factor exp(m - m') of what was summed before, and m': the maximum with these scores."""
+    higher = torch.maximum(top, s.amax(-1, keepdim=True))
+    base = higher.masked_fill(higher == -torch.inf, 0.0)
+    return (s - base).exp_(), (top - base).exp_(), higher
+
+
 def _attend(walk: Walk, block: Block, index: int, rows: slice, careful: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Accumulated values, row sums and row maxima of one query tile."""
     p, inputs = walk.problem, walk.inputs
-    q = walk.load_queries(inputs.q, block, rows) * p.scale
-    top = q.new_full((*q.shape[:3], 1), -torch.inf)
-    if inputs.sinks is not None:
-        top = walk.fold(
-            inputs.sinks[walk.heads(block)].to(q.dtype)[None, :, None, None].expand(*walk.unfold(q).shape[:3], 1)
-        )
-    total = torch.where(top == -torch.inf, 0.0, torch.exp(top - top))
+    q = walk.load_queries(inputs.q, block, rows)
+    top, total = walk.begin(block, q)
     acc = q.new_zeros(*q.shape[:3], p.Dv)
     for key in walk.schedule(block).keys(index):
         where = slice(key.start, key.stop)
         found = walk.scores(q, walk.load(inputs.k, block, where), block, rows, key)
         s = found.s
-        higher = torch.maximum(top, s.amax(-1, keepdim=True))
-        base = higher.masked_fill(higher == -torch.inf, 0.0)
-        e, shrink = (s - base).exp_(), (top - base).exp_()
+        e, shrink, higher = step(s, top)
         total = total * shrink + e.sum(-1, keepdim=True)
         if p.dropout_p > 0:
             e = torch.where(walk.keep(found.at), e, 0.0)
