@@ -88,6 +88,9 @@ class _Second:
         self.walk = Walk(problem, inputs)
         self.problem, self.inputs, self.t = problem, inputs, tangents
         self.rows = Rows(self.walk, d_out, careful=True)
+        for block in self.walk.blocks():
+            for index, where in self.walk.query_tiles():
+                self.rows.sweep(block, index, where)
         self.share = self.rows.sink_share()
         lifted = inputs.bias.with_tensors(tangents.bias) if inputs.bias is not None else None
         self.tangent_terms: tuple[ScoreTerm, ...] = lifted.terms if lifted is not None else ()

@@ -144,7 +144,7 @@ class Walk:
     def scores(self, q: Tensor, k: Tensor, block: Block, rows: slice, key: KeyTile) -> Scores:
         """Scores of one tile, -inf where hidden."""
         p = self.problem
-        dots = steady_matmul(q, k, b_t=True) * p.scale  # a scaled q may overflow where the score does not
+        dots = steady_matmul(q, k, b_t=True).mul_(p.scale)  # a scaled q may overflow where the score does not
         s = dots if p.softcap is None else softcap(dots, p.softcap)
         at = self.at(block, rows, slice(key.start, key.stop))
         seen: Tensor | None = None

@@ -7,9 +7,9 @@
     dv_j     = sum_i w_ij do_i              dq_i = scale sum_j dx_ij k_j          dk_j = scale sum_i dx_ij q_i
     with dx = ds through softcap and score_mod;  dbias = ds;  dsink_h = sum_i exp(sink_h - m_i) / l_i (dlse_i - delta_i)
 
-The first sweep finds m, l and delta. A saved lse would spare it, but lse is one rounded number: at |lse| = 1e6 it is
-known to 0.03, and so are the weights, whose sum has to be 1. Likewise delta is do . o, but only from the very dp that
-it is subtracted from does nothing remain where one key has all the weight.
+The first sweep over the keys of a query tile finds m, l and delta. A saved lse would spare it, but lse is one rounded
+number: at |lse| = 1e6 it is known to 0.03, and so are the weights, whose sum has to be 1. Likewise delta is do . o, but
+only from the very dp that it is subtracted from does nothing remain where one key has all the weight.
 
 Source: Dao et al., FlashAttention (2022), appendix B.
 """
@@ -53,13 +53,9 @@ class Rows:
         p = walk.problem
         empty = torch.empty(3, p.B, p.Hq, p.Lq, dtype=p.accumulate, device=walk.device)
         self.top, self.total, self.delta = empty.unbind(0)
-        for block in walk.blocks():
-            for index, rows in walk.query_tiles():
-                here = (block.batch, walk.heads(block), rows)
-                for to, x in zip((self.top, self.total, self.delta), self._sweep(block, index, rows), strict=True):
-                    to[here] = walk.unfold(x).squeeze(-1)
 
-    def _sweep(self, block: Block, index: int, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+    def sweep(self, block: Block, index: int, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """Find maxima, sums and delta of a tile of queries, (b, kv heads, group * rows, 1)."""
         walk, p = self.walk, self.walk.problem
         q = walk.load_queries(walk.inputs.q, block, rows)
         do = walk.load_queries(self.d_out, block, rows) if self.d_out is not None else q.new_zeros(*q.shape[:3], p.Dv)
@@ -75,7 +71,10 @@ class Rows:
             mean = mean * shrink + share.sum(-1, keepdim=True)
         dead = total == 0
         total = total.masked_fill(dead, 1.0)
-        return top.masked_fill(dead, 0.0), total, mean / total
+        found = (top.masked_fill(dead, 0.0), total, mean / total)
+        for to, x in zip((self.top, self.total, self.delta), found, strict=True):
+            to[block.batch, walk.heads(block), rows] = walk.unfold(x).squeeze(-1)
+        return found
 
     def pair(self, q: Tensor, do: Tensor, block: Block, rows: slice, key: KeyTile) -> Pair:
         """The same bits in every sweep."""
@@ -137,7 +136,7 @@ class _Backward:
         """Add one query tile's share to dk and dv, and return its dq; dk and dq without the scale."""
         walk, inputs = self.walk, self.inputs
         q, do = walk.load_queries(inputs.q, block, rows), walk.load_queries(self.d_out, block, rows)
-        top, total, delta = self.rows.load(block, rows)
+        top, total, delta = self.rows.sweep(block, index, rows)
         d_lse = walk.load_queries(self.d_lse.unsqueeze(-1), block, rows)
         # A row that sees a NaN has NaN scores already; in the products its factor counts as 0, to touch no other row.
         clean_q = finite(q) if self.careful else q
@@ -145,11 +144,11 @@ class _Backward:
         for key in walk.schedule(block).keys(index):
             where = slice(key.start, key.stop)
             found, seen, k, _, d_prob = self.rows.pair(q, do, block, rows, key)
-            prob = (found.s - top).exp_() / total
+            prob = (found.s - top).exp_().div_(total)
             if seen is not None:
                 prob = torch.where(seen, prob, 0.0)  # a row's NaN (it sees one) must not reach what it does not see
             dv[:, :, where] += self._transposed(kept(walk, prob, found.at), seen, do)
-            ds = prob * (d_prob - delta + d_lse)
+            ds = (d_prob - delta).add_(d_lse).mul_(prob)
             if seen is not None:
                 ds = torch.where(seen, ds, 0.0)
             dx = self._through(ds, found, key)
