@@ -45,7 +45,8 @@ class Config:
     sinks: str | None = None  # a dtype name; some sinks are -inf
     layouts: dict[str, str] = field(default_factory=dict)  # of q k v dout mask
     v_in_k: bool = False  # v is the view k[..., :Dv], as in absorbed latent attention
-    flavour: str = "needles"  # needles flat shifted large small: see generator.py
+    flavour: str = "needles"  # needles flat shifted large small: see generator.py; wide: see wide.py
+    wide: Spec | None = None
     poison: str = "nan"  # what hidden slots and gaps hold: nan inf huge magnet zero
     visible_nan: bool = False
 
@@ -197,6 +198,42 @@ CASES: tuple[Config, ...] = (
     _case("learned bias", B=2, Hq=2, Lq=20, Lk=30, D=16, bias=(("tensor", (1, 2, 20, 30), "f32", 0.2),)),
     _case("gemma", Hq=4, Hkv=2, Lq=40, D=64, dtype="bf16", softcap=30.0, mask=("sliding_window", 16)),
     _case("sinks", Hq=4, Hkv=2, Lq=40, D=64, dtype="bf16", sinks="bf16", mask=("sliding_window", 16)),
+    *(
+        _case(name, flavour="wide", wide=wide, **rest)
+        for name, wide, rest in (
+            ("scores of 1e12", ("units", 20, 20, -1, 3, True), {"Lq": 33, "Lk": 70, "scale": 1.0}),
+            (
+                "scores of 1e12, shifted, sinks",
+                ("units", 18, 18, 9, 3, False),
+                {"Lq": 9, "Lk": 70, "scale": 0.5, "sinks": "f32"},
+            ),
+            ("lse of 16,384", ("units", 0, 0, 16, 3, False), {"Lq": 33, "D": 32, "scale": 0.25, "mask": _CAUSAL}),
+            ("lse of 16,384, bf16", ("units", 0, 0, 16, 3, True), {"Lq": 33, "dtype": "bf16", "scale": 0.25}),
+            ("lse of 16,384, f16", ("units", 2, -3, 16, 3, True), {"Lq": 33, "dtype": "f16", "scale": 0.5}),
+            ("the largest floats", ("edge", 0, 0, -1, 1, True), {"Lq": 33, "Lk": 40, "scale": 1.0}),
+            (
+                "the largest floats, f64",
+                ("edge", 0, 0, -1, 1, False),
+                {"Lq": 9, "Lk": 40, "dtype": "f64", "scale": 1.0},
+            ),
+            (
+                "a bias of the lowest float",
+                ("edge", 0, 0, -1, 1, True),
+                {"Lq": 20, "Lk": 20, "scale": 1.0, "bias": (("tensor", (2, 20, 20), "f32", 0.1),)},
+            ),
+            (
+                "decode at a scale of 1e10",
+                ("decimal", 0, 0, -1, 3, True),
+                {"Lq": 1, "Lk": 200, "Hq": 4, "Hkv": 2, "dtype": "bf16", "scale": 1e10},
+            ),
+            ("large products, a small scale", ("units", 50, 50, -1, 3, False), {"Lq": 20, "Lk": 90, "scale": 2.0**-99}),
+            (
+                "small products, a large scale",
+                ("units", -30, -30, -1, 3, False),
+                {"Lq": 20, "Lk": 90, "scale": 2.0**100},
+            ),
+        )
+    ),
     _case("one key", Hq=2, Lq=3, Lk=1, D=8),
     _case("no keys", B=2, Hq=2, Lq=3, Lk=0, D=8, sinks="f32"),
     _case("no rows", B=2, Hq=2, Lq=0, Lk=5, D=8),

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from tests.cases import Config, query_positions, uses_position
 from tests.oracle import MASK_MODS, Spec
+from tests.wide import widened
 
 Rng = np.random.Generator
 
@@ -227,7 +228,7 @@ def random_config(seed: int) -> Config:
     flavour = pick(rng, "needles", "flat", "shifted", "large", "small", p=(0.74, 0.08, 0.07, 0.06, 0.05))
     v_in_k = s["Dv"] < s["D"] and chance(rng, 0.5)
     scale = pick(rng, None, 0.0, -(s["D"] ** -0.5), 0.3, -1.25, 0.02, p=(0.7, 0.03, 0.07, 0.08, 0.06, 0.06))
-    return replace(
+    drawn = replace(
         draft,
         mask=mask,
         positions=positions,
@@ -240,3 +241,4 @@ def random_config(seed: int) -> Config:
         poison=pick(rng, "nan", "nan", "inf", "huge", "magnet"),
         visible_nan=chance(rng, 0.04),
     )
+    return replace(wide, v_in_k=False) if (wide := widened(drawn)).wide is not None else drawn

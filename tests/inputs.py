@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from qkv.scores import as_bias
+from tests import wide as wide_scores
 from tests.cases import DTYPES, Config, positions_argument, qkv_bias, qkv_mask, query_positions
 from tests.generator import EDGES, FAR_EDGES, Rng, chance, pick
 from tests.oracle import Call, Spec, visible
@@ -132,6 +133,11 @@ def _share(x: Array, layout: str) -> Array:
 def _draw(config: Config, rng: Rng) -> tuple[Array, Array, Array]:
     """q, k, v: logits of the wanted spread, before anything is planted."""
     c = config
+    if c.wide is not None:
+        shapes = ((c.B, c.Hq, c.Lq, c.D), (c.B, c.Hkv, c.Lk, c.D), (c.B, c.Hkv, c.Lk, c.Dv))
+        makers = (wide_scores.queries, wide_scores.keys, wide_scores.values)
+        q, k, v = (make(c, rng, shape) for make, shape in zip(makers, shapes, strict=True))
+        return q, k, v
     scale = abs(c.real_scale) or 1.0
     spread = {"flat": 0.2, "large": 60.0, "small": 1e-4}.get(c.flavour, pick(rng, 4.0, 5.0, 8.0))
     k_sigma = 1e-3 if c.flavour == "small" else spread**0.5
@@ -156,7 +162,7 @@ def _draw(config: Config, rng: Rng) -> tuple[Array, Array, Array]:
 def _plant(config: Config, rng: Rng, call: Call, q: Array, k: Array, used: Array) -> None:
     """Point half of the query rows at one key: one they see, or one that is hidden from them."""
     scale = config.real_scale
-    if scale == 0 or config.flavour in ("flat", "small", "shifted"):
+    if scale == 0 or config.flavour in ("flat", "small", "shifted", "wide"):
         return
     edges = np.array([0, config.Lk - 1, *(e - 1 for e in EDGES + FAR_EDGES), *EDGES, *FAR_EDGES])
     for b, h, i in np.ndindex(q.shape[:3]):
@@ -179,6 +185,8 @@ def _plant(config: Config, rng: Rng, call: Call, q: Array, k: Array, used: Array
 
 def _bias_values(config: Config, rng: Rng, spec: Spec) -> torch.Tensor | None:
     kind = spec[0]
+    if config.wide is not None:
+        return wide_scores.bias(config, rng, spec)
     wide = torch.float64 if config.dtype == "f64" else torch.float32
     if kind == "tensor":
         values = rng.normal(size=spec[1]) * 3
@@ -258,6 +266,7 @@ def materialise(config: Config) -> Inputs:
     if c.sinks is not None:
         sinks = rng.normal(size=c.Hq) * 3
         sinks[rng.random(c.Hq) < 0.15] = -np.inf
+        sinks = sinks if c.wide is None else wide_scores.sinks(c, rng)
         leaves["sinks"] = torch.from_numpy(sinks).to(DTYPES[c.sinks])
     mask = qkv_mask(c.mask)
     if isinstance(mask, torch.Tensor):
@@ -273,6 +282,7 @@ def materialise(config: Config) -> Inputs:
         bias=tuple(_oracle_bias(s, x) for s, x in zip(c.bias, wide, strict=True)),
         softcap=c.softcap,
         sinks=_wide(leaves["sinks"], kind) if "sinks" in leaves else None,
+        exact=c.wide is not None,
         _keys=call._keys,
     )
     return Inputs(

@@ -5,6 +5,7 @@ arithmetic is NumPy in float64 (longdouble when the call is float64). For every 
 first, so a hidden byte cannot take part. Beside each result stand the magnitudes that the error rule asks for:
 
     out   S_i = max over visible j of |scale| * sum |q_d k_d| + |bias_ij|      and      P @ |V|
+          (0 where the caller knows that all scores are exact in the accumulation type)
     grad  the formula of the gradient with every factor replaced by its absolute value
 """
 
@@ -231,6 +232,7 @@ class Call:
     bias: tuple[Spec, ...] = ()
     softcap: float | None = None
     sinks: Array | None = None
+    exact: bool = False  # no score is rounded in the accumulation type, whatever its magnitude
     _keys: dict[tuple[int, int, int], Array] = field(default_factory=dict)
 
     @property
@@ -295,6 +297,7 @@ class _Row(NamedTuple):
     slope: Array  # d(s after softcap) / d(scale * q.k)
     slope_size: Array
     terms: list[Term]
+    far: Any  # how far below the maximum each key's score is, where it has weight: what exp() may round
 
 
 def attention(call: Call, dout: Array | None = None, dlse: Array | None = None) -> Result:
@@ -352,32 +355,37 @@ def _forward_row(call: Call, res: Result, b: int, h: int, i: int, g: int) -> _Ro
             res.out[at] = p[alive] @ v[alive]
             res.lse[at] = top + np.log(total)
             res.weight_v[at] = p[alive] @ abs(v[alive])
-    res.spread[at] = size[np.isfinite(size)].max(initial=0)
+    far = np.where(p > 0, s.max(initial=sink) - s, 0) if call.exact else 0
+    if call.exact:  # weights below the smallest number of the accumulation may be lost as a whole
+        far[far > (700 if s.dtype == np.longdouble else 85)] = 1e18
+    res.spread[at] = 0 if call.exact else size[np.isfinite(size)].max(initial=0)
     res.max_v[at] = abs(v)[np.isfinite(v)].max(initial=0)
-    return _Row(j, k, v, p, sink_p, res.spread[at], slope, slope_size, terms)
+    return _Row(j, k, v, p, sink_p, res.spread[at], slope, slope_size, terms, far)
 
 
 def _backward_row(call: Call, res: Result, row: _Row, at: tuple[int, int, int], g: int, do: Array, dlse: Any) -> None:
     b, h, _ = at
     j, k, v, p = row.j, row.k, row.v, row.p
-    q, weight, grads = call.q[at], 1 + row.spread, res.grads
+    q, weight, grads = call.q[at], 1 + row.spread + row.far, res.grads
     dp, dp_size = v @ do, abs(v) @ abs(do)
     mean, mean_size = p @ dp, p @ dp_size
     ds, ds_size = p * (dp - mean + dlse), p * (dp_size + mean_size + abs(dlse))
+    mean_far = p @ (dp_size * row.far)
     if call.sinks is not None:
-        size = row.sink * (mean_size + abs(dlse))
-        grads["sinks"].add((h,), row.sink * (dlse - mean), size, size * weight)
+        size, far = row.sink * (mean_size + abs(dlse)), -np.log(row.sink) if call.exact and row.sink > 0 else 0
+        grads["sinks"].add((h,), row.sink * (dlse - mean), size, size * (1 + row.spread + far) + row.sink * mean_far)
     if not len(j):
         return
-    grads["v"].add((b, g, j), p[:, None] * do, p[:, None] * abs(do), p[:, None] * abs(do) * weight)
+    grads["v"].add((b, g, j), p[:, None] * do, p[:, None] * abs(do), (p * weight)[:, None] * abs(do))
+    ds_weighted = ds_size * weight + p * mean_far
     for n in reversed(range(len(row.terms))):  # backwards through s -> gain * s + add
         term = row.terms[n]
         if term.index is not None:
             index = term.index[-grads[f"bias{n}"].value.ndim :]
-            size = ds_size * abs(term.factor)
-            grads[f"bias{n}"].add(index, ds * term.factor, size, size * weight, repeats=True)
-        ds, ds_size = ds * term.gain, ds_size * abs(term.gain)
-    dr, dr_size, dr_weighted = ds * row.slope, ds_size * row.slope, ds_size * row.slope_size * weight
+            size = abs(term.factor)
+            grads[f"bias{n}"].add(index, ds * term.factor, ds_size * size, ds_weighted * size, repeats=True)
+        ds, ds_size, ds_weighted = ds * term.gain, ds_size * abs(term.gain), ds_weighted * abs(term.gain)
+    dr, dr_size, dr_weighted = ds * row.slope, ds_size * row.slope, ds_weighted * row.slope_size
     scale, scale_size = call.scale, abs(call.scale)
     grads["q"].value[at] = scale * (dr @ k)
     grads["q"].plain[at] = scale_size * (dr_size @ abs(k))

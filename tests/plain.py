@@ -31,6 +31,9 @@ PYTHON_MUTANTS: dict[str, str] = {
     "stale maximum": "the output is not rescaled when the maximum grows",
     "stale sum": "the sum is not rescaled when the maximum grows",
     "no maximum": "exp(s) without subtracting the maximum",
+    "mean at large scores": "beyond 1e9 a row's weights are all equal",
+    "best weight lost": "the maximum is rounded after the factor log2 e: beyond 1e9 the best key has weight 0",
+    "difference overflows": "beyond a third of the largest number the factor log2 e makes scores infinite",
     "scale 1/D": "scores are divided by D, not by its root",
     "scale sign": "a negative scale loses its sign",
     "mean of v": "q and k are ignored",
@@ -74,6 +77,7 @@ PYTHON_MUTANTS: dict[str, str] = {
     "dk scale": "dk lacks the scale",
     "dk group": "dk and dv keep only the last head of a group",
     "dq tile": "dq lacks the last key tile",
+    "d lse rounded": "weights are recomputed from lse, rounded to the accumulation type",
     "dv weights": "dv uses weights that are not normalised by the sink",
     "d cap": "the derivative of softcap is dropped",
     "d sink": "the gradient of the sinks lacks its lse term",
@@ -252,6 +256,13 @@ class Plain:
                 new = np.where(new > -np.inf, 0, new).astype(kind)
             base = new if bug == "first tile hidden" else np.where(new == -np.inf, 0, new)
             p, keep = np.exp(tile - base[:, None]), np.exp(m - base)
+            large = (abs(base) > 1e9)[:, None]
+            if bug == "mean at large scores":
+                p = np.where(large & (tile > -np.inf), 1, p)
+            if bug == "best weight lost":
+                p = np.where(large & (tile == base[:, None]), 0, p)
+            if bug == "difference overflows":
+                p = np.exp((tile * kind(np.log2(np.e)) - (base * kind(np.log2(np.e)))[:, None]) * kind(np.log(2)))
             if bug == "no maximum" and start == 0:
                 keep = np.where(sink > -np.inf, np.exp(sink), 0) * np.ones_like(keep)
             if bug == "coarse exp":
@@ -269,7 +280,8 @@ class Plain:
             m = new
         out = np.where(l[:, None] == 0, 0, o / np.where(l == 0, 1, l)[:, None])
         lse = np.where(l == 0, -np.inf, m + np.log(l)).astype(kind)
-        sink_p = np.exp(sink - lse) if sink > -np.inf else np.zeros_like(lse)
+        self.state = np.where(m == -np.inf, 0, m), np.where(l == 0, 1, l)
+        sink_p = np.exp(sink - self.state[0]) / self.state[1] if sink > -np.inf else np.zeros_like(lse)
         dead = (s == -np.inf).all(1)
         if bug == "dead row mean" and len(v):
             out = np.where(dead[:, None], v.mean(0), out)
@@ -286,10 +298,11 @@ class Plain:
         return out, lse, sink_p
 
     def _backward(self, b: int, h: int, g: int, qkv: Any, s: Array, slope: Array, terms: Any, rest: Any) -> None:
-        """The gradients of one head, from the saved lse."""
+        """The gradients of one head, from the rows' maxima and sums."""
         bug, (q, k, v), (out, lse, sink_p, dout, dlse) = self.bug, qkv, rest
         alive = (s > -np.inf) | np.isnan(s)
-        p = np.where(alive, np.exp(s - lse[:, None]), 0)
+        m, l = (x[:, None] for x in self.state)
+        p = np.where(alive, np.exp(s - lse[:, None]) if bug == "d lse rounded" else np.exp(s - m) / l, 0)
         mean = (dout * out).sum(1, keepdims=True) * (bug != "d mean")
         through = dlse[:, None] * (bug != "d lse")
         ds = np.where(alive, p * (dout @ v.T - mean + through), 0)

@@ -25,10 +25,12 @@ from numpy.typing import NDArray
 
 from qkv.scores import as_bias
 from qkv.spec import Clock, KVLayout, KVView
+from tests import wide
 from tests.cases import DTYPES, qkv_bias, qkv_mask
 from tests.generator import HEAD_DIMS, PRIMES, Rng, chance, pick, random_mask, upto
 from tests.inputs import _bias_values, lay
 from tests.oracle import Call, Geometry, Result, Row, Spec, attention, term_of, visible
+from tests.wide import widened
 
 Array = NDArray[Any]
 PAGE_SIZES = (1, 2, 3, 5, 8, 15, 16, 16, 17, 24, 32, 48, 64, 100, 128)
@@ -66,6 +68,7 @@ class ViewConfig:
     pools: tuple[str, str] = ("pages", "pages")
     q_layout: str = "dense"
     flavour: str = "needles"
+    wide: Spec | None = None  # see wide.py
     poison: str = "nan"
     visible_nan: bool = False
 
@@ -233,7 +236,7 @@ def random_view_config(seed: int) -> ViewConfig:
     pools = (pick(rng, *POOLS), pick(rng, *POOLS))
     if "fused" in pools:
         pools = ("fused", "fused") if s["D"] == s["Dv"] and not s["latent"] else ("pages", "pages")
-    return ViewConfig(
+    drawn = ViewConfig(
         seed=seed, dtype=dtype, storage=storage, **s,
         share=_sharing(rng, s["P"], s["lengths"], common),
         mask=_mask(rng, s, equal, common), held=held,
@@ -247,15 +250,18 @@ def random_view_config(seed: int) -> ViewConfig:
         poison=pick(rng, "nan", "nan", "inf", "huge", "magnet"),
         visible_nan=chance(rng, 0.04),
     )  # fmt: skip
+    return widened(drawn, plain=storage == "plain")
 
 
 # -------------------------------------------------------------------------------------------------------- storage
-def store(x: Array, storage: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Rows of numbers as a pool holds them, and the scale of each row."""
+def store(
+    x: Array, storage: str, dtype: torch.dtype, unit: float | None = None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Rows of numbers as a pool holds them, and the scale of each row: the unit, where they are whole numbers of it."""
     if storage == "plain":
         return torch.from_numpy(x).to(dtype), None
     largest = LARGEST[storage]
-    scale = (abs(x).max(-1) / largest).astype(np.float32)
+    scale = (abs(x).max(-1) / largest).astype(np.float32) if unit is None else np.full(x.shape[:-1], unit, np.float32)
     with np.errstate(all="ignore"):
         ratio = torch.from_numpy(np.nan_to_num(x / scale[..., None]).clip(-largest, largest))
     kept = ratio.round().to(torch.int8) if storage == "int8" else ratio.float().to(STORED[storage])
@@ -362,7 +368,7 @@ def _plant(
     config: ViewConfig, rng: Rng, q: Array, k: Array, used: Array, keys: dict[tuple[int, int, int], Array]
 ) -> None:
     """Point half of the rows at one key: one they see, at an edge where there is one, or one that only others see."""
-    if config.real_scale == 0 or config.flavour == "flat":
+    if config.real_scale == 0 or config.flavour in ("flat", "wide"):
         return
     Lk, P, group = k.shape[1], config.P, config.group
     near = {0, Lk - 1, *(m * P + d for m in range(Lk // P + 1) for d in (-1, 0))}
@@ -402,16 +408,18 @@ def materialise(config: ViewConfig) -> ViewInputs:
     spread = {"flat": 0.2, "large": 60.0}.get(c.flavour, pick(rng, 4.0, 5.0, 8.0))
     k_sigma = spread**0.5
     q_sigma = spread / ((abs(c.real_scale) or 1.0) * c.D**0.5 * k_sigma)
-    k = rng.normal(size=(N, c.Hkv, c.P, c.D)) * k_sigma
+    k = rng.normal(size=(N, c.Hkv, c.P, c.D)) * k_sigma if c.wide is None else wide.keys(c, rng, (N, c.Hkv, c.P, c.D))
     v = rng.normal(size=(N, c.Hkv, c.P, c.Dv)) + pick(rng, 0, 0, 1.5) * (c.flavour == "needles" and c.real_scale != 0)
     v *= rng.choice([0.25, 1.0, 4.0], (N, c.Hkv, c.P, 1))
-    q = [rng.normal(size=(c.Hq, t, c.D)) * q_sigma for t in c.queries]
+    v = v if c.wide is None or not c.wide[5] else np.ones(v.shape)
+    shapes = [(c.Hq, t, c.D) for t in c.queries]
+    q = [rng.normal(size=x) * q_sigma if c.wide is None else wide.queries(c, rng, x) for x in shapes]
     k[rng.random((N, c.Hkv, c.P)) < 0.01] = 0  # rows with scale 0
     if c.poison == "magnet" and sum(c.queries) and c.real_scale:  # finite, and far more attractive than any key
         row = np.concatenate(q, 1)[0, c.seed % sum(c.queries)]
         k[~used] = row * (60 / c.real_scale / max(row @ row, 1e-6))
         v[~used] = -3e4
-    tk, k_scale = store(k, c.storage, dtype)
+    tk, k_scale = store(k, c.storage, dtype, None if c.wide is None else 2.0 ** c.wide[2])
     tv, v_scale = (tk[..., : c.Dv], k_scale) if c.latent else store(v, c.storage, dtype)
     if c.visible_nan and used.any():
         _break_one(rng, used, tk, k_scale)
@@ -430,13 +438,15 @@ def materialise(config: ViewConfig) -> ViewInputs:
         rounded = torch.from_numpy(q[i]).to(dtype).double().numpy().astype(kind)
         call = Call(
             rounded[None], mine_k[None], mine_v[None], np.arange(c.queries[i])[None] + c.lengths[i] - c.queries[i],
-            kind(c.real_scale), c.seen_by, tuple(_own_terms(c, values, i)), c.softcap, _keys=keys[i],
+            kind(c.real_scale), c.seen_by, tuple(_own_terms(c, values, i)), c.softcap, exact=c.wide is not None,
+            _keys=keys[i],
         )  # fmt: skip
         oracle.append(call)
     sinks = None
     if c.sinks is not None:
         drawn = rng.normal(size=c.Hq) * 3
         drawn[rng.random(c.Hq) < 0.15] = -np.inf
+        drawn = drawn if c.wide is None else wide.sinks(c, rng)
         sinks = torch.from_numpy(drawn).to(DTYPES[c.sinks])
         for call in oracle:
             call.sinks = sinks.double().numpy().astype(kind)
