@@ -88,9 +88,9 @@ class Output(NamedTuple):
 
     `state` is what a backend's own backward pass recomputes weights from: (2, B, Hq, Lq) in the accumulation dtype,
     contiguous. state[0] = m is the largest score of the row, or its sink, if that is larger (-inf where there is
-    neither); state[1] = log l, the log of the sum of exp(score - m). Their sum is lse, but lse is rounded: weights
-    exp(score - m - log l) add up to 1 at any magnitude, exp(score - lse) do not. It has one reader: the backend that
-    made it, which may keep m in units of its own.
+    neither); state[1] = l, the sum of exp(score - m). lse is m + log l, rounded: weights exp(score - m) / l add up to 1
+    at any magnitude, exp(score - lse) do not. It has one reader: the backend that made it, which may keep m in units of
+    its own.
     """
 
     out: Tensor
