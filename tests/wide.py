@@ -73,8 +73,11 @@ def widened(config: C, plain: bool = True) -> C:
             a = b = 0
             g = e = min(g, most - 16)
     scale = 1e10 if kind == "decimal" else 2.0**e
+    # Ones: not where long sums of weights that are no whole numbers would round away from 1, each order otherwise.
+    length = max(config.lengths) if hasattr(config, "lengths") else config.Lk
+    ones = rng.random() < 0.4 and (length <= 64 or (config.dtype != "f64" and (kind != "units" or g >= 6)))
     return replace(
-        config, flavour="wide", wide=(kind, a, b, t, digits, bool(rng.random() < 0.4)), scale=scale, bias=tuple(bias),
+        config, flavour="wide", wide=(kind, a, b, t, digits, bool(ones)), scale=scale, bias=tuple(bias),
         sinks=config.sinks and accumulate,
     )  # fmt: skip
 
@@ -124,8 +127,7 @@ def queries(config: Any, rng: Rng, shape: tuple[int, ...]) -> Array:
 
 
 def values(config: Any, rng: Rng, shape: tuple[int, ...]) -> Array:
-    # the sum of many equal weights rounds away from 1 in the dtype of the sum
-    return np.ones(shape) if config.wide[5] and shape[-2] <= 256 else rng.normal(size=shape)
+    return np.ones(shape) if config.wide[5] else rng.normal(size=shape)
 
 
 def bias(config: Any, rng: Rng, spec: Spec) -> torch.Tensor:
