@@ -114,8 +114,13 @@ def gradient_bound(config: Config, grad: Grad, e: float, tiny: float, inputs: In
     tensors = (call.q, call.k[~inputs.hidden], call.v[~inputs.hidden], numbers(inputs.dout), numbers(inputs.dlse))
     q, k, v, dout, dlse = (abs(x[np.isfinite(x)]).max(initial=0) for x in tensors)
     reach = 1 + abs(config.real_scale) * max(1.0, q, k)
-    # weights below the smallest number of the accumulation may be lost, each times what it would have multiplied
-    lost = reach * (1 + 2 * config.Dv * v * dout + dlse) * (1 + max(config.Lq * config.group, config.Lk))
+    # weights below the smallest number of the accumulation may be lost, each times what it would have multiplied: also
+    # once a small scale has made them so
+    lost = (
+        (reach + max(1.0, q, k))
+        * (1 + 2 * config.Dv * v * dout + dlse)
+        * (1 + max(config.Lq * config.group, config.Lk))
+    )
     bound = 2 * e * grad.plain + 8 * eps(accumulate) * grad.weighted + tiny * reach + TINY[accumulate] * lost
     return np.where(grad.weighted == 0, 0, bound)
 
