@@ -50,7 +50,6 @@ models: $(VENV)/.installed-dev
 EVERY ?= 1
 foreign: $(VENV)/.installed-dev
 	@test -n "$(DIR)" || { echo "make foreign DIR=...: the folder that holds PyTorch's test files (docs/foreign_tests.md)"; exit 2; }
-	@$(BIN)/python -m pip install -q expecttest
 	$(BIN)/python -m tests.foreign --every $(EVERY) "$(DIR)"
 
 # The kernels under sanitizers, without Python: random calls, malformed masks, threads, forks. Building takes minutes.

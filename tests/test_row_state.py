@@ -18,6 +18,7 @@ from torch import Tensor
 import qkv
 from qkv import functional, planning
 from qkv.backends import tiled, tiled_backward
+from qkv.remembered import Remembered
 from qkv.spec import Inputs, Output, Problem
 
 SEED = 5
@@ -56,8 +57,8 @@ def _state(inputs: Inputs) -> Tensor:
 def stateful(monkeypatch: pytest.MonkeyPatch) -> Stateful:
     mine, real = Stateful(), planning.base.load
     monkeypatch.setattr(planning.base, "load", lambda name: mine if name == "cpu" else real(name))
-    monkeypatch.setattr(functional, "_ENTRIES", {})
-    monkeypatch.setattr(functional, "_FAST", {})
+    monkeypatch.setattr(functional, "_ENTRIES", Remembered(256))
+    monkeypatch.setattr(functional, "_FAST", Remembered(256))
     return mine
 
 

@@ -329,7 +329,7 @@ def _nested(*given: Any) -> bool:
 
 def _beyond(lengths: list[int], padded: Tensor) -> Tensor:
     """(N, L) bool: True past the end of a row."""
-    ends = torch.tensor(lengths, device=padded.device)
+    ends = torch.tensor(lengths, dtype=torch.int64, device=padded.device)
     return torch.arange(padded.shape[1], device=padded.device) >= ends[:, None]
 
 
