@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import qkv
+from qkv.errors import ArgumentError
 from tests.bad_masks import patterns, ranges, uses
 
 CASES = [*ranges.CASES, *patterns.CASES, *uses.CASES]
@@ -49,12 +50,13 @@ def test_a_numpy_mask_is_not_guessed_at() -> None:
         qkv.masks.as_mask(np.ones((2, 2), dtype=bool))
 
 
-def test_the_function_of_a_mask_mod_raises_its_own_errors() -> None:
+def test_an_error_of_a_mask_mods_function_is_told_with_its_signature() -> None:
     def broken(b: object, h: object, p: object, j: object) -> torch.Tensor:
         raise KeyError("mine")
 
-    with pytest.raises(KeyError, match="mine"):
+    with pytest.raises(ArgumentError, match=r"called as fn\(b, h, p, j\).*KeyError: 'mine'") as error:
         qkv.mask_mod(broken).tensor(2, 2)
+    assert isinstance(error.value.__cause__, KeyError)
 
 
 def test_other_torch_functions_refuse_a_mask() -> None:

@@ -43,3 +43,23 @@ def describe(call: str, rule: str, given: str, fix: str) -> str:
     'qkv.attention(): scale must be finite. Got scale=nan. Leave it out for 1/sqrt(D).'
     """
     return f"{call}: {rule}. Got {given}. {fix}."
+
+
+def from_function(call: str, signature: str, error: Exception) -> QKVError:
+    """An error raised inside of a user's function, as one that says how the function is called; raise it `from` that.
+
+    >>> print(from_function("mask_mod(seen)", "fn(b, h, p, j)", TypeError("seen() takes 2 arguments")))
+    mask_mod(seen): the function is called as fn(b, h, p, j), with tensors that broadcast. Got TypeError: seen() takes \
+2 arguments. Let it take these arguments and return a tensor computed from them elementwise.
+    """
+    told = str(error).strip().split("\n", 1)[0]
+    told = told if len(told) <= 160 else f"{told[:157]}..."
+    given = f"{type(error).__name__}: {told.rstrip('.')}" if told else type(error).__name__
+    fix = "Let it take these arguments and return a tensor computed from them elementwise"
+    if "oolean value of" in told or "data-dependent" in told:
+        fix = (
+            "Its arguments are tensors of many values: write & | ~ for and, or, not, and torch.where(p > j, x, y) for "
+            "if p > j"
+        )
+    kind = ArgumentTypeError if isinstance(error, TypeError) else ArgumentError
+    return kind(describe(call, f"the function is called as {signature}, with tensors that broadcast", given, fix))

@@ -53,6 +53,7 @@ _grad_enabled = torch.is_grad_enabled
 _dynamo = torch.compiler.is_dynamo_compiling  # looked up once; torch.compile knows it by any name
 _modes = torch._C._len_torch_dispatch_stack
 _functorch = torch._C._are_functorch_transforms_active
+_recording = torch._C._is_tracing  # by torch.jit.trace, which would keep the numbers of this one call
 
 
 class OutputWithLse(NamedTuple):
@@ -222,6 +223,7 @@ def attention(
         bias is None
         and _modes() == 0
         and not _functorch()
+        and not _recording()
         and forward_ad._current_level < 0
         and dropout_p.__class__ is float
         and return_lse.__class__ is bool
@@ -265,6 +267,11 @@ def _over_view(q: Any, view: KVView, v: Any, mask: Any, options: Options, backen
 
 def _traced(q: Any, k: Any, v: Any, mask: Any, options: Options, backend: Any) -> Output | None:
     """The call as a node of the graph that a tracer is making, or None where none is."""
+    if _recording() or _exporting_onnx():
+        rule = "no TorchScript and no ONNX graph can hold the call"
+        given = "a call inside of torch.jit.trace" if _recording() else "a call inside of torch.onnx.export"
+        fix = "Use torch.export.export or torch.compile, which take it as one node; for ONNX export PyTorch's own layer"
+        raise UnsupportedError(describe(_CALL, rule, given, fix))
     followed = ops.tracing(q) or ops.tracing(k) or ops.tracing(v)
     if not followed and _modes() == 0:
         return None
@@ -279,6 +286,12 @@ def _traced(q: Any, k: Any, v: Any, mask: Any, options: Options, backend: Any) -
             raise
         return None  # a mode only watches: the parts of a call that is no node are its to see
     return Output(*found)
+
+
+def _exporting_onnx() -> bool:
+    """Whether torch.onnx.export traces the call, by way of torch.export."""
+    flags = sys.modules.get("torch.onnx._internal.exporter._flags")
+    return flags is not None and bool(getattr(flags, "_is_onnx_exporting", False))
 
 
 def _unfollowed() -> Callable[..., Output]:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from qkv.errors import ArgumentError, ArgumentTypeError, ShapeError, describe
+from qkv.errors import ArgumentError, ArgumentTypeError, QKVError, ShapeError, describe, from_function
 
 _FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -353,7 +353,12 @@ class ScoreMod(ScoreTerm):
     def apply(self, s: Tensor, at: Tile) -> Tensor:
         """The replaced scores, in the dtype and shape of s."""
         call = "qkv.score_mod(fn)"
-        result = self._fn(s, at.b, at.h, at.p, at.j)
+        try:
+            result = self._fn(s, at.b, at.h, at.p, at.j)
+        except (QKVError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            raise from_function(repr(self), "fn(s, b, h, p, j)", error) from error
         if not isinstance(result, Tensor) or not result.is_floating_point():
             got = f"{_name(result.dtype)} tensor" if isinstance(result, Tensor) else type(result).__name__
             raise ArgumentTypeError(
@@ -404,6 +409,8 @@ def as_bias(x: Any, call: str = "qkv.attention()") -> ScoreTerm | None:
     fix = "Pass a tensor, qkv.alibi, qkv.relative, qkv.score_mod or a sum of them"
     if callable(x):
         fix = "Wrap a function as qkv.score_mod(fn)"
+    elif hasattr(x, "__array__"):
+        fix = "Make a tensor of it with torch.from_numpy(bias)"
     raise ArgumentTypeError(describe(call, "bias must be a floating tensor or a score term", type(x).__name__, fix))
 
 

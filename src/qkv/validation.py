@@ -98,6 +98,8 @@ def _check_tensors(call: str, given: dict[str, Any]) -> None:
     for name, x in given.items():
         if not isinstance(x, Tensor):
             fix = f"Pass a tensor {_LAYOUT}"
+            if hasattr(x, "__array__"):
+                fix = f"Make a tensor of it with torch.from_numpy({name})"
             if name == "v" and x is None:
                 fix = "Pass v; it is left out only where k is a cache's view"
             raise ArgumentTypeError(

@@ -207,7 +207,9 @@ CASES: list[tuple[str, type[qkv.QKVError], str]] = [
     (
         "qkv.documents([[1, 2]])",
         qkv.ShapeError,
-        "qkv.documents(): lengths must have 1 dimension. Got lengths of shape (1, 2). Reshape it.",
+        "qkv.documents(): lengths are those of one packed row, shared by the batch. Got lengths=[[1, 2]]. Where rows "
+        "differ pass segment_ids=, (B, L), each token's document: "
+        "torch.stack([torch.arange(len(row)).repeat_interleave(torch.tensor(row)) for row in lengths]).",
     ),
     (
         "qkv.documents([2**50])",

@@ -25,6 +25,8 @@ def shown(value: Any) -> str:
     if isinstance(value, Tensor):
         dtype = str(value.dtype).removeprefix("torch.")
         return f"{'an' if dtype.startswith('int') else 'a'} {dtype} tensor of shape {tuple(value.shape)}"
+    if hasattr(value, "__array__") and hasattr(value, "shape"):  # of NumPy and its kin: never its numbers
+        return f"a {getattr(value, 'dtype', '')} {type(value).__name__} of shape {tuple(value.shape)}"
     if isinstance(value, (list, tuple)) and len(value) > 8:
         head = ", ".join(repr(x) for x in value[:4])
         return f"[{head}, ..., {value[-1]!r}]"

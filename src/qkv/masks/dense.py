@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qkv.errors import ArgumentError, ArgumentTypeError, ShapeError, describe
+from qkv.errors import ArgumentError, ArgumentTypeError, QKVError, ShapeError, describe, from_function
 from qkv.masks.arguments import readable, shown
 from qkv.masks.base import Mask
 from qkv.masks.program import Builder, Op
@@ -134,8 +134,13 @@ class MaskMod(Mask):
     def visible(
         self, b: Tensor, h: Tensor, i: Tensor, p: Tensor, j: Tensor, *, B: int, Hq: int, Lq: int, Lk: int
     ) -> Tensor:
-        seen = self.fn(b, h, p, j)
         call = repr(self)
+        try:
+            seen = self.fn(b, h, p, j)
+        except (QKVError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            raise from_function(call, "fn(b, h, p, j)", error) from error
         if not isinstance(seen, Tensor) or seen.dtype != torch.bool:
             fix = "Return a comparison of its arguments, e.g. j <= p"
             raise ArgumentTypeError(describe(call, "the function must return a bool tensor", shown(seen), fix))

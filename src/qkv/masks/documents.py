@@ -332,10 +332,10 @@ def documents(
         fix = "Pass documents(lengths, k_lengths) or documents(segment_ids=..., k_segment_ids=...)"
         raise ArgumentTypeError(describe(call, rule, given, fix))
     if lengths is not None:
-        queries = Axis(Operand(integers(call, "lengths", lengths)), None)
+        queries = Axis(_lengths(call, "lengths", lengths), None)
         if k_lengths is None:
             return Documents(queries, queries, by_index=False)
-        keys = Axis(Operand(integers(call, "k_lengths", k_lengths)), None)
+        keys = Axis(_lengths(call, "k_lengths", k_lengths), None)
         counts = queries._lengths().numel(), keys._lengths().numel()
         if counts[0] != counts[1]:
             rule = "lengths and k_lengths must name the same documents"
@@ -351,6 +351,25 @@ def documents(
         given = f"{queries.rows} and {keys.rows} rows"
         raise ShapeError(describe(call, rule, given, "Pass (B, Lq) and (B, Lk), or one row for all"))
     return Documents(queries, keys, by_index=True)
+
+
+def _lengths(call: str, name: str, given: Any) -> Operand:
+    nested = (
+        given.ndim > 1 if isinstance(given, Tensor) else isinstance(given, (list, tuple)) and any(map(_many, given))
+    )
+    if nested:
+        ids = name.replace("lengths", "segment_ids")
+        rule = f"{name} are those of one packed row, shared by the batch"
+        fix = (
+            f"Where rows differ pass {ids}=, (B, L), each token's document: "
+            "torch.stack([torch.arange(len(row)).repeat_interleave(torch.tensor(row)) for row in lengths])"
+        )
+        raise ShapeError(describe(call, rule, f"{name}={shown(given)}", fix))
+    return Operand(integers(call, name, given))
+
+
+def _many(x: Any) -> bool:
+    return isinstance(x, (list, tuple)) or getattr(x, "ndim", 0) > 0
 
 
 def _ids(call: str, name: str, given: Any) -> Axis:

@@ -55,6 +55,8 @@ def check_tokens(call: str, name: str, x: Any, width_name: str, width: int) -> N
     """x must be (B, L, width)."""
     if not isinstance(x, Tensor):
         rule, fix = f"{name} must be a tensor", f"Pass (B, L, {width})"
+        if hasattr(x, "__array__"):
+            fix = f"Make a tensor of it with torch.from_numpy({name})"
         raise ArgumentTypeError(describe(call, rule, f"{name}={shown(x)} ({type(x).__name__})", fix))
     if x.dim() != 3 or x.shape[-1] != width:
         fix = (
