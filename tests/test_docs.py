@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import qkv
 
@@ -96,7 +97,13 @@ def test_the_picture_is_what_the_script_draws(theme: str) -> None:
     assert spec.loader is not None
     draw = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(draw)
+    assert draw.masks(theme) == (place / f"masks-{theme}.svg").read_text(encoding="utf-8")
     drawn = draw.picture(theme)
+    assert f">softmax({draw.SCALE:g} q·k)</text>" in drawn, "the label is what the numbers are"
+    shown = torch.softmax(
+        draw.SCALE * torch.tensor([key for _, key, _ in draw.ENTRIES]) @ torch.tensor(draw.QUERY[1]), 0
+    )
+    assert draw.lookup()[0] == pytest.approx(shown.tolist(), abs=1e-6)
     assert drawn == (place / f"lookup-{theme}.svg").read_text(encoding="utf-8")
     weights, out = draw.lookup()
     assert sum(weights) == pytest.approx(1.0, abs=1e-6)

@@ -119,6 +119,8 @@ def test_scale_agrees_with_other_random_numbers(answers: dict[str, Answer]) -> N
         q, k = rng.standard_normal((32, 12, d)), rng.standard_normal((32, 128, d))
         scores = q @ k.transpose(0, 2, 1)
         assert n["variance of q·k"][index] == pytest.approx(d, rel=0.15)
+        assert n["variance of q·k, 1/√d"][index] == pytest.approx(1, rel=0.15), "what the square root is for"
+        assert n["variance of q·k, 1/d"][index] == pytest.approx(1 / d, rel=0.15)
         for rule, scale in (("no scale", 1.0), ("1/√d", d**-0.5), ("1/d", 1 / d)):
             p = _softmax(scores * scale).reshape(-1, 128)
             entropy = -(p * np.log(np.maximum(p, 1e-300))).sum(-1).mean()

@@ -1,4 +1,4 @@
-"""Draws the README's picture of one lookup, from numbers that qkv computes. Run: python docs/pictures/draw.py"""
+"""Draws the README's pictures from numbers that qkv computes: a lookup, and masks. Run: python docs/pictures/draw.py"""
 
 from __future__ import annotations
 
@@ -24,6 +24,21 @@ THEMES = {
     "light": {"text": "#1f2328", "muted": "#59636e", "panel": "#f6f8fa", "line": "#d1d9e0", "accent": "#0969da"},
     "dark": {"text": "#f0f6fc", "muted": "#9198a1", "panel": "#151b23", "line": "#3d444d", "accent": "#4493f8"},
 }
+# Eight queries (rows) and keys (columns). What is written is what is drawn; a bias is shown as the weights that it
+# leaves of equal scores, each row's largest in full colour.
+MASKS = (
+    ("every earlier key", "qkv.causal()"),
+    ("the last three", "qkv.sliding_window(3)"),
+    ("two texts in one row", "qkv.documents([3, 5])\n& qkv.causal()"),
+    ("a prompt sees itself", "qkv.causal() | qkv.prefix(3)"),
+    ("the first, and the last three", "qkv.causal() & (qkv.prefix(1)\n| qkv.sliding_window(3))"),
+    ("neighbours, and one for all", "qkv.longformer(2, [4])"),
+)
+SCORES = (
+    ("less, the farther away", "qkv.alibi([0.5])"),
+    ("any function of a score", "qkv.score_mod(\n  lambda s, b, h, p, j:\n  s - 0.1 * (p - j) ** 2)"),
+)
+LENGTH, CELL = 8, 13
 FONT = "font-family=\"ui-sans-serif, system-ui, 'Segoe UI', Helvetica, Arial, sans-serif\""
 WIDTH, HEIGHT, TOP, STEP = 880, 336, 92, 44
 QUERY_X, KEY_X, BAR_X, VALUE_X, OUT_X = 20, 256, 470, 648, 762
@@ -73,7 +88,7 @@ def picture(theme: str) -> str:
         text(QUERY_X + 24, 34, "what I look for", 14, "muted"),
         text(KEY_X, 34, "K", 22, "accent", 'font-weight="700"'),
         text(KEY_X + 24, 34, "what each entry is like", 14, "muted"),
-        text(BAR_X, 34, "softmax(q·k)", 15, "text", 'font-weight="600"'),
+        text(BAR_X, 34, f"softmax({SCALE:g} q·k)", 15, "text", 'font-weight="600"'),
         text(BAR_X, 52, "weights, sum 1", 12, "muted"),
         text(VALUE_X - 8, 34, "V", 22, "accent", 'font-weight="700"'),
         text(VALUE_X + 14, 34, "its colour", 14, "muted"),
@@ -116,10 +131,47 @@ def picture(theme: str) -> str:
     return "\n".join(parts) + "\n"
 
 
+def shades(code: str, bias: bool) -> list[list[float]]:
+    """Return how much each query sees of each key, 0 to 1: of a mask, or of causal attention with a bias."""
+    value = eval(f"({code})", {"qkv": qkv})
+    if not bias:
+        seen: list[list[float]] = value.tensor(LENGTH, LENGTH)[0, 0].float().tolist()
+        return seen
+    q = torch.zeros(1, 1, LENGTH, 1)
+    p = qkv.weights(q, q, mask=qkv.causal(), bias=value)[0, 0]
+    shown: list[list[float]] = (p / p.amax(-1, keepdim=True)).tolist()
+    return shown
+
+
+def masks(theme: str) -> str:
+    """Return the SVG text of masks and score functions for one theme."""
+    c = THEMES[theme]
+    column, row, side = 220, 206, LENGTH * CELL
+    mono = "font-family=\"ui-monospace, 'SF Mono', Menlo, Consolas, 'DejaVu Sans Mono', monospace\""
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {4 * column} {2 * row}" {FONT} role="img">',
+        "<title>Masks and score functions: which keys (columns) each query (row) sees, with the code of each</title>",
+    ]
+    for n, (title, code) in enumerate(MASKS + SCORES):
+        x0, y0, bias = 20 + column * (n % 4), 30 + row * (n // 4), n >= len(MASKS)
+        parts.append(f'<text x="{x0}" y="{y0 - 10}" font-size="13" fill="{c["text"]}">{title}</text>')
+        for i, line in enumerate(shades(code, bias)):
+            for j, share in enumerate(line):
+                fill = f'fill="{c["accent"]}" fill-opacity="{share:.2f}"' if share else f'fill="{c["panel"]}"'
+                at = f'x="{x0 + CELL * j}" y="{y0 + CELL * i}" width="{CELL - 2}" height="{CELL - 2}" rx="2"'
+                parts.append(f'<rect {at} {fill} stroke="{c["line"]}" stroke-width="0.5"/>')
+        for at, part in enumerate((f"mask=qkv.causal(),\nbias={code}" if bias else code).split("\n")):
+            drawn = part.replace("&", "&amp;").replace(" ", "\u00a0")
+            y = y0 + side + 16 + 15 * at
+            parts.append(f'<text x="{x0}" y="{y}" font-size="11.5" {mono} fill="{c["muted"]}">{drawn}</text>')
+    return "\n".join([*parts, "</svg>"]) + "\n"
+
+
 def main() -> None:
-    """Write lookup-light.svg and lookup-dark.svg beside this file."""
+    """Write the pictures for both themes beside this file."""
     for theme in THEMES:
-        (Path(__file__).parent / f"lookup-{theme}.svg").write_text(picture(theme), encoding="utf-8")
+        for name, draw in (("lookup", picture), ("masks", masks)):
+            (Path(__file__).parent / f"{name}-{theme}.svg").write_text(draw(theme), encoding="utf-8")
 
 
 if __name__ == "__main__":

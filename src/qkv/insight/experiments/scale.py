@@ -37,6 +37,10 @@ def run(seed: int) -> Answer:
                 absorbed = max(absorbed, (moved - p).abs().max().item())
 
     numbers: dict[str, float | tuple[float, ...]] = {"d": SIZES, "variance of q·k": tuple(variance)}
+    for rule, scale in RULES.items():
+        if rule != "no scale":
+            scaled = tuple(s * scale(d) ** 2 for s, d in zip(variance, SIZES, strict=True))
+            numbers[f"variance of q·k, {rule}"] = scaled
     for title, series in (
         ("peak weight", peak),
         ("entropy, nats", entropy),
@@ -70,7 +74,8 @@ def run(seed: int) -> Answer:
     verdict = (
         f"The variance of q·k grows like d ({number(variance[0])} at d = {SIZES[0]}, {number(variance[-1])} at "
         f"{SIZES[-1]}), so without a scale the softmax hardens as heads get wider: its peak goes from "
-        f"{number(peak['no scale'][0])} to {number(peak['no scale'][-1])}. Dividing by √d keeps the peak where it is, "
+        f"{number(peak['no scale'][0])} to {number(peak['no scale'][-1])}. Divided by √d its variance "
+        f"is 1 and the peak stays where it is, "
         f"{number(min(peak['1/√d']))} to {number(max(peak['1/√d']))} at every d. Dividing by d flattens it: "
         f"{number(peak['1/d'][-1])} at d = {SIZES[-1]}, where equal weights would be {number(1 / KEYS)}. {sixty_four} "
         f"{far} "
