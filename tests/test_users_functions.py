@@ -126,6 +126,17 @@ def test_jit_trace_ends_in_a_sentence(layer: bool) -> None:
         run(given)
 
 
+def test_jit_trace_over_a_cache_ends_in_a_sentence() -> None:
+    cache = qkv.cache.PagedCache(pages=2, num_kv_heads=2, head_dim=8, dtype=torch.float64)
+    seq = cache.add()
+    cache.append([seq], Q[:1, :2], Q[:1, :2])
+    view = cache.view([seq])
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(UnsupportedError, match=r"inside of torch\.jit\.trace"):
+            torch.jit.trace(lambda q: qkv.attention(q, view, mask=qkv.causal()), (Q[:1],))
+
+
 def test_onnx_export_ends_in_a_sentence() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -261,17 +261,15 @@ def attention(
 
 
 def _over_view(q: Any, view: KVView, v: Any, mask: Any, options: Options, backend: Any) -> Tensor | OutputWithLse:
+    if not _dynamo():
+        _refuse_recording()
     output = ops.eager(cached.attend)(_CALL, q, view, v, mask, options, backend)
     return OutputWithLse(output.out, output.lse) if options.return_lse else output.out  # type: ignore[arg-type]
 
 
 def _traced(q: Any, k: Any, v: Any, mask: Any, options: Options, backend: Any) -> Output | None:
     """The call as a node of the graph that a tracer is making, or None where none is."""
-    if _recording() or _exporting_onnx():
-        rule = "no TorchScript and no ONNX graph can hold the call"
-        given = "a call inside of torch.jit.trace" if _recording() else "a call inside of torch.onnx.export"
-        fix = "Use torch.export.export or torch.compile, which take it as one node; for ONNX export PyTorch's own layer"
-        raise UnsupportedError(describe(_CALL, rule, given, fix))
+    _refuse_recording()
     followed = ops.tracing(q) or ops.tracing(k) or ops.tracing(v)
     if not followed and _modes() == 0:
         return None
@@ -288,10 +286,14 @@ def _traced(q: Any, k: Any, v: Any, mask: Any, options: Options, backend: Any) -
     return Output(*found)
 
 
-def _exporting_onnx() -> bool:
-    """Whether torch.onnx.export traces the call, by way of torch.export."""
-    flags = sys.modules.get("torch.onnx._internal.exporter._flags")
-    return flags is not None and bool(getattr(flags, "_is_onnx_exporting", False))
+def _refuse_recording() -> None:
+    """TorchScript would keep the numbers of this one call, and ONNX has no such node."""
+    flags = sys.modules.get("torch.onnx._internal.exporter._flags")  # of an export by way of torch.export
+    if _recording() or getattr(flags, "_is_onnx_exporting", False):
+        rule = "no TorchScript and no ONNX graph can hold the call"
+        given = "a call inside of torch.jit.trace" if _recording() else "a call inside of torch.onnx.export"
+        fix = "Use torch.export.export or torch.compile, which take it as one node; for ONNX export PyTorch's own layer"
+        raise UnsupportedError(describe(_CALL, rule, given, fix))
 
 
 def _unfollowed() -> Callable[..., Output]:
