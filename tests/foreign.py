@@ -1,7 +1,7 @@
 """Run PyTorch's own test files on qkv: `make foreign DIR=...`, the folder that holds them.
 
-The files are PyTorch's and no part of this project; docs/foreign_tests.md says which ones, how many tests each must have
-at least, and which tests differ on purpose and why. This script reads both tables there, so that they are what is
+The files are PyTorch's and no part of this project; docs/foreign_tests.md says which ones, how many tests each must
+have at least, and which tests differ on purpose and why. This script reads both tables there, so that they are what is
 judged by. It is red where a file is missing or has fewer tests, and where a test fails that is not listed. What fails
 without qkv as well is PyTorch's own affair, and is printed; so is a listed test that passes.
 """
@@ -94,8 +94,8 @@ def run(folder: Path, file: str, replaced: str, more: list[str], every: int = 1)
             "PYTORCH_PRINT_REPRO_ON_FAILURE": "0",
         }
         command = [
-            sys.executable, "-m", "pytest", "-p", "tests.foreign_plugin", "-p", "no:cacheprovider", "-q", "--rootdir", ".",
-            "-c", os.devnull, "-W", "ignore", file, *more,
+            sys.executable, "-m", "pytest", "-p", "tests.foreign_plugin", "-p", "no:cacheprovider", "-q",
+            "--rootdir", ".", "-c", os.devnull, "-W", "ignore", file, *more,
         ]  # fmt: skip
         done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False)
         lines = [json.loads(line) for line in results.read_text().splitlines()]

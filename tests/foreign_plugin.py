@@ -1,7 +1,7 @@
 """A pytest plugin that puts qkv in PyTorch's place before the test file is imported; `tests/foreign.py` loads it.
 
-FOREIGN_WITH says what is replaced: nothing, "patch_sdpa", or "MultiheadAttention", which is both. FOREIGN_RESULTS is the
-file that gets one JSON line a test, FOREIGN_EVERY runs every n-th test only.
+FOREIGN_WITH says what is replaced: nothing, "patch_sdpa", or "MultiheadAttention", which is both. FOREIGN_RESULTS is
+the file that gets one JSON line a test, FOREIGN_EVERY runs every n-th test only.
 """
 
 from __future__ import annotations

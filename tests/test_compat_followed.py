@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo
+import torch._functorch.config
+import torch._inductor.config
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left
@@ -26,7 +28,12 @@ restored, own = compat_truth.restored, compat_truth.own
 def fresh_dynamo() -> Iterator[None]:
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    yield
+    # what a version of ours with other operators left in the caches on disk is not to be found
+    with (
+        torch._inductor.config.patch(fx_graph_cache=False),
+        torch._functorch.config.patch(enable_autograd_cache=False),
+    ):
+        yield
     torch._dynamo.reset()
 
 

@@ -395,6 +395,21 @@ def test_errors_are_pytorchs_as_well() -> None:
         for layer in (theirs, ours):
             with pytest.raises(AssertionError, match=re.escape(words)):
                 layer(*given)
+    many = torch.zeros(H + 1, S, S, dtype=torch.bool)
+    for layer in (theirs, ours):  # without a batch
+        with pytest.raises(AssertionError, match="Expected `attn_mask` shape to be "):
+            layer(x[0], x[0], x[0], attn_mask=many)
+    for kind in (torch.nn.MultiheadAttention, MultiheadAttention):
+        with pytest.raises(AssertionError, match="embed_dim must be divisible by num_heads"):
+            kind(16, 3)
+
+
+def test_a_bias_of_another_dtype_is_taken_as_pytorch_takes_it() -> None:
+    theirs, ours = pair(batch_first=True)
+    for layer in (theirs, ours):
+        layer.in_proj_bias = torch.nn.Parameter(layer.in_proj_bias.detach().half())
+    x = tokens(ours, lengths=(S, S))[0]
+    same(theirs(x, x, x)[0], ours(x, x, x)[0], "a bias in float16")
 
 
 # ------------------------------------------------------------------------------- out_proj is called, nested tensors
@@ -547,6 +562,28 @@ def test_nested_tensors_that_do_not_fit_are_refused() -> None:
             ours(*given)
     with pytest.raises(qkv.ArgumentError, match="batch_first=True"):
         MultiheadAttention(E, H)(x, x, x)
+
+
+@pytest.mark.parametrize("low", [-1e12, -1e32, torch.finfo(torch.float32).min])
+def test_gradients_of_a_text_that_a_float_mask_pads_are_finite(low: float) -> None:
+    """Masks of large finite numbers, alone and added to each other; a row of them throughout weighs its keys alike."""
+    theirs, ours = pair(batch_first=True, dtype=torch.float32)
+    pad = torch.arange(S) >= torch.tensor([[6], [3], [0]])
+    added = torch.zeros(N, S).masked_fill(pad, low)
+    for more in (None, torch.zeros(L, S).masked_fill(torch.ones(L, S).triu(3).bool(), low)):
+        if more is not None and low < -1e32:
+            continue  # two of them have no sum in float32
+        made = []
+        # PyTorch's layer with weights asked for: its fused backward pass loses such rows (torch 2.13)
+        for layer, need_weights in ((theirs, True), (ours, True), (ours, False)):
+            inputs = [x.requires_grad_() for x in tokens(layer)]
+            out, p = layer(*inputs, key_padding_mask=added, attn_mask=more, need_weights=need_weights)
+            cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(0))
+            made.append([out.detach(), *torch.autograd.grad((out * cotangent).sum(), [*inputs, *layer.parameters()])])
+            assert p is None or p.isfinite().all()
+        for a, *both in zip(*made, strict=True):
+            for b in both:
+                assert ((a - b).abs() <= 1e-4 * (1 + a.abs().max())).all()  # float32 sums of some hundred terms
 
 
 def test_dropped_and_hidden_values_are_not_read() -> None:

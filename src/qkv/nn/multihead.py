@@ -22,6 +22,10 @@ class TorchShapeError(ShapeError, AssertionError, RuntimeError):
     """Sizes that do not fit together, where PyTorch's layer fails an assertion or raises a RuntimeError."""
 
 
+class TorchArgumentError(ArgumentError, AssertionError):
+    """A value that is not taken, where PyTorch's layer fails an assertion."""
+
+
 class TorchTypeError(ArgumentTypeError, AssertionError):
     """A dtype that is not taken, where PyTorch's layer fails an assertion."""
 
@@ -121,7 +125,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             given = f"embed_dim={embed_dim} and num_heads={num_heads}"
             fits = ", ".join(str(n) for n in range(1, min(embed_dim, 64) + 1) if embed_dim % n == 0)
             fix = f"Use num_heads in {{{fits}}}"
-            raise ArgumentError(describe(_CALL, "embed_dim must be a multiple of num_heads", given, fix))
+            raise TorchArgumentError(describe(_CALL, "embed_dim must be divisible by num_heads", given, fix))
         if isinstance(dropout, bool) or not isinstance(dropout, (int, float)):
             given = f"dropout={shown(dropout)} ({type(dropout).__name__})"
             raise ArgumentTypeError(describe(_CALL, "dropout must be a number", given, "Use 0 for no dropout"))
@@ -247,6 +251,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
         """q (N, L, E), k and v (N, S, E): one matrix product for what has one source."""
         E, W, b = self.embed_dim, self.in_proj_weight, self.in_proj_bias
+        if b is not None and W is not None and b.dtype != W.dtype:  # a product in one call takes one dtype
+            b = b.to(W.dtype)
         one_source, key_is_value = query is key and key is value, key is value
         query, key, value = (self._batch_first(x) for x in (query, key, value))
         if W is None:
@@ -408,8 +414,9 @@ def _check_mask(name: str, x: Any, sizes: _Sizes, allowed: tuple[tuple[int, ...]
         raise ArgumentTypeError(describe(_CALL, f"{name} must be a plain tensor", type(x).__name__, fix))
     if tuple(x.shape) not in allowed:
         given = f"{name} {tuple(x.shape)} for N={sizes.N}, H={sizes.H}, L={sizes.L}, S={sizes.S}"
-        rule = f"Expected `{name}` shape to be {' or '.join(map(str, allowed))}"
-        if x.dim() not in {len(shape) for shape in allowed}:
+        alike = [shape for shape in allowed if len(shape) == x.dim()]
+        rule = f"Expected `{name}` shape to be {' or '.join(map(str, alike))}"
+        if not alike:
             dims = "2-D or 3-D" if len(allowed) > 1 else f"{len(allowed[0])}-D"
             comma = "," if len(allowed) > 1 else " or"
             rule = f"expected `{name}` to be `None`{comma} {dims} but found {x.dim()}-D tensor instead"
