@@ -1,9 +1,9 @@
 """README's layer under `patch_sdpa`, beside itself without: `python benchmarks/patched_layer.py`.
 
-`torch.nn.TransformerEncoderLayer(256, 8, batch_first=True)`, in training (forward and backward, dropout 0.1, as the layer
-is made) and in evaluation (inference mode, where PyTorch alone takes its fused path). Each round runs both once, in an
-order that changes; what is compared is the processor's time of a round's two runs, which neighbours on the machine
-disturb less than the wall's. A ratio below 1 means that the patched layer took less.
+`torch.nn.TransformerEncoderLayer(256, 8, batch_first=True)`, in training (forward and backward, dropout 0.1, as the
+layer is made) and in evaluation (inference mode, where PyTorch alone takes its fused path). Each round runs both once,
+in an order that changes; what is compared is the processor's time of a round's two runs, which neighbours on the
+machine disturb less than the wall's. A ratio below 1 means that the patched layer took less.
 """
 
 from __future__ import annotations

@@ -103,6 +103,16 @@ def test_causal_bias(own: None, Lq: int, Lk: int, patched: bool) -> None:
             assert ((mine.double() - wanted[name].value).abs() <= wanted[name].bound).all(), name
 
 
+def test_a_causal_bias_is_no_bias_of_qkv_attention() -> None:
+    """It holds no data: what lies in its memory would be added to the scores."""
+    q, k, v = drawn()
+    for given in ({"bias": causal_upper_left(5, 7)}, {"mask": causal_upper_left(5, 7)}):
+        with pytest.raises(qkv.ArgumentTypeError):
+            qkv.attention(q, k, v, **given)
+    with pytest.raises(qkv.ArgumentTypeError, match=r"mask=qkv\.causal\(\)"):
+        qkv.attention(q, k, v, bias=causal_lower_right(5, 7))
+
+
 # --------------------------------------------------------------------------------------------------------------- errors
 def _bad(**changes: Any) -> dict[str, Any]:
     q, k, v = drawn()

@@ -400,6 +400,9 @@ def as_bias(x: Any, call: str = "qkv.attention()") -> ScoreTerm | None:
     if x is None or isinstance(x, ScoreTerm):
         return x
     if isinstance(x, Tensor):
+        if type(x).__name__ == "CausalBias":  # torch.nn.attention.bias has it: it holds no data, memory would be read
+            fix = 'Pass mask=qkv.causal(), with positions="start" for the upper left corner, "end" for the lower right'
+            raise ArgumentTypeError(describe(call, "bias must hold what is added to the scores", "a CausalBias", fix))
         if x.dtype in _FLOATING:
             return TensorBias(x)
         fix = "Pass a bool tensor as mask= (True = may attend)" if x.dtype == torch.bool else "Convert it to q's dtype"

@@ -250,7 +250,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
         """q (N, L, E), k and v (N, S, E): one matrix product for what has one source."""
-        E, W, b = self.embed_dim, self.in_proj_weight, self.in_proj_bias
+        E, W = self.embed_dim, self.in_proj_weight
+        b: Tensor | None = self.in_proj_bias
         if b is not None and W is not None and b.dtype != W.dtype:  # a product in one call takes one dtype
             b = b.to(W.dtype)
         one_source, key_is_value = query is key and key is value, key is value
