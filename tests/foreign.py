@@ -79,8 +79,8 @@ def expanded(name: str) -> list[str]:
     return [each for part in found[1].split(",") for each in expanded(f"{start}{part}{end}")]
 
 
-def run(folder: Path, file: str, replaced: str, more: list[str], every: int = 1) -> Found:
-    """pytest in a process of its own, with qkv in PyTorch's place."""
+def run(folder: Path, replaced: str, chosen: list[str], every: int = 1) -> Found:
+    """pytest on some files or tests in a process of its own, with qkv in PyTorch's place."""
     with tempfile.TemporaryDirectory() as scratch:
         results = Path(scratch) / "results.jsonl"
         results.touch()
@@ -95,7 +95,7 @@ def run(folder: Path, file: str, replaced: str, more: list[str], every: int = 1)
         }
         command = [
             sys.executable, "-m", "pytest", "-p", "tests.foreign_plugin", "-p", "no:cacheprovider", "-q",
-            "--rootdir", ".", "-c", os.devnull, "-W", "ignore", file, *more,
+            "--rootdir", ".", "-c", os.devnull, "-W", "ignore", *chosen,
         ]  # fmt: skip
         done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False)
         lines = [json.loads(line) for line in results.read_text().splitlines()]
@@ -142,12 +142,12 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"  RED  {one.file} is not in {given.folder}")
             bad += 1
             continue
-        found = run(given.folder, one.file, one.replaced, ["-k", one.chosen] if one.chosen else [], given.every)
+        found = run(given.folder, one.replaced, [one.file, *(["-k", one.chosen] if one.chosen else [])], given.every)
         listed = {row.test for row in all_listed if (row.file, row.replaced) == (one.file, one.replaced)}
         failing = [test for test, outcome in found.outcomes.items() if outcome == "failed" and test not in listed]
         plainly: set[str] = set()
         if failing:
-            again = run(given.folder, "", "", [f"{one.file}::{test}" for test in failing])
+            again = run(given.folder, "", [f"{one.file}::{test}" for test in failing])
             plainly = {test for test, outcome in again.outcomes.items() if outcome == "failed"}
         red, notes = judge(one, found, listed, plainly)
         counts = {kind: list(found.outcomes.values()).count(kind) for kind in ("passed", "failed", "skipped")}

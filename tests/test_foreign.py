@@ -90,6 +90,7 @@ def test_a_file_runs_with_qkv_in_place(
     code: int, words: list[str],
 ) -> None:  # fmt: skip
     (tmp_path / "test_it.py").write_text(FILE)
+    (tmp_path / "test_other.py").write_text("raise KeyError")  # files beside it are not loaded
     page = tmp_path / "page.md"
     page.write_text(PAGE.format(least=least, listed=listed))
     monkeypatch.setattr(foreign, "PAGE", page)
