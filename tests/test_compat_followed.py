@@ -65,8 +65,7 @@ def close(mine: dict[str, Tensor], wanted: dict[str, Any], note: str) -> None:
         assert not wrong.any(), f"{note}: {name} is off at {wrong.nonzero()[0].tolist()}"
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "backend"), [*((kind, "aot_eager") for kind in KINDS), ("float mask", "inductor")])
 def test_compiled_it_is_one_graph_with_qkvs_operator(own: None, kind: str, backend: str) -> None:
     graphs: list[str] = []
     inner = torch._dynamo.lookup_backend(backend)
