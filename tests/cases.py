@@ -49,6 +49,7 @@ class Config:
     wide: Spec | None = None
     poison: str = "nan"  # what hidden slots and gaps hold: nan inf huge magnet zero
     visible_nan: bool = False
+    dropout_p: float = 0.0  # its seed is drawn after torch.manual_seed(seed)
 
     def __str__(self) -> str:
         sizes = f"B{self.B} H{self.Hq}/{self.Hkv} L{self.Lq}x{self.Lk} D{self.D}/{self.Dv} {self.dtype}"

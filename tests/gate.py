@@ -93,6 +93,7 @@ def attend_with(backend: str) -> Attend:
     def attend(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         for leaf in inputs.leaves.values():
             leaf.requires_grad_()
+        torch.manual_seed(inputs.config.seed)
         out, lse = qkv.attention(**inputs.call(), return_lse=True, backend=backend)
         names = list(inputs.leaves)
         given = (inputs.dout, inputs.dlse)

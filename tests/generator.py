@@ -241,4 +241,8 @@ def random_config(seed: int) -> Config:
         poison=pick(rng, "nan", "nan", "inf", "huge", "magnet"),
         visible_nan=chance(rng, 0.04),
     )
-    return replace(wide, v_in_k=False) if (wide := widened(drawn)).wide is not None else drawn
+    if (wide := widened(drawn)).wide is not None:
+        return replace(wide, v_in_k=False)
+    more = np.random.default_rng((seed, 13))  # apart: what else is drawn stays what it was
+    drops = not drawn.visible_nan and flavour != "shifted" and chance(more, 0.1)
+    return replace(drawn, dropout_p=pick(more, 0.1, 0.5, 0.9)) if drops else drawn

@@ -45,6 +45,7 @@ class Inputs:
             "scale": c.scale,
             "softcap": c.softcap,
             "sinks": self.leaves.get("sinks"),
+            "dropout_p": c.dropout_p or None,
         }
         for term in self.bias:
             # not tensor + tensor, which torch would round to their dtype before the library sees it
@@ -223,6 +224,15 @@ def _poison_hidden(config: Config, used: Array, q: Array, arrays: tuple[Array, .
             arrays[0][b, g, j] = row * (60 / (config.real_scale or 1) / max(row @ row, 1e-6))
 
 
+def _seed(config: Config) -> int:
+    """What a call with dropout draws right after torch.manual_seed(config.seed)."""
+    if not config.dropout_p:
+        return 0
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        return int(torch.randint(2**63 - 1, ()))
+
+
 def materialise(config: Config) -> Inputs:
     """Draw the tensors of a configuration; the same ones every time."""
     c, rng = config, np.random.default_rng((config.seed, 7))
@@ -283,6 +293,8 @@ def materialise(config: Config) -> Inputs:
         softcap=c.softcap,
         sinks=_wide(leaves["sinks"], kind) if "sinks" in leaves else None,
         exact=c.wide is not None,
+        dropout_p=c.dropout_p,
+        seed=_seed(c),
         _keys=call._keys,
     )
     return Inputs(

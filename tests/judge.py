@@ -129,7 +129,7 @@ def gradient_bound(config: Config, grad: Grad, e: float, tiny: float, inputs: In
 def is_plain(config: Config) -> bool:
     """Whether naive PyTorch computes the same thing: no term but the mask, nothing planted among visible keys."""
     c = config
-    return not (c.bias or c.softcap or c.sinks or c.visible_nan) and c.flavour in ("needles", "flat")
+    return not (c.bias or c.softcap or c.sinks or c.visible_nan or c.dropout_p) and c.flavour in ("needles", "flat")
 
 
 def naive_error(inputs: Inputs, truth: Result) -> float:

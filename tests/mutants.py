@@ -5,7 +5,7 @@
 A Python mutant is the plain implementation of `plain.py` with one line wrong. A native mutant is the shipped kernel
 compiled once more with a run-time number that switches one mistake on (`_native_mutants`, absent from what is
 shipped). Both face the gate's own checks on the gate's own configurations; no mutant has a test of its own. A native
-one that is still alive then faces the configurations of `views_gate`, and those of `GLUE_MUTANTS`, mistakes between a
+one that is still alive then faces the configurations of `views_gate` and the sums of `saturated`, and those of `GLUE_MUTANTS`, mistakes between a
 view and its kernels, face these alone.
 """
 
@@ -27,7 +27,7 @@ import torch
 
 from qkv import cached, functional
 from qkv.backends import base
-from tests import gate, views_gate
+from tests import gate, saturated, views_gate
 from tests.cases import CASES, Config
 from tests.generator import random_config
 from tests.plain import PYTHON_MUTANTS, Plain
@@ -118,6 +118,9 @@ def try_native(number: int, name: str, asked: Sequence[gate.Question], isas: Seq
                     outcome = views_gate.ask(question, isa) if paged else gate.ask(question, isa)
                     if outcome.faults:
                         return Trial("native", name, question.config.seed, f"{isa}: {outcome.faults[0]}", count)
+            for isa in isas:
+                if fault := saturated.fault(isa):
+                    return Trial("native", name, -1, f"{isa}: {fault}", 0)
     finally:
         module.set_mutant(0)
     return Trial("native", name, None, "", count)
@@ -175,8 +178,9 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{trial.kind:<7} {name:<20} {result:<36} {trial.fault[:90]}", flush=True)
 
     if args.only in (None, "python"):
+        plain = [q for q in asked if not q.config.dropout_p]  # `Plain` drops nothing
         for bug in ("", *PYTHON_MUTANTS):
-            tell(try_python(bug, asked), asked)
+            tell(try_python(bug, plain), plain)
     if args.only in (None, "glue"):
         for name in ("", *views_gate.GLUE_MUTANTS):
             tell(try_glue(name), view_questions())
@@ -198,7 +202,7 @@ def _named(faced: Sequence[AnyQuestion], at: int) -> str:
     """What killed a mutant: the last question it faced."""
     config = faced[at - 1].config if at else None
     if config is None:
-        return "its crash"
+        return "its crash, or sums of weights"
     if isinstance(config, Config):
         return f"case {config.name!r}" if config.name else f"seed {config.seed}"
     return f"views seed {config.seed}"

@@ -233,6 +233,8 @@ class Call:
     softcap: float | None = None
     sinks: Array | None = None
     exact: bool = False  # no score is rounded in the accumulation type, whatever its magnitude
+    dropout_p: float = 0.0
+    seed: int = 0
     _keys: dict[tuple[int, int, int], Array] = field(default_factory=dict)
 
     @property
@@ -297,6 +299,7 @@ class _Row(NamedTuple):
     slope: Array  # d(s after softcap) / d(scale * q.k)
     slope_size: Array
     terms: list[Term]
+    kept: Array  # what dropout multiplies each weight by
     far: Any  # how far below the maximum each key's score is, where it has weight: what exp() may round
 
 
@@ -342,6 +345,7 @@ def _forward_row(call: Call, res: Result, b: int, h: int, i: int, g: int) -> _Ro
     at = (b, h, i)
     res.seen[at] = len(j)
     p, sink_p = np.zeros_like(s), s.dtype.type(0)
+    kept = _kept(call, (b, h, i), j, s.dtype)
     if np.any(np.isnan(s) | (s == np.inf)):
         p[:] = res.out[at] = res.lse[at] = np.nan
         sink_p = sink_p + np.nan
@@ -352,22 +356,35 @@ def _forward_row(call: Call, res: Result, b: int, h: int, i: int, g: int) -> _Ro
             total = e.sum() + sink_e
             p, sink_p = e / total, sink_e / total
             alive = s > -np.inf  # a score of -inf has weight 0, whatever its value holds
-            res.out[at] = p[alive] @ v[alive]
+            res.out[at] = (p * kept)[alive] @ v[alive]
             res.lse[at] = top + np.log(total)
-            res.weight_v[at] = p[alive] @ abs(v[alive])
+            res.weight_v[at] = (p * kept)[alive] @ abs(v[alive])
     far = np.where(p > 0, s.max(initial=sink) - s, 0) if call.exact else 0
     if call.exact:  # weights below the smallest number of the accumulation may be lost as a whole
         far[far > (700 if s.dtype == np.longdouble else 85)] = 1e18
     res.spread[at] = 0 if call.exact else size[np.isfinite(size)].max(initial=0)
     res.max_v[at] = abs(v)[np.isfinite(v)].max(initial=0)
-    return _Row(j, k, v, p, sink_p, res.spread[at], slope, slope_size, terms, far)
+    return _Row(j, k, v, p, sink_p, res.spread[at], slope, slope_size, terms, kept, far)
+
+
+def _kept(call: Call, at: tuple[int, int, int], j: Array, kind: Any) -> Array:
+    """1 / (1 - p) where a weight is kept, 0 where it is dropped: by a hash of seed, batch row, head, query and key."""
+    if not call.dropout_p:
+        return np.ones(len(j), kind)
+    x = np.full(len(j), call.seed, np.int64).astype(np.uint64)
+    for index in (*at, j):
+        x = x + (np.asarray(index).astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        x = x ^ (x >> np.uint64(31))
+    return ((x >> np.uint64(11)) >= np.uint64(round(call.dropout_p * 2**53))) / (1 - kind.type(call.dropout_p))
 
 
 def _backward_row(call: Call, res: Result, row: _Row, at: tuple[int, int, int], g: int, do: Array, dlse: Any) -> None:
     b, h, _ = at
     j, k, v, p = row.j, row.k, row.v, row.p
     q, weight, grads = call.q[at], 1 + row.spread + row.far, res.grads
-    dp, dp_size = v @ do, abs(v) @ abs(do)
+    dp, dp_size = row.kept * (v @ do), row.kept * (abs(v) @ abs(do))
     mean, mean_size = p @ dp, p @ dp_size
     ds, ds_size = p * (dp - mean + dlse), p * (dp_size + mean_size + abs(dlse))
     mean_far = p @ (dp_size * row.far)
@@ -376,7 +393,8 @@ def _backward_row(call: Call, res: Result, row: _Row, at: tuple[int, int, int], 
         grads["sinks"].add((h,), row.sink * (dlse - mean), size, size * (1 + row.spread + far) + row.sink * mean_far)
     if not len(j):
         return
-    grads["v"].add((b, g, j), p[:, None] * do, p[:, None] * abs(do), (p * weight)[:, None] * abs(do))
+    share = p * row.kept
+    grads["v"].add((b, g, j), share[:, None] * do, share[:, None] * abs(do), (share * weight)[:, None] * abs(do))
     ds_weighted = ds_size * weight + p * mean_far
     for n in reversed(range(len(row.terms))):  # backwards through s -> gain * s + add
         term = row.terms[n]

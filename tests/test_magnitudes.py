@@ -16,7 +16,7 @@ from torch import Tensor
 import qkv
 import qkv.compat
 import qkv.nn
-from tests import gate
+from tests import gate, saturated
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 BACKENDS = tuple(name for name in gate.backends() if name != "sdpa")
@@ -141,6 +141,12 @@ def test_gradients_of_saturated_rows(scale: float, dtype: torch.dtype, backend: 
         bound = 1.25 * other + 4 * torch.finfo(dtype).eps * largest + 2.0**-100 * scale
         assert not x.isnan().any()
         assert error <= bound, f"d{name} errs by {error / largest:.1e}, dense by {other / largest:.1e}"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("scale", [1.0, 1e3, 1e5, 1e7])
+def test_weights_of_the_backward_pass_add_up_to_one(scale: float, backend: str) -> None:
+    assert not saturated.fault(backend, scale)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
