@@ -7,6 +7,7 @@ lose causality: what comes later changes what came before), one whose mask count
 from __future__ import annotations
 
 import copy
+import re
 import sys
 import types
 import warnings
@@ -131,12 +132,39 @@ def _git() -> Any:
     return transformers.GitForCausalLM(config).eval()
 
 
-def test_a_model_that_adds_its_mask_and_takes_other_attention_by_name_says_no() -> None:
+def test_a_model_that_adds_its_mask_and_takes_other_attention_by_name_is_eagers() -> None:
     """GIT's images go by name, its text does not: a mask that counts as numbers would be silently wrong."""
+    model, ids = _git(), hf.tokens(1, 12)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        want = model(input_ids=ids).logits
+        model.set_attn_implementation("qkv")
+        assert torch.equal(model(input_ids=ids).logits, want)
+
+
+def test_and_were_it_given_a_value_it_would_say_no(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(askers, "_NEEDS_A_TENSOR", re.compile("nothing that is there"))
+    askers._of_module.cache_clear()
     model = _git()
     model.set_attn_implementation("qkv")
-    with pytest.raises(qkv.UnsupportedError, match=r"must not be computed with.*eager"):
-        model(input_ids=hf.tokens(1, 12))
+    try:
+        with pytest.raises(qkv.UnsupportedError, match=r"must not be computed with.*eager"):
+            model(input_ids=hf.tokens(1, 12))
+    finally:
+        askers._of_module.cache_clear()
+
+
+def test_a_layer_without_a_mask_in_a_model_that_has_eager_only_sees_everything() -> None:
+    """BridgeTower: its image layers say that they are causal, and are given no mask."""
+    q, k, v = (torch.randn(1, 2, 5, 8, generator=torch.Generator().manual_seed(n)) for n in range(3))
+    full, causal = (qkv.attention(q, k, v, mask).transpose(1, 2) for mask in (None, qkv.causal()))
+    layer, other = (
+        type("Layer", (types.SimpleNamespace,), {"__module__": model.__module__})(is_causal=True, training=False)
+        for model in (transformers.BridgeTowerModel, transformers.LlamaModel)
+    )
+    assert torch.equal(adapter.attention_forward(layer, q, k, v, None)[0], full)
+    assert torch.equal(adapter.attention_forward(layer, q, k, v, None, is_causal=True)[0], causal)
+    assert torch.equal(adapter.attention_forward(other, q, k, v, None)[0], causal)
 
 
 def test_the_class_of_a_config_says_that_its_attention_cannot_be_set(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from qkv.errors import ArgumentTypeError, ShapeError, UnsupportedError, describe
 from qkv.functional import attention
+from qkv.integrations.transformers_askers import is_only_eager
 from qkv.integrations.transformers_features import features
 from qkv.integrations.transformers_mask import MaskTensor, ModelMask, model_mask
 from qkv.integrations.transformers_selection import selected_blocks, selected_keys
@@ -128,7 +129,8 @@ def attention_forward(
         Keys and values are not repeated: the head counts say which query heads share them.
     attention_mask : ModelMask, or the user's own 4-D tensor that broadcasts to (B, Hq, Lq, Lk)
         A bool tensor is a mask (True = may attend). A float tensor is added to the scores; -inf and the smallest
-        number of its dtype hide. None: causal where `is_causal` (or the module) says so and Lq > 1, as in `sdpa`.
+        number of its dtype hide. None: causal where `is_causal` (or the module) says so and Lq > 1, as in `sdpa`;
+        in a model that has `eager` only, where the call says so.
     scaling, softcap : the scale of the scores and their cap
     dropout : in training only
     s_aux : Tensor (Hq,), sinks
@@ -225,9 +227,14 @@ def _with_sinks(out: Tensor, lse: Tensor, sinks: Tensor, s_aux: Tensor | None) -
 
 
 def _without_mask(module: Any, query: Tensor, key: Tensor, is_causal: bool | None, sliding: int | None) -> Mask | None:
-    """What a layer that was given no mask means: causal where it says so, as `sdpa` reads it."""
+    """What a layer that was given no mask means: causal where it says so, as `sdpa` reads it.
+
+    Where a model has no `sdpa` nor anything but `eager`, no mask hides nothing unless the call says so.
+    """
     Lq, Lk = query.shape[2], key.shape[2]
-    forward_only = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if is_causal is None:
+        is_causal = getattr(module, "is_causal", True) and not is_only_eager(module)
+    forward_only = is_causal
     local = bool(sliding) and sliding is not None and sliding < Lk  # a window of 0 in a config is none
     if (Lq == 1 and not local) or (not forward_only and not local):
         return None

@@ -17,7 +17,11 @@ from torch import nn
 
 # Between the function that asks and the one that answers.
 _BETWEEN = re.compile(r"(torch|qkv|functools|contextlib|transformers\.(masking_utils|utils))(\.|$)")
-_ASKS_FOR_A_TENSOR = re.compile(r"isinstance\(\w*mask\w*, *(torch\.)?Tensor\)")
+# Code that lengthens its mask where it is a tensor, or a class that adds it to scores although others go by name.
+_NEEDS_A_TENSOR = re.compile(
+    r"isinstance\(\w*mask\w*, *(torch\.)?Tensor\)|^ {12,}(attention_scores|attn_scores|attn_weights) = \2 \+ \w*mask\b",
+    re.MULTILINE,
+)
 _warned: set[str] = set()
 
 
@@ -69,10 +73,10 @@ def _of_module(name: str) -> tuple[bool, bool]:
 
 
 def _look(module: dict[str, Any]) -> tuple[bool, bool]:
-    """(it has attention, and none by name; it asks whether its mask is a tensor)"""
+    """(it has attention, and none by name; a part of it needs masks that are tensors)"""
     name = module.get("__name__", "")
     if takes_attention_by_name(module):
-        return False, name in sys.modules and bool(_ASKS_FOR_A_TENSOR.search(_source(name)))
+        return False, name in sys.modules and bool(_NEEDS_A_TENSOR.search(_source(name)))
     own = (x for x in list(module.values()) if isinstance(x, type) and x.__module__ == name)
     return any(issubclass(x, nn.Module) and "Attention" in x.__name__ for x in own), False
 
@@ -105,6 +109,21 @@ def _model(config: type) -> Any:
 def _cannot(model: Any) -> bool:
     """Whether transformers finds, in the source of the model, that its attention cannot be set."""
     return bool(_source(model.__module__)) and not model._can_set_attn_implementation()
+
+
+def is_only_eager(layer: Any) -> bool:
+    """Whether a layer is of models that no implementation serves but `eager`: there, no mask hides nothing."""
+    name = type(layer).__module__
+    return name.startswith("transformers.models.") and _all_only_eager(name)
+
+
+@cache
+def _all_only_eager(name: str) -> bool:
+    from transformers import PreTrainedModel
+
+    own = [x for x in list(vars(sys.modules[name]).values()) if isinstance(x, type) and x.__module__ == name]
+    models = [x for x in own if issubclass(x, PreTrainedModel)]
+    return bool(models) and all(map(_only_eager, models))
 
 
 def _only_eager(model: Any) -> bool:
