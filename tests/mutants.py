@@ -5,8 +5,8 @@
 A Python mutant is the plain implementation of `plain.py` with one line wrong. A native mutant is the shipped kernel
 compiled once more with a run-time number that switches one mistake on (`_native_mutants`, absent from what is
 shipped). Both face the gate's own checks on the gate's own configurations; no mutant has a test of its own. A native
-one that is still alive then faces the configurations of `views_gate` and the sums of `saturated`, and those of `GLUE_MUTANTS`, mistakes between a
-view and its kernels, face these alone.
+one that is still alive then faces the configurations of `views_gate` and the sums of `saturated`, and those of
+`GLUE_MUTANTS`, mistakes between a view and its kernels, face these alone.
 """
 
 from __future__ import annotations

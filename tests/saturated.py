@@ -1,7 +1,8 @@
 """What holds of gradients at scores of any size and any rounding: a row's weights add up to 1.
 
-The sum of dV over the keys is then the sum of dout over the rows, though no score is exact and the error rule, which grows
-with the scores, forgives anything. It takes a backward pass that finds the forward pass's scores again, to the bit.
+The sum of dV over the keys is then the sum of dout over the rows, though no score is exact and the error rule, which
+grows with the scores, forgives anything. It takes a backward pass that finds the forward pass's scores again, to the
+bit.
 """
 
 from __future__ import annotations
