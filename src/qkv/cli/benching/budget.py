@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+_MOST_SHARES = 3.0
 OUT_OF_TIME = "left out: no time was left for it (--seconds gives more)"
 
 
@@ -24,6 +25,7 @@ class Budget:
         self.end, self._slack = now() + seconds, 0.05 * seconds
         self.overhead = 0.5  # seconds that a row costs beyond its rounds, as seen so far
         self.names: list[str] = []  # of rows that were left out
+        self.until = self.end  # when the row that has begun has to end at the latest
         self._begun = now()
         self._given = 0.0
 
@@ -37,16 +39,16 @@ class Budget:
         return (not self._given and not self.names) or self.left + self._slack >= self.overhead
 
     def rounds(self, longest: float, part: float = 1.0) -> float:
-        """Begin a row: the seconds for its rounds, `part` of an equal share less what rows cost beyond them."""
+        """Begin a row: the seconds for its rounds, `part` of an equal share less what rows cost beyond them.
+
+        With a first compilation and the least number of rounds it may take three shares, not more.
+        """
         self._begun = self.now()
-        self._given = min(longest, max(1e-9, part * self.left / max(1, self.rows) - self.overhead))
+        share = self.left / max(1, self.rows)
+        self.until = min(self.end, self._begun + _MOST_SHARES * share)
+        self._given = min(longest, max(1e-9, part * share - self.overhead))
         self.rows -= 1
         return self._given
-
-    @property
-    def until(self) -> float:
-        """When the row that has begun has to end at the latest: the rows after it get at least their overhead."""
-        return self.end - 0.5 * self.overhead * self.rows
 
     def done(self) -> None:
         """End a row: what it took beyond its rounds is expected of those to come."""
