@@ -8,6 +8,7 @@ import io
 import os
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -287,6 +288,23 @@ def test_doctor_says_in_one_whole_line_what_is_missing_and_how_to_get_it(
     reason = "the native extension was not built (No module named 'qkv._native' in a very long list of places)"
     monkeypatch.setattr("qkv.backends.base.load", lambda name: argparse.Namespace(missing=reason))
     assert doctor._native() == f"not usable: {reason}; {doctor.CURE}"
+
+
+def test_doctor_says_what_the_transformers_that_is_here_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    from qkv.integrations import transformers_features
+
+    found = {"masking_utils.mask (masks)": True, "cache_utils.Cache (caches)": True}
+    monkeypatch.setattr(transformers_features, "features", lambda: found)
+    version = metadata.version("transformers")
+    assert doctor._transformers() == f"{version}, has what attn_implementation='qkv' needs"
+    found["cache_utils.Cache (caches)"] = False
+    assert doctor._transformers() == f"{version}, lacks cache_utils.Cache (caches)"
+
+    def absent(name: str) -> str:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", absent)
+    assert doctor._transformers().startswith("not installed: pip install transformers")
 
 
 def _without_native(load: object) -> object:

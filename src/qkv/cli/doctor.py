@@ -136,11 +136,16 @@ def _usable() -> int:
 
 
 def _transformers() -> str:
-    """Return the version found."""
+    """Return the version found, and what of it `attn_implementation="qkv"` can use."""
     try:
-        return metadata.version("transformers")
+        version = metadata.version("transformers")
     except metadata.PackageNotFoundError:
         return "not installed: pip install transformers for attn_implementation='qkv'"
+    from qkv.integrations.transformers_features import features
+
+    lacking = [name for name, found in features().items() if not found]
+    has = f"lacks {', '.join(lacking)}" if lacking else "has what attn_implementation='qkv' needs"
+    return f"{version}, {has}"
 
 
 def _gpu() -> str:
