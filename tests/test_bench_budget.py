@@ -149,6 +149,7 @@ KINDS = {
     "a peer that compiles": ((0.0, 0.01), (0.0, 0.05), (20.0, 0.02)),
     "a slow peer": ((0.0, 0.02), (0.0, 4.0), (0.5, 0.02)),
     "slow": ((0.2, 2.0), (0.2, 6.0), (0.5, 2.0)),
+    "a peer that takes half a minute": ((0.0, 2.0), (0.0, 24.0), (0.5, 2.0)),
 }
 
 
@@ -207,7 +208,7 @@ def test_caches_keep_their_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def contest(small: Bench) -> list[Line]:
         clock.call(2.0)()
-        calls = {"ours": clock.call(0.5), "other": clock.call(4.0)}
+        calls = {"ours": clock.call(0.5), "other": clock.call(24.0)}
         race = Race(small, calls, {}, (torch.zeros(8), torch.zeros(8)))
         return [race.line("row", "ours", "other")]
 
