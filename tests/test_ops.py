@@ -122,6 +122,8 @@ def backward_sample(name: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (normal(*out.shape, dtype=out.dtype), normal(*lse.shape), out, lse, state, *given), static
 
 
+# opcheck of torch 2.14 looks at .grad of tensors that are no leaves.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.parametrize("name", SAMPLES)
 def test_opcheck(name: str) -> None:
     """Schema, autograd registration, fake tensors and compilation with dynamic shapes, by PyTorch's own checks."""

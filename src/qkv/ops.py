@@ -285,15 +285,15 @@ def _fake_backward(
 
 
 # ------------------------------------------------------------------------------------------------- autograd and vmap
-class _Node(torch.autograd.Function):
+class _Node(torch.autograd.function._SingleLevelFunction):
     """The op in autograd's graph."""
 
     @classmethod
     def apply(cls, *args: Any) -> Any:
         # One level of autograd: the dispatcher has been through torch.func's transforms when it comes here, while
-        # Function.apply, which is made for calls from above the dispatcher, would go through them once more.
+        # torch.autograd.Function, which is made for calls from above the dispatcher, would go through them once more.
         with enable_single_level_autograd_function():
-            return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]
+            return super().apply(*args)
 
     @staticmethod
     def forward(ctx: Any, keys: Any, static: dict[str, Any], terms: int, *flat: Any) -> Any:
