@@ -293,7 +293,7 @@ class _Node(torch.autograd.function._SingleLevelFunction):
         # One level of autograd: the dispatcher has been through torch.func's transforms when it comes here, while
         # torch.autograd.Function, which is made for calls from above the dispatcher, would go through them once more.
         with enable_single_level_autograd_function():
-            return super().apply(*args)
+            return super().apply(*args)  # type: ignore[misc]
 
     @staticmethod
     def forward(ctx: Any, keys: Any, static: dict[str, Any], terms: int, *flat: Any) -> Any:
