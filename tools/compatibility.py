@@ -53,7 +53,7 @@ class Outcome:
 
 
 def floors() -> dict[str, str]:
-    """The oldest torch and transformers that pyproject.toml allows: 2.13 means any patch of it."""
+    """The oldest torch and transformers that pyproject.toml allows: 2.9 means any patch of it."""
     return dict(_NEED.findall((ROOT / "pyproject.toml").read_text(encoding="utf-8")))
 
 

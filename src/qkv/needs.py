@@ -1,7 +1,7 @@
 """Which torch qkv needs, said before anything fails for want of it.
 
-The floor is the oldest release on which all tests are known to pass. On 2.5.1 and 2.7.1 those of attention and of its
-gradients do, but torch.compile cannot trace masks that are made inside a graph; 2.8 to 2.12 were not tried.
+The floor is the oldest release on which the tests are known to pass. On 2.5.1 and 2.7.1 those of attention and of its
+gradients do, but torch.compile cannot trace masks that are made inside a graph; 2.8 was not tried.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import warnings
 
 from qkv.errors import VersionError, describe
 
-FLOOR = (2, 13)
+FLOOR = (2, 9)
 
 with warnings.catch_warnings():
     # torch tells at its own import that NumPy is not there. Nothing here needs NumPy, so it is not ours to pass on.

@@ -524,7 +524,7 @@ def relative(
         return Relative(table)
     if buckets != "t5":
         raise ArgumentError(describe(call, "buckets is None or 't5'", f"buckets={buckets!r}", "Choose one of them"))
-    if not isinstance(bidirectional, bool | None):
+    if not isinstance(bidirectional, (bool, type(None))):  # torch 2.9 cannot trace `bool | None`
         raise ArgumentTypeError(describe(call, "bidirectional is a bool", f"{bidirectional!r}", "Pass True or False"))
     both = bidirectional is not False
     if isinstance(max_distance, bool) or not hasattr(max_distance, "__index__"):

@@ -194,7 +194,7 @@ def normalise_positions(
                 rule = "positions of one dimension hold the first query's position of each batch row"
                 fix = f"Pass {B} ints, or a tensor of shape ({B} or 1, {Lq}) for a position per query"
                 raise ShapeError(describe(call, rule, f"positions {tuple(given.shape)} and B={B}", fix))
-            return tuple(given.tolist()), None
+            return tuple(int(n) for n in given), None  # not tolist(), which torch 2.9 cannot under a transform
         if given.shape[0] not in (1, B) or given.shape[1] != Lq:
             rule = "positions of two dimensions must be (B or 1, Lq)"
             fix = f"Pass a tensor of shape ({B}, {Lq}) or (1, {Lq})"

@@ -151,7 +151,10 @@ def integers(call: str, name: str, value: Any, *, low: int | None = 0, dims: tup
 
 def _from_sequence(call: str, name: str, value: Any) -> Tensor:
     fix = "Pass a list of whole numbers or an integer tensor"
-    if isinstance(value, (str, bytes, dict)) or not hasattr(value, "__iter__") or whole(value) is not None:
+    known = isinstance(value, (list, tuple))  # of which torch 2.9 cannot trace whole()
+    if not known and (
+        isinstance(value, (str, bytes, dict)) or not hasattr(value, "__iter__") or whole(value) is not None
+    ):
         given = f"{name}={shown(value)} ({type(value).__name__})"
         raise ArgumentTypeError(describe(call, f"{name} must be a list or tensor of integers", given, fix))
     entries = list(value)
