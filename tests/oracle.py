@@ -359,12 +359,14 @@ def _forward_row(call: Call, res: Result, b: int, h: int, i: int, g: int) -> _Ro
             res.out[at] = (p * kept)[alive] @ v[alive]
             res.lse[at] = top + np.log(total)
             res.weight_v[at] = (p * kept)[alive] @ abs(v[alive])
-    apart = call.exact or call.dropout_p > 0  # where the best key may be dropped, weights far below it are all there is
+    # Where the best key's value is 0, or its weight dropped, what is left are weights far below it. The rounding of
+    # their distance from the maximum is theirs; S, where it counts, is at least half of that distance.
+    apart = call.exact or call.dropout_p > 0
     far = np.where(p > 0, s.max(initial=sink) - s, 0) if apart else 0
     if apart:  # weights below the smallest number of the accumulation may be lost as a whole
         far[far > (700 if s.dtype == np.longdouble else 85)] = 1e18
     res.spread[at] = 0 if call.exact else size[np.isfinite(size)].max(initial=0)
-    if call.dropout_p:
+    if apart:
         res.weight_v[at] += (p * kept * far / (1 + res.spread[at])) @ np.where(np.isfinite(v), abs(v), 0)
     res.max_v[at] = abs(v)[np.isfinite(v)].max(initial=0)
     return _Row(j, k, v, p, sink_p, res.spread[at], slope, slope_size, terms, kept, far)

@@ -75,7 +75,8 @@ def widened(config: C, plain: bool = True) -> C:
     scale = 1e10 if kind == "decimal" else 2.0**e
     # Ones: not where long sums of weights that are no whole numbers would round away from 1, each order otherwise.
     length = max(config.lengths) if hasattr(config, "lengths") else config.Lk
-    ones = rng.random() < 0.4 and (length <= 64 or (config.dtype != "f64" and (kind != "units" or g >= 6)))
+    whole = config.softcap is None and config.dtype != "f64" and (kind != "units" or g >= 6)  # weights of 0 and 1
+    ones = rng.random() < 0.4 and (length <= 64 or whole)
     return replace(
         config, flavour="wide", wide=(kind, a, b, t, digits, bool(ones)), scale=scale, bias=tuple(bias),
         sinks=config.sinks and accumulate,
