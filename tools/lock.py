@@ -19,6 +19,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from pip._vendor.packaging.requirements import Requirement  # pip is wherever this runs
+
 ROOT = Path(__file__).resolve().parent.parent
 LOCK = ROOT / "requirements.lock"
 _LINE = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*==[0-9][0-9a-z.!]*")
@@ -126,7 +128,9 @@ def closure(root: str) -> dict[str, str]:
         except metadata.PackageNotFoundError:  # of another platform, or of an extra
             continue
         found[name] = package.version.partition("+")[0]
-        todo += [re.split(r"[^\w.-]", need, maxsplit=1)[0] for need in package.requires or () if "extra ==" not in need]
+        needs = [Requirement(need) for need in package.requires or ()]
+        # By their markers, not by what is found: a library may put packages of its own on the path, as setuptools does.
+        todo += [need.name for need in needs if need.marker is None or need.marker.evaluate({"extra": ""})]
     return found
 
 
