@@ -11,7 +11,6 @@ namespace QKV_ISA {
 inline constexpr int kGranule = 16;                        // keys that are visited or skipped together
 inline constexpr int kGranules = kWindowKeys / kGranule;   // of a block
 inline constexpr double kLog2e = 1.4426950408889634074;
-inline constexpr double kLn2 = 0.69314718055994530942;
 template <class E>
 inline constexpr E kLargest = sizeof(E) == 8 ? static_cast<E>(1.7976931348623157e308) : static_cast<E>(3.4028234663852886e38f);
 

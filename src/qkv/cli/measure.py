@@ -98,10 +98,5 @@ def decode(dtype: str, say: Callable[[str], None], keys: int = KEYS) -> Timing:
 
 
 def _peer(q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]:
-    """Return PyTorch's own call; before torch 2.5 it wants keys and values repeated, which is not timed."""
-    try:
-        scaled_dot_product_attention(q, k, v, enable_gqa=True)
-    except TypeError:
-        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
-        return lambda: scaled_dot_product_attention(q, k, v)
+    """PyTorch's own call."""
     return lambda: scaled_dot_product_attention(q, k, v, enable_gqa=True)
