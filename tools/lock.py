@@ -19,7 +19,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from pip._vendor.packaging.requirements import Requirement  # pip is wherever this runs
+try:
+    from packaging.requirements import Requirement
+except ModuleNotFoundError:  # a bare venv: pip is wherever this runs, but setuptools warns where pip comes after distutils
+    from pip._vendor.packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parent.parent
 LOCK = ROOT / "requirements.lock"
