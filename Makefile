@@ -29,14 +29,14 @@ check: $(VENV)/.installed-dev
 
 # The mutants live in a build of their own: the shipped kernels do not contain them.
 gate: $(VENV)/.installed-dev $(VENV)/.mutants
-	$(BIN)/python -m tests.gate
-	$(BIN)/python -m tests.cache_model --operations 100000
-	$(BIN)/python -m tests.cache_mutants
-	PYTHONPATH=build/mutants $(BIN)/python -m tests.mutants
+	$(BIN)/python -m tests.gates.gate
+	$(BIN)/python -m tests.gates.cache_model --operations 100000
+	$(BIN)/python -m tests.gates.cache_mutants
+	PYTHONPATH=build/mutants $(BIN)/python -m tests.gates.mutants
 
 # A million operations, in two processes: some ten minutes.
 soak: $(VENV)/.installed-dev
-	$(BIN)/python -m tests.soak
+	$(BIN)/python -m tests.gates.soak
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/qkv bench
@@ -44,13 +44,13 @@ bench: $(VENV)/.installed-dev
 # Every model type of the installed transformers, small, `eager` against `qkv`: an hour, and goes on where it was stopped.
 # What it found is kept in build/models; ARGS="--retry" tries again what was not built, ARGS="llama t5" those types only.
 models: $(VENV)/.installed-dev
-	$(BIN)/python -W ignore -m tests.hf_sweep $(ARGS)
+	$(BIN)/python -W ignore -m tests.gates.hf_sweep $(ARGS)
 
 # PyTorch's own tests on qkv, from the folder that holds its files (docs/foreign_tests.md).
 EVERY ?= 1
 foreign: $(VENV)/.installed-dev
 	@test -n "$(DIR)" || { echo "make foreign DIR=...: the folder that holds PyTorch's test files (docs/foreign_tests.md)"; exit 2; }
-	$(BIN)/python -m tests.foreign --every $(EVERY) "$(DIR)"
+	$(BIN)/python -m tests.gates.foreign --every $(EVERY) "$(DIR)"
 
 # The kernels under sanitizers, without Python: random calls, malformed masks, threads, forks. Building takes minutes.
 SECONDS_EACH ?= 60

@@ -22,13 +22,13 @@ from typing import Any
 
 import torch
 
-from qkv.cli.continuation import SHIPPED
-from qkv.cli.decoder import KINDS, Config
-from qkv.cli.training import checkpoint
-from qkv.cli.training.ablations import ABLATIONS
-from qkv.cli.training.comparison import step_times
-from qkv.cli.training.data import Corpus, read_corpus
-from qkv.cli.training.loop import Run, Settings, decoder, held_out_bits
+from qkv.lm import checkpoint
+from qkv.lm.ablations import ABLATIONS
+from qkv.lm.comparison import step_times
+from qkv.lm.data import Corpus, read_corpus
+from qkv.lm.decoder import KINDS, Config
+from qkv.lm.generate import SHIPPED
+from qkv.lm.loop import Run, Settings, decoder, held_out_bits
 
 SIZES: dict[str, Any] = {"dim": 128, "layers": 3, "heads": 4, "context": 256}
 STEPS, BATCH, EVERY = 500, 8, 50

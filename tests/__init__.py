@@ -1,1 +1,1 @@
-"""The tests of qkv, importable so that `python -m tests.gate` and `python -m tests.mutants` run."""
+"""The tests of qkv, importable so that `python -m tests.gates.gate` and `python -m tests.gates.mutants` run."""

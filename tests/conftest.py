@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from tests import gate
+from tests.gates import gate
 
 
 def pytest_report_header() -> str:

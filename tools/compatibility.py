@@ -59,7 +59,7 @@ def floors() -> dict[str, str]:
 
 def environments() -> list[Environment]:
     """What is tried. Tests that know transformers run on its versions, all but those of the lock on the others."""
-    tests = sorted((ROOT / "tests").glob("test_*.py"))
+    tests = sorted((ROOT / "tests").rglob("test_*.py"))
     every = tuple(str(path.relative_to(ROOT)) for path in tests if path.name != "test_versions.py")
     about = tuple(name for name in every if "transformers" in (ROOT / name).read_text(encoding="utf-8"))
     oldest = floors()

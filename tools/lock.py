@@ -21,7 +21,7 @@ from typing import Any
 
 try:
     from packaging.requirements import Requirement
-except ModuleNotFoundError:  # a bare venv: pip is wherever this runs, but setuptools warns where pip comes after distutils
+except ModuleNotFoundError:  # a bare venv: pip is wherever this runs; setuptools warns where it comes after distutils
     from pip._vendor.packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parent.parent

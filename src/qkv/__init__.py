@@ -43,12 +43,11 @@ from qkv.masks import (
     window,
 )
 from qkv.merging import merge
-from qkv.planning import plan
+from qkv.plans import plan
 from qkv.scores import alibi, relative, score_mod
 
 if TYPE_CHECKING:  # what `__getattr__` below gives, so that type checkers and editors know it
     from qkv import cache as cache
-    from qkv import cli as cli
     from qkv import compat as compat
     from qkv import insight as insight
     from qkv import integrations as integrations
@@ -67,7 +66,6 @@ _LAZY = {
     "compat": ("qkv.compat", None),
     "integrations": ("qkv.integrations", None),
     "insight": ("qkv.insight", None),
-    "cli": ("qkv.cli", None),
 }
 
 __all__ = [

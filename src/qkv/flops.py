@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
-from qkv.encoding import decode
+from qkv.backends.tiled.schedule import View, count_tiles
 from qkv.masks import Mask
+from qkv.masks.portable import decode
 from qkv.masks.shapes import Chunked, Prefix, Window
-from qkv.tiling import View, count_tiles
 
 _MOST_ROWS = 1 << 22  # of queries whose pairs are counted one row at a time
 

@@ -12,23 +12,24 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from qkv import cached, cures, ops
+from qkv import execute, graph
 from qkv.backends import base
-from qkv.encoding import encode
+from qkv.call import keywords
+from qkv.call.problem import Inputs, KVView, Output, Problem
+from qkv.call.validate import Options, named, validate
+from qkv.call.view import check_view, gathered, joined
+from qkv.checks import integers, shown, whole
 from qkv.errors import ArgumentError, ArgumentTypeError, UnsupportedError, describe
 from qkv.masks import Mask
-from qkv.masks.arguments import integers, shown, whole
+from qkv.masks.portable import encode
 from qkv.numerics import no_autocast
-from qkv.planning import check_backend, choose, prepared
+from qkv.plans import check_backend, choose, prepared
 from qkv.remembered import Kept, Remembered
 from qkv.remembered import now as _now
 from qkv.scores import ScoreTerm
-from qkv.spec import Inputs, KVView, Output, Problem
-from qkv.validation import Options, named, validate
-from qkv.viewing import check_view, gathered, joined
 
 if TYPE_CHECKING:
-    from qkv.gradients import Call
+    from qkv.autograd import Call
 
 _CALL = "qkv.attention()"
 
@@ -210,12 +211,12 @@ def attention(
     (torch.Size([1, 8, 5, 32]), torch.Size([1, 8, 5]))
     """
     if unknown:
-        raise cures.unknown(_CALL, unknown, attention)
+        raise keywords.unknown(_CALL, unknown, attention)
     if k.__class__ is KVView:
         given = Options(positions, bias, scale, softcap, sinks, dropout_p, return_lse)
         return _over_view(q, k, v, mask, given, backend)
     if _dynamo():
-        found = ops.traced(q, k, v, mask, positions, bias, scale, softcap, sinks, dropout_p, backend, return_lse)
+        found = graph.traced(q, k, v, mask, positions, bias, scale, softcap, sinks, dropout_p, backend, return_lse)
         return OutputWithLse(*found) if return_lse else found[0]
     fast_key: Any = None
     kept: Kept | None = None
@@ -263,20 +264,20 @@ def attention(
 def _over_view(q: Any, view: KVView, v: Any, mask: Any, options: Options, backend: Any) -> Tensor | OutputWithLse:
     if not _dynamo():
         _refuse_recording()
-    output = ops.eager(cached.attend)(_CALL, q, view, v, mask, options, backend)
+    output = graph.eager(execute.attend)(_CALL, q, view, v, mask, options, backend)
     return OutputWithLse(output.out, output.lse) if options.return_lse else output.out  # type: ignore[arg-type]
 
 
 def _traced(q: Any, k: Any, v: Any, mask: Any, options: Options, backend: Any) -> Output | None:
     """The call as a node of the graph that a tracer is making, or None where none is."""
     _refuse_recording()
-    followed = ops.tracing(q) or ops.tracing(k) or ops.tracing(v)
+    followed = graph.tracing(q) or graph.tracing(k) or graph.tracing(v)
     if not followed and _modes() == 0:
         return None
     check_backend(_CALL, backend)
     o = options
     try:
-        found = ops.traced(
+        found = graph.traced(
             q, k, v, mask, o.positions, o.bias, o.scale, o.softcap, o.sinks, o.dropout_p, backend, o.return_lse
         )  # fmt: skip
     except UnsupportedError:
@@ -330,10 +331,10 @@ def _attend(
     if None not in (key, fast_key, entry.execute) and as_given and seedless and q.is_cpu and not problem.needs_grad:
         _FAST.put(fast_key, entry.execute, (problem.mask, _operands(entry.execute)))
     if problem.dropout_p > 0:
-        inputs.seed = int(ops.draw_seed()) if seed is None else seed
+        inputs.seed = int(graph.draw_seed()) if seed is None else seed
     if not torch.is_grad_enabled() or (entry.differentiable and not _differentiates(entry.backend)):
         return entry.run(inputs)
-    from qkv.gradients import Call, attend, refuse_captured  # loaded by the first call that may need it
+    from qkv.autograd import Call, attend, refuse_captured  # loaded by the first call that may need it
 
     refuse_captured(_CALL, inputs.bias, q.device)
     if not problem.needs_grad:
@@ -343,10 +344,10 @@ def _attend(
 
 def _transform(problem: Problem, inputs: Inputs, backend: str | None) -> Output:
     """A call whose tensors torch.func or forward mode follows; no result of it is remembered."""
-    from qkv.gradients import Call, attend, refuse_captured
+    from qkv.autograd import Call, attend, refuse_captured
 
     refuse_captured(_CALL, inputs.bias, inputs.q.device)
-    seed = int(ops.draw_seed()) if problem.dropout_p > 0 else 0
+    seed = int(graph.draw_seed()) if problem.dropout_p > 0 else 0
     chosen = base.load(choose(problem, backend, inputs.positions).backend)
     problem = _kept(replace(problem, needs_grad=True), chosen)
     words: list[int] = []
@@ -479,14 +480,14 @@ class _Door:
     def planned(
         q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, options: Options, backend: str | None
     ) -> tuple[Call, Inputs]:
-        from qkv.gradients import Call
+        from qkv.autograd import Call
 
         problem, inputs = validate(_CALL, q, k, v, mask, options)
         entry, _ = _planned(replace(problem, needs_grad=True), inputs, backend)
         return Call(entry.problem, entry.backend, entry.run, inputs.bias), inputs
 
 
-ops.implement(_Door)
+graph.implement(_Door)
 
 
 def weights(
@@ -541,7 +542,7 @@ def weights(
 
     call = "qkv.weights()"
     if unknown:
-        raise cures.unknown(call, unknown, weights)
+        raise keywords.unknown(call, unknown, weights)
     if isinstance(k, KVView):
         q, k, mask, positions = _keys_of_view(call, q, k, mask, Options(positions, bias, scale, softcap, sinks))
     if not isinstance(k, Tensor) or k.dim() != 4:

@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol, TypeAlias
 
 from torch import Tensor
 
-from qkv.spec import Inputs, Output, Problem
+from qkv.call.problem import Inputs, Output, Problem
 
 # execute(q, k, v, positions, bias_tensors, sinks, return_lse, seed=0) -> (out, lse or None, state or None), as in
 # spec.Output; the seed is dropout's
@@ -74,7 +74,7 @@ class Backend(Protocol):
 
 _PLACES = {
     "reference": ("qkv.backends.reference", "ReferenceBackend"),
-    "tiled": ("qkv.backends.tiled", "TiledBackend"),
+    "tiled": ("qkv.backends.tiled.forward", "TiledBackend"),
     "sdpa": ("qkv.backends.sdpa", "SdpaBackend"),
     "cpu": ("qkv.backends.cpu", "CpuBackend"),
 }

@@ -10,9 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from qkv.call.problem import Inputs, Output, Problem, empty_output, query_positions
 from qkv.numerics import dropout_keep, finite, no_autocast, softcap, steady_matmul
 from qkv.scores import ScoreMod, TensorBias, Tile
-from qkv.spec import Inputs, Output, Problem, empty_output, query_positions
 
 
 def definition(

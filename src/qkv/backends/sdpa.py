@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from qkv.backends.base import Gradients
+from qkv.call.problem import Inputs, Output, Problem, empty_output
 from qkv.masks import causal
-from qkv.spec import Inputs, Output, Problem, empty_output
 
 
 class SdpaBackend:

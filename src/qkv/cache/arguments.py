@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from qkv.cache.storage import FLOAT8, INT8
+from qkv.checks import integer, shown
 from qkv.errors import ArgumentError, ArgumentTypeError, ShapeError, describe
-from qkv.masks.arguments import integer, shown
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 STORAGES = (INT8, FLOAT8)

@@ -17,9 +17,9 @@ from qkv.cache.sequence import Sequence
 from qkv.cache.stats import Stats
 from qkv.cache.step import Step, Unfinished
 from qkv.cache.storage import Places
+from qkv.call.problem import KVLayout, KVView
+from qkv.checks import integer, shown
 from qkv.errors import ArgumentError, PagesExhausted, describe
-from qkv.masks.arguments import integer, shown
-from qkv.spec import KVLayout, KVView
 
 _INT = frozenset((int,))
 _RECENT = 4  # layouts kept for the layers to come: one for each group of sequences that a model steps apart

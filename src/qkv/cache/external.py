@@ -10,9 +10,9 @@ from torch import Tensor
 
 from qkv.cache import arguments
 from qkv.cache.storage import LARGEST
+from qkv.call.problem import Clock, KVLayout, KVView
+from qkv.checks import integers, shown
 from qkv.errors import ArgumentError, ArgumentTypeError, ShapeError, describe
-from qkv.masks.arguments import integers, shown
-from qkv.spec import Clock, KVLayout, KVView
 
 _CALL = "qkv.cache.stored()"
 

@@ -6,8 +6,8 @@ from typing import Any
 
 from qkv.cache.books import Books
 from qkv.cache.sequence import Sequence
+from qkv.checks import shown
 from qkv.errors import ArgumentError, ArgumentTypeError, describe
-from qkv.masks.arguments import shown
 
 
 def check_seqs(home: Books, call: str, seqs: Any, swapped: bool = False) -> tuple[Sequence, ...]:

@@ -16,8 +16,8 @@ from qkv.cache.prefix import Entry, PrefixIndex, typed
 from qkv.cache.sequence import NEVER, Host, Sequence
 from qkv.cache.step import Unfinished
 from qkv.cache.storage import Storage
+from qkv.checks import integer
 from qkv.errors import ArgumentError, PagesExhausted, describe
-from qkv.masks.arguments import integer
 
 
 class PagedCache(Cache):

@@ -18,8 +18,8 @@ import secrets
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from qkv.checks import shown
 from qkv.errors import ArgumentTypeError, describe
-from qkv.masks.arguments import shown
 
 Name = tuple[str, Any]  # a typed value: 1, "1" and b"1" are three
 TOKEN_BYTES = 8

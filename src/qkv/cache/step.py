@@ -10,9 +10,9 @@ from torch import Tensor
 
 from qkv.cache.sequence import Sequence
 from qkv.cache.storage import Places
+from qkv.call.problem import KVView, LayerCache
+from qkv.checks import integer
 from qkv.errors import ArgumentError, ShapeError, describe
-from qkv.masks.arguments import integer
-from qkv.spec import KVView, LayerCache
 
 if TYPE_CHECKING:
     from qkv.cache.base import Cache
@@ -37,7 +37,7 @@ class Unfinished:
 class Step:
     """A step of some sequences, layer by layer, as a model takes it; made by `cache.step(seqs, T=1)`.
 
-    `layer(i)` is a `qkv.spec.LayerCache`: append the layer's keys and values, then attend to its view.
+    `layer(i)` is a `qkv.call.problem.LayerCache`: append the layer's keys and values, then attend to its view.
 
     >>> import torch, qkv
     >>> cache = qkv.cache.PagedCache(pages=8, num_kv_heads=1, head_dim=4, layers=2, dtype=torch.float32)
@@ -103,7 +103,7 @@ class Step:
 
 
 class LayerStep:
-    """One layer of a `Step`; a `qkv.spec.LayerCache`."""
+    """One layer of a `Step`; a `qkv.call.problem.LayerCache`."""
 
     __slots__ = ("_layer", "_step")
 

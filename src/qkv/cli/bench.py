@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 from qkv.errors import ArgumentError, describe
 
 if TYPE_CHECKING:
-    from qkv.cli.benching.budget import Budget
-    from qkv.cli.benching.peers import Roster
-    from qkv.cli.benching.rows import Row
-    from qkv.cli.benching.runner import Result, Runner
-    from qkv.cli.progress import Progress
+    from qkv.bench.budget import Budget
+    from qkv.bench.peers import Roster
+    from qkv.bench.progress import Progress
+    from qkv.bench.rows import Row
+    from qkv.bench.runner import Result, Runner
 
 _AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
 _ISAS = ("avx512bf16", "avx512", "avx2", "portable")
@@ -85,20 +85,20 @@ def run(args: argparse.Namespace) -> int:
         return _again_as_avx2(args)
     _check(args)
     if args.models:
-        from qkv.cli.benching import models
+        from qkv.bench import models
 
         return models.run(args)
     if args.caches:
-        from qkv.cli.benching import caches
+        from qkv.bench import caches
 
         return caches.run(args)
     import torch
 
-    from qkv.cli.benching import machine, report
-    from qkv.cli.benching.budget import Budget
-    from qkv.cli.benching.peers import Roster, Setup
-    from qkv.cli.benching.runner import Runner
-    from qkv.cli.progress import Progress
+    from qkv.bench import machine, report
+    from qkv.bench.budget import Budget
+    from qkv.bench.peers import Roster, Setup
+    from qkv.bench.progress import Progress
+    from qkv.bench.runner import Runner
 
     cache_bytes = machine.last_level_cache()
     rows = _choose(args, cache_bytes)
@@ -199,7 +199,7 @@ def _alone(args: argparse.Namespace, rule: str, other: str, what: str) -> None:
 
 
 def _peers(args: argparse.Namespace) -> set[str] | None:
-    from qkv.cli.benching.peers import Roster
+    from qkv.bench.peers import Roster
 
     if args.peers is None:
         return set(_QUICK_PEERS) if args.quick else None
@@ -212,8 +212,8 @@ def _peers(args: argparse.Namespace) -> set[str] | None:
 
 
 def _choose(args: argparse.Namespace, cache_bytes: int) -> list[Row]:
-    from qkv.cli.benching.peers import Roster
-    from qkv.cli.benching.rows import all_rows, training_rows
+    from qkv.bench.peers import Roster
+    from qkv.bench.rows import all_rows, training_rows
 
     rows = training_rows() if args.training else all_rows(cache_bytes, more_mla=args.mla)
     if args.isa == "avx2":
@@ -261,7 +261,7 @@ def _extras(
     progress: Progress,
     shares: dict[str, float],
 ) -> dict[str, Any]:
-    from qkv.cli.benching import example, memory, sweep
+    from qkv.bench import example, memory, sweep
 
     found: dict[str, Any] = {"data": {}, "wrong": False}
     if "memory" in shares:
@@ -290,7 +290,7 @@ def _save(args: argparse.Namespace, whole: dict[str, Any]) -> dict[str, Any]:
 
 
 def _tell(args: argparse.Namespace, whole: dict[str, Any]) -> None:
-    from qkv.cli.benching import chart, markdown
+    from qkv.bench import chart, markdown
 
     if args.json:
         print(f"wrote {args.json}")

@@ -39,10 +39,10 @@ def run(args: argparse.Namespace) -> int:
     """Run `qkv demo` and return the exit code."""
     if args.ask is not None and not any(letter.isalnum() for letter in args.ask):
         raise ArgumentError(describe("qkv demo", "the question has no words", repr(args.ask), 'Use --ask "some words"'))
+    from qkv.bench.progress import Progress
     from qkv.cli import measure, screen
     from qkv.cli.lookup import Lookup
     from qkv.cli.passages import read_file, read_reference
-    from qkv.cli.progress import Progress
 
     plain = args.file is None and args.ask is None
     with Progress("qkv demo") as progress:
@@ -67,10 +67,10 @@ def run(args: argparse.Namespace) -> int:
 
 def _serve() -> None:
     """Let the shipped model answer several prompts at once, and check each answer against one by one."""
+    from qkv.bench.progress import Progress
     from qkv.cli import pages, screen
-    from qkv.cli.continuation import load
-    from qkv.cli.progress import Progress
-    from qkv.cli.serving import Request, Server, alone
+    from qkv.lm.generate import load
+    from qkv.lm.serving import Request, Server, alone
 
     try:
         model = load()
@@ -92,7 +92,7 @@ def _continued(say: Callable[[str], None]) -> tuple[str, str]:
     """A prompt and how the shipped model, trained on the same text, continues it; or why it cannot, and the cure."""
     say("asking the shipped model to go on")
     try:
-        from qkv.cli.continuation import continue_prompt
+        from qkv.lm.generate import continue_prompt
 
         return f"“{PROMPT.strip()}” {continue_prompt(PROMPT, 120, temperature=0.5).text}", ""
     except UnsupportedError as error:

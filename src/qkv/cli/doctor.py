@@ -16,7 +16,7 @@ from qkv.backends import base
 from qkv.errors import QKVError
 from qkv.insight.terminal import paint, table
 from qkv.masks import causal, sliding_window
-from qkv.planning import plan
+from qkv.plans import plan
 
 # (what it is, query heads, key/value heads, Lq, Lk, D, mask)
 CALLS = (
@@ -141,7 +141,7 @@ def _transformers() -> str:
         version = metadata.version("transformers")
     except metadata.PackageNotFoundError:
         return "not installed: pip install transformers for attn_implementation='qkv'"
-    from qkv.integrations.transformers_features import features
+    from qkv.integrations.features import features
 
     lacking = [name for name, found in features().items() if not found]
     has = f"lacks {', '.join(lacking)}" if lacking else "has what attn_implementation='qkv' needs"

@@ -10,8 +10,8 @@ import sys
 import time
 from collections import Counter
 
-from qkv.cli.serving import Job, Server
 from qkv.insight.terminal import bar, cells, columns, fit, is_terminal
+from qkv.lm.serving import Job, Server
 
 WIDTH = 80
 PAUSE = 0.03  # seconds a frame stays: the steps themselves are over too soon to be seen

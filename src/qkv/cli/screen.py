@@ -14,11 +14,11 @@ from qkv.cli.lookup import Found
 from qkv.cli.measure import HEADS, KEYS, KV_HEADS, SIZE, Agreement, Timing
 from qkv.cli.passages import Text
 from qkv.insight.terminal import bar, cells, fit, number, pad, paint, table
-from qkv.planning import plan
+from qkv.plans import plan
 
 if TYPE_CHECKING:
     from qkv.cli.pages import Picture
-    from qkv.cli.serving import Server
+    from qkv.lm.serving import Server
 
 WIDTH, LINES = 80, 24  # the first screen fits the smallest terminal in use
 NO_KERNELS = "no native kernels here, so qkv is slow: qkv doctor says how to get them"

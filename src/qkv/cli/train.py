@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from qkv.errors import ArgumentError, describe
 
 if TYPE_CHECKING:
-    from qkv.cli.training.loop import Run
+    from qkv.lm.loop import Run
 
 OUT = "decoder.safetensors"
 # option -> (where it belongs, type, what --help says); the defaults are those of Config and Settings
@@ -58,8 +58,8 @@ def run(args: argparse.Namespace) -> int:
             raise ArgumentError(describe("qkv train", f"--{name} is >= 1", f"--{name} {value}", "Leave it out"))
     import torch
 
-    from qkv.cli.progress import Progress
-    from qkv.cli.training.checkpoint import check_target
+    from qkv.bench.progress import Progress
+    from qkv.lm.checkpoint import check_target
 
     out = Path(args.out or args.resume or OUT)
     check_target(out, may_exist=args.resume is not None and out == Path(args.resume))
@@ -87,9 +87,9 @@ def run(args: argparse.Namespace) -> int:
 
 def _prepare(args: argparse.Namespace) -> Run:
     """Begin a run as the options say, or continue one."""
-    from qkv.cli.decoder import Config
-    from qkv.cli.training import checkpoint, loop
-    from qkv.cli.training.data import read_corpus
+    from qkv.lm import checkpoint, loop
+    from qkv.lm.data import read_corpus
+    from qkv.lm.decoder import Config
 
     given = {"config": {}, "settings": {}}  # type: dict[str, dict[str, object]]
     for name, (part, _, _) in {**OPTIONS, "tied": ("config", bool, "")}.items():
@@ -108,7 +108,7 @@ def _prepare(args: argparse.Namespace) -> Run:
 
 
 def _opening(current: Run) -> str:
-    from qkv.cli.training.data import SPLIT
+    from qkv.lm.data import SPLIT
 
     corpus, config = current.corpus, current.config
     weights = sum(p.numel() for p in current.model.parameters())
@@ -145,7 +145,7 @@ class _Voice:
         self.progress, self.last, self.tenth = progress, 0.0, -1
 
     def hear(self, current: Run) -> None:
-        from qkv.cli.progress import Progress
+        from qkv.bench.progress import Progress
         from qkv.insight.terminal import bar, is_terminal
 
         assert isinstance(self.progress, Progress)

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qkv.checks import shown
 from qkv.errors import ArgumentError, ArgumentTypeError, ShapeError, describe
-from qkv.masks.arguments import shown
 
 CALL = "qkv.compat.sdpa()"
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qkv.planning import plan
+from qkv.plans import plan
 
 _MAX_PLANS = 256
 _WITH_DATA = (Tensor, torch.nn.Parameter)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.jit._trace import is_tracing  # torch.jit.is_tracing, under a name that type checkers know
 
+from qkv.checks import shown
 from qkv.compat import counting
 from qkv.compat.arguments import (
     CALL,
@@ -36,9 +37,8 @@ from qkv.compat.arguments import (
 from qkv.compat.attribute import aside, torch_sdpa
 from qkv.errors import ArgumentTypeError, describe
 from qkv.functional import attention
+from qkv.graph import eager
 from qkv.masks import causal
-from qkv.masks.arguments import shown
-from qkv.ops import eager
 
 _DTYPES = frozenset((torch.float64, torch.float32, torch.bfloat16, torch.float16))
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))

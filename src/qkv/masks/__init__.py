@@ -11,13 +11,13 @@ documents([3, 5]) & causal()
 from __future__ import annotations
 
 from qkv.masks.base import And, Mask, Not, Or
-from qkv.masks.dense import as_mask, dense, mask_mod
-from qkv.masks.documents import documents, padding
 from qkv.masks.intervals import Intervals
 from qkv.masks.positions import resolve_positions
 from qkv.masks.program import Op, Program
+from qkv.masks.segments import documents, padding
 from qkv.masks.shapes import causal, chunked, dilated, global_tokens, prefix, sliding_window, strided, window
 from qkv.masks.sparse import bigbird, blocks, longformer, per_head, random_blocks
+from qkv.masks.tensor import as_mask, dense, mask_mod
 
 __all__ = [
     "And",

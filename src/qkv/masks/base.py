@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qkv.checks import integer
 from qkv.errors import ArgumentError, ArgumentTypeError, describe
-from qkv.masks.arguments import integer
 from qkv.masks.intervals import Cuts, Intervals, Rows, Spans, anything, compute
 from qkv.masks.picture import draw
 from qkv.masks.positions import resolve_positions
@@ -426,7 +426,7 @@ _TENSOR_OPERATORS: dict[Any, type[And] | type[Or]] = {
 
 
 def _combine(combination: type[And] | type[Or], left: Any, right: Any) -> Mask:
-    from qkv.masks.dense import as_mask  # dense masks are masks: their file needs this one
+    from qkv.masks.tensor import as_mask  # dense masks are masks: their file needs this one
 
     call = "mask & mask" if combination is And else "mask | mask"
     parts: list[Mask] = []

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qkv.checks import LIMIT, integers, shown, whole
 from qkv.errors import ArgumentError, ArgumentTypeError, ShapeError, describe
-from qkv.masks.arguments import LIMIT, integers, shown, whole
 
 
 def resolve_positions(call: str, positions: Any, *, B: int, Lq: int, Lk: int) -> Tensor:

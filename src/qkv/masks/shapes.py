@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qkv.checks import LIMIT, Operand, integer, integers, whole
 from qkv.errors import ArgumentError, ShapeError, describe
-from qkv.masks.arguments import LIMIT, Operand, integer, integers, whole
 from qkv.masks.base import Mask
 from qkv.masks.intervals import INFINITE, Cuts, Rows, Spans, column, groups
 from qkv.masks.program import Builder, Op

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qkv.checks import Operand, integer, integers, shown
 from qkv.errors import ArgumentError, ArgumentTypeError, ShapeError, describe
-from qkv.masks.arguments import Operand, integer, integers, shown
 from qkv.masks.base import Mask, Or
 from qkv.masks.intervals import Cuts, Rows, Spans, column, groups
 from qkv.masks.program import Builder, Op
@@ -318,7 +318,7 @@ def per_head(masks: Sequence[Mask | Tensor]) -> PerHead:
              [[1, 0],
               [0, 1]]]], dtype=torch.int32)
     """
-    from qkv.masks.dense import as_mask
+    from qkv.masks.tensor import as_mask
 
     call = "qkv.per_head()"
     if isinstance(masks, (Mask, Tensor, str, dict, set)) or not hasattr(masks, "__iter__"):

@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qkv import cures
+from qkv.call import keywords
+from qkv.call.problem import KVView, LayerCache
 from qkv.errors import ArgumentError, ArgumentTypeError, ShapeError, describe
 from qkv.functional import attention
+from qkv.graph import eager
 from qkv.masks import Mask, as_mask
 from qkv.nn.parts import RMSNorm, check_step, check_tokens, combined, size
-from qkv.ops import eager
 from qkv.rotary import Rotary, as_positions
-from qkv.spec import KVView, LayerCache
 
 _CALL = "qkv.nn.Attention()"
 _FORWARD = "qkv.nn.Attention.forward()"
@@ -182,7 +182,7 @@ class Attention(nn.Module):
             Self-attention: the tokens' positions for rotary, the first one's or each one's; 0 unless given. With a
             context: where the queries stand among its tokens, which stand on 0 .. Lk - 1, for rotary and masks;
             needed where Lq != Lk and one of them depends on it.
-        cache : qkv.spec.LayerCache
+        cache : qkv.call.problem.LayerCache
             One layer of a step of a cache's sequences, `cache.step(seqs, T=...).layer(i)`. x is (n, T, dim), the next T
             tokens of each, or ragged (1, sum T, dim). Their keys and values are stored, and each token attends to what
             its sequence holds; masks and rotary read its position there. For inference only.
@@ -214,7 +214,7 @@ class Attention(nn.Module):
         True
         """
         if unknown:
-            raise cures.unknown(_FORWARD, unknown, Attention.forward)
+            raise keywords.unknown(_FORWARD, unknown, Attention.forward)
         run = Attention._forward if cache is None else eager(Attention._forward)
         return run(self, x, context, mask, positions, cache)
 

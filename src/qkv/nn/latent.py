@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qkv import cures
+from qkv.call import keywords
+from qkv.call.problem import Clock, KVLayout, KVView, LayerCache
+from qkv.call.view import gathered
 from qkv.errors import ArgumentError, ArgumentTypeError, ShapeError, describe
 from qkv.functional import attention
+from qkv.graph import eager
 from qkv.masks import Mask, as_mask
 from qkv.nn.parts import RMSNorm, check_step, check_tokens, combined, matrix_of, size
-from qkv.ops import eager
 from qkv.rotary import Rotary, as_positions
-from qkv.spec import Clock, KVLayout, KVView, LayerCache
-from qkv.viewing import gathered
 
 _CALL = "qkv.nn.LatentAttention()"
 _FORWARD = "qkv.nn.LatentAttention.forward()"
@@ -198,7 +198,7 @@ class LatentAttention(nn.Module):
             0 .. L - 1 in x.
         positions : int, or int Tensor (L,) or (B or 1, L)
             The tokens' positions for rotary, the first one's or each one's; 0 unless given.
-        cache : qkv.spec.LayerCache
+        cache : qkv.call.problem.LayerCache
             One layer of a step of a `qkv.cache.LatentCache` with rank R and rope_dim dr: `cache.step(seqs, T=...)
             .layer(i)`. x is (n, T, dim), the next T tokens of each sequence, or ragged (1, sum T, dim). Their latents
             are stored, and each token attends to what its sequence holds; masks and rotary read its position there.
@@ -232,7 +232,7 @@ class LatentAttention(nn.Module):
         True
         """
         if unknown:
-            raise cures.unknown(_FORWARD, unknown, LatentAttention.forward)
+            raise keywords.unknown(_FORWARD, unknown, LatentAttention.forward)
         run = LatentAttention._forward if cache is None else eager(LatentAttention._forward)
         return run(self, x, mask, positions, cache)
 

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qkv.checks import integer, shown
 from qkv.errors import ArgumentError, ArgumentTypeError, ShapeError, describe
 from qkv.functional import attention, weights
 from qkv.masks import Mask, causal, dense, prefix
-from qkv.masks.arguments import integer, shown
 from qkv.scores import ScoreTerm, as_bias
 
 _CALL = "qkv.nn.MultiheadAttention()"

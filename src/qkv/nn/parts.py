@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qkv.checks import shown, whole
 from qkv.errors import ArgumentError, ArgumentTypeError, ShapeError, UnsupportedError, describe
 from qkv.masks import Mask
-from qkv.masks.arguments import shown, whole
 from qkv.rotary import Rotary
 
 

@@ -1,0 +1,234 @@
+"""Optional peers from PyPI: OpenVINO, ONNX Runtime and JAX, each called the way its users would."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qkv.bench.cases import Case, Inputs
+from qkv.bench.peers import Prepared, Setup, refuse_unless, version_of
+
+
+def _numpy(t: Tensor) -> np.ndarray:
+    """The tensor as a contiguous array; bfloat16 as its 16 bits, since NumPy has no such type."""
+    t = t.contiguous()
+    return (t.view(torch.int16) if t.dtype == torch.bfloat16 else t).numpy()
+
+
+class OpenVino:
+    """The operator ScaledDotProductAttention, inputs in the case's own type, computed in that type."""
+
+    def __init__(self, setup: Setup) -> None:
+        import openvino as ov
+
+        self.ov, self.core, self.threads = ov, ov.Core(), setup.threads
+
+    def prepare(self, inputs: Inputs) -> Prepared:
+        ov, case = self.ov, inputs.case
+        refuse_unless(case.Hq == case.Hkv, "the operator takes no grouped heads")
+        refuse_unless(case.mask in ("full", "causal"), "would need a dense mask")
+        refuse_unless(not case.rank and not case.backward, "no such call")
+        from openvino import opset13
+
+        element = {"f32": ov.Type.f32, "bf16": ov.Type.bf16, "f16": ov.Type.f16}[case.dtype]
+        shapes = [list(t.shape) for t in (inputs.q, *inputs.sets[0])]
+        parameters = [opset13.parameter(shape, element) for shape in shapes]
+        node = opset13.scaled_dot_product_attention(*parameters, causal=case.mask == "causal")
+        # float16 is computed in float32: the CPU plug-in's own half hint computes in bfloat16 on most processors.
+        precision = "bf16" if case.dtype == "bf16" else "f32"
+        config = {
+            "INFERENCE_PRECISION_HINT": precision,
+            "INFERENCE_NUM_THREADS": self.threads,
+            "PERFORMANCE_HINT": "LATENCY",
+        }
+        compiled = self.core.compile_model(ov.Model([opset13.result(node)], parameters), "CPU", config)
+        calls = []
+        for k, v in inputs.sets:
+            request = compiled.create_infer_request()
+            for n, t in enumerate((inputs.q, k, v)):
+                holder = ov.Tensor(element, list(t.shape))
+                holder.data.view(np.int16 if element != ov.Type.f32 else np.float32)[...] = (
+                    _numpy(t) if case.dtype != "f16" else _numpy(t).view(np.int16)
+                )
+                request.set_input_tensor(n, holder)
+            calls.append(lambda request=request: (request.infer(share_outputs=True), request)[1])
+
+        def read(request: Any) -> Tensor:
+            data = request.get_output_tensor(0).data
+            if case.dtype == "bf16":
+                return torch.from_numpy(data.view(np.int16).copy()).view(torch.bfloat16)
+            return torch.from_numpy(data.copy())
+
+        return Prepared(calls, read)
+
+
+class OnnxRuntime:
+    """GroupQueryAttention for causal, windowed and cached calls, MultiHeadAttention for full ones."""
+
+    def __init__(self, setup: Setup) -> None:
+        refuse_unless(setup.isa is None, "its kernels cannot be held to AVX2")
+        version_of("onnx")
+        import onnxruntime as ort
+
+        self.ort, self.threads = ort, setup.threads
+
+    def prepare(self, inputs: Inputs) -> Prepared:
+        case = inputs.case
+        refuse_unless(case.dtype in ("f32", "f16"), "no bfloat16 attention on the CPU")
+        refuse_unless(not case.rank and not case.backward, "no such call")
+        refuse_unless(case.mask in ("full", "causal", "window"), "would need a dense mask")
+        if case.Lq == 1:
+            return self._cached(inputs)
+        return self._full(inputs) if case.mask == "full" else self._causal(inputs)
+
+    def _full(self, inputs: Inputs) -> Prepared:
+        refuse_unless(inputs.case.Hq == inputs.case.Hkv, "MultiHeadAttention takes no grouped heads")
+        case = inputs.case
+        session = self._session(case, "MultiHeadAttention", ["q", "k", "v"], ["o"], {"num_heads": case.Hq}, {})
+        return self._prepared(session, inputs, ["o"])
+
+    def _causal(self, inputs: Inputs) -> Prepared:
+        case = inputs.case
+        wide = {"ok": (case.B, case.Hkv, case.Lk, case.D), "ov": (case.B, case.Hkv, case.Lk, case.D)}
+        attributes = {"num_heads": case.Hq, "kv_num_heads": case.Hkv}
+        if case.mask == "window":
+            attributes["local_window_size"] = case.size
+        names = ["q", "k", "v", "", "", "sl", "tl"]
+        session = self._session(case, "GroupQueryAttention", names, ["o", "ok", "ov"], attributes, wide)
+        return self._prepared(session, inputs, ["o", "ok", "ov"], self._lengths(case))
+
+    def _cached(self, inputs: Inputs) -> Prepared:
+        """The last key arrives with the query, the others lie in the cache, which past and present share."""
+        case = inputs.case
+        cache = (case.B, case.Hkv, case.Lk, case.D)
+        wide = {name: cache for name in ("pk", "pv", "ok", "ov")}
+        names = ["q", "k", "v", "pk", "pv", "sl", "tl"]
+        attributes = {"num_heads": case.Hq, "kv_num_heads": case.Hkv}
+        session = self._session(case, "GroupQueryAttention", names, ["o", "ok", "ov"], attributes, wide)
+        calls = []
+        for k, v in inputs.sets:
+            caches = [self._value(t) for t in (k, v)]
+            feeds = {"q": self._value(inputs.q.transpose(1, 2).flatten(2)), **self._lengths(case)}
+            feeds |= {n: self._value(t[:, :, -1:].transpose(1, 2).flatten(2)) for n, t in (("k", k), ("v", v))}
+            feeds |= dict(zip(("pk", "pv"), caches, strict=True))
+            calls.append(self._bind(session, feeds, ["o"], dict(zip(("ok", "ov"), caches, strict=True))))
+        return Prepared(calls, self._reader(case))
+
+    def _lengths(self, case: Case) -> dict[str, Any]:
+        value = self.ort.OrtValue.ortvalue_from_numpy
+        return {
+            "sl": value(np.full(case.B, case.Lk - 1, np.int32)),
+            "tl": value(np.array([case.Lk], np.int32)),
+        }
+
+    def _prepared(
+        self, session: Any, inputs: Inputs, outputs: list[str], more: dict[str, Any] | None = None
+    ) -> Prepared:
+        calls = []
+        for k, v in inputs.sets:
+            feeds = {n: self._value(t.transpose(1, 2).flatten(2)) for n, t in zip("qkv", (inputs.q, k, v), strict=True)}
+            calls.append(self._bind(session, feeds | (more or {}), outputs, {}))
+        return Prepared(calls, self._reader(inputs.case))
+
+    def _value(self, t: Tensor) -> Any:
+        return self.ort.OrtValue.ortvalue_from_numpy(_numpy(t))
+
+    def _bind(self, session: Any, feeds: dict[str, Any], outputs: list[str], shared: dict[str, Any]) -> Any:
+        binding = session.io_binding()
+        for name, value in feeds.items():
+            binding.bind_ortvalue_input(name, value)
+        for name in outputs:
+            binding.bind_output(name)
+        for name, value in shared.items():
+            binding.bind_ortvalue_output(name, value)
+
+        def call() -> Any:
+            session.run_with_iobinding(binding)
+            return binding
+
+        return call
+
+    def _reader(self, case: Case) -> Any:
+        def read(binding: Any) -> Tensor:
+            out = torch.from_numpy(binding.copy_outputs_to_cpu()[0])
+            return out.view(case.B, case.Lq, case.Hq, case.Dv).transpose(1, 2)
+
+        return read
+
+    def _session(
+        self,
+        case: Case,
+        operator: str,
+        names: list[str],
+        outputs: list[str],
+        attributes: dict[str, int],
+        shapes: Mapping[str, tuple[int, ...]],
+    ) -> Any:
+        from onnx import TensorProto, helper
+
+        element = TensorProto.FLOAT if case.dtype == "f32" else TensorProto.FLOAT16
+        tokens = 1 if case.Lq == 1 else case.Lk
+        known: dict[str, tuple[int, ...]] = {
+            "q": (case.B, case.Lq, case.Hq * case.D),
+            "k": (case.B, tokens, case.Hkv * case.D),
+            "v": (case.B, tokens, case.Hkv * case.D),
+            "o": (case.B, case.Lq, case.Hq * case.D),
+        }
+        known |= shapes
+
+        def info(name: str) -> Any:
+            if name in ("sl", "tl"):
+                return helper.make_tensor_value_info(name, TensorProto.INT32, [case.B if name == "sl" else 1])
+            return helper.make_tensor_value_info(name, element, known[name])
+
+        node = helper.make_node(operator, names, outputs, domain="com.microsoft", **attributes)
+        graph = helper.make_graph([node], "attention", [info(n) for n in names if n], [info(n) for n in outputs])
+        opsets = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
+        model = helper.make_model(graph, opset_imports=opsets, ir_version=9)
+        options = self.ort.SessionOptions()
+        options.intra_op_num_threads = self.threads
+        return self.ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+class Jax:
+    """jax.nn.dot_product_attention under jit."""
+
+    def __init__(self, setup: Setup) -> None:
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+        os.environ["NPROC"] = str(setup.threads)  # what XLA's CPU client sizes its thread pool by
+        if setup.isa:
+            os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_max_isa=AVX2"
+        import jax
+
+        self.jax = jax
+
+    def prepare(self, inputs: Inputs) -> Prepared:
+        jax, case = self.jax, inputs.case
+        refuse_unless(case.dtype in ("f32", "bf16"), "no float16 matrix product on the CPU")
+        refuse_unless(case.mask in ("full", "causal"), "would need a dense mask")
+        refuse_unless(not case.rank and not case.backward, "no such call")
+
+        def array(t: Tensor) -> Any:  # (B, L, H, D); copied, so that XLA owns aligned memory
+            return jax.numpy.array(jax.dlpack.from_dlpack(t.transpose(1, 2).contiguous()), copy=True)
+
+        function = jax.jit(lambda q, k, v: jax.nn.dot_product_attention(q, k, v, is_causal=case.mask == "causal"))
+
+        def wait(q: Any, k: Any, v: Any) -> Any:
+            return function(q, k, v).block_until_ready()
+
+        q = array(inputs.q)
+        calls = []
+        for k, v in inputs.sets:
+            calls.append(partial(wait, q, array(k), array(v)))
+        calls[0]()
+
+        def read(out: Any) -> Tensor:
+            return torch.from_numpy(np.array(out.astype("float32"))).transpose(1, 2)
+
+        return Prepared(calls, read)

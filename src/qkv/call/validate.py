@@ -1,0 +1,286 @@
+"""Every check of a call, made once, at the door: what passes here is a `Problem` that any backend may trust."""
+
+from __future__ import annotations
+
+import math
+from numbers import Real
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from qkv.call.problem import Inputs, Problem
+from qkv.checks import LIMIT, integers, shown, whole
+from qkv.errors import ArgumentError, ArgumentTypeError, ShapeError, UnsupportedError, describe
+from qkv.masks import Mask, as_mask
+from qkv.scores import ScoreTerm, Sizes, as_bias
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_LAYOUT = "(B, H, L, D)"
+
+
+class Options(NamedTuple):
+    """The keyword arguments of attention() and its relatives, as the user gave them."""
+
+    positions: Any = None
+    bias: Any = None
+    scale: Any = None
+    softcap: Any = None
+    sinks: Any = None
+    dropout_p: Any = 0.0
+    return_lse: Any = False
+
+
+def validate(call: str, q: Any, k: Any, v: Any, mask: Any, options: Options) -> tuple[Problem, Inputs]:
+    """Check one call and build its problem and inputs; raises a typed error that says what to do."""
+    check_metadata(call, q, k, v)
+    _check_storage(call, {"q": q, "k": k, "v": v})
+    q, k, v = (x.resolve_neg() for x in (q, k, v))  # no kernel knows the lazy sign of x.conj().imag
+    B, Hq, Lq, D = q.shape
+    Hkv, Lk, Dv = k.shape[1], k.shape[2], v.shape[3]
+    sizes = Sizes(B, Hq, Lq, Lk, q.dtype, q.device)
+
+    known = as_mask(mask, call)
+    if known is not None:
+        known.check(call, B=B, Hq=Hq, Lq=Lq, Lk=Lk, device=q.device)
+    bias = as_bias(options.bias, call)
+    if bias is not None:
+        bias.check(call, sizes)
+        bias = bias.lowered(q.device)
+    reading, positions = normalise_positions(call, options.positions, B, Lq, q.device)
+    if options.positions is None and Lq != Lk:
+        _require_positions(call, known, bias, sizes)
+    scale = _number(call, "scale", options.scale, "Leave it out for 1/sqrt(D)")
+    softcap = _number(call, "softcap", options.softcap, "Leave it out for no cap")
+    if softcap is not None and softcap <= 0:
+        raise ArgumentError(describe(call, "softcap must be > 0", f"softcap={softcap}", "Leave it out for no cap"))
+    sinks = check_sinks(call, options.sinks, sizes)
+    if not isinstance(options.return_lse, bool):
+        given = f"return_lse={shown(options.return_lse)}"
+        raise ArgumentTypeError(describe(call, "return_lse is a bool", given, "Pass True or False"))
+    learned = (q, k, v, sinks, *(bias.tensors() if bias is not None else ()))
+    problem = Problem(
+        call=call,
+        B=B,
+        Hq=Hq,
+        Hkv=Hkv,
+        Lq=Lq,
+        Lk=Lk,
+        D=D,
+        Dv=Dv,
+        dtype=q.dtype,
+        device=q.device.type,
+        mask=known,
+        positions=reading,
+        scale=1.0 / math.sqrt(D) if scale is None else scale,
+        softcap=softcap,
+        bias=bias.specs() if bias is not None else (),
+        has_sinks=sinks is not None,
+        dropout_p=_dropout(call, options.dropout_p),
+        needs_grad=torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in learned),
+        needs_lse=options.return_lse,
+    )
+    return problem, Inputs(q, k, v, positions, bias, sinks)
+
+
+def check_metadata(call: str, q: Any, k: Any, v: Any) -> None:
+    """Raise unless q, k and v are tensors that fit together; no data is looked at."""
+    _check_tensors(call, {"q": q, "k": k, "v": v})
+    _check_shapes(call, q, k, v)
+
+
+def named(**tensors: Tensor) -> str:
+    """Tensors as a message names them: q (2, 10, 64, 64), k (2, 4, 64, 64)."""
+    return ", ".join(f"{name} {tuple(t.shape)}" for name, t in tensors.items())
+
+
+def _check_tensors(call: str, given: dict[str, Any]) -> None:
+    for name, x in given.items():
+        if not isinstance(x, Tensor):
+            fix = f"Pass a tensor {_LAYOUT}"
+            if hasattr(x, "__array__"):
+                fix = f"Make a tensor of it with torch.from_numpy({name})"
+            if name == "v" and x is None:
+                fix = "Pass v; it is left out only where k is a cache's view"
+            raise ArgumentTypeError(
+                describe(call, f"{name} must be a tensor", f"{name}={shown(x)} ({type(x).__name__})", fix)
+            )
+        if x.layout != torch.strided or x.is_nested:
+            fix = "Use .to_dense(); a batch of unequal lengths is qkv.padding or qkv.documents over a plain tensor"
+            if x.is_nested:
+                fix = (
+                    "Pack it: with x = values() as (T, H, D), pass x.transpose(0, 1)[None] as (1, H, T, D) and "
+                    "mask=qkv.documents(lengths), where lengths = offsets().diff(); & qkv.causal() if it is causal"
+                )
+            raise ArgumentTypeError(describe(call, f"{name} must be a plain strided tensor", f"{name} {x.layout}", fix))
+        if x.dtype not in DTYPES:
+            rule = f"{name} must be float64, float32, bfloat16 or float16"
+            raise ArgumentTypeError(describe(call, rule, f"{name} {_short(x.dtype)}", "Convert it with .to()"))
+    q, k, v = given.values()
+    if not q.dtype == k.dtype == v.dtype:
+        got = ", ".join(f"{name} {_short(x.dtype)}" for name, x in given.items())
+        raise ArgumentTypeError(
+            describe(call, "q, k and v must share one dtype", got, "Convert them with .to(q.dtype)")
+        )
+    if not q.device == k.device == v.device:
+        got = ", ".join(f"{name} on {x.device}" for name, x in given.items())
+        raise ArgumentTypeError(describe(call, "q, k and v must be on one device", got, "Move them with .to(q.device)"))
+
+
+def _check_storage(call: str, given: dict[str, Any]) -> None:
+    for name, x in given.items():
+        if torch._C._functorch.is_functorch_wrapped_tensor(x):  # what it wraps has memory
+            continue
+        try:
+            x.data_ptr()
+        except RuntimeError:
+            rule = f"{name} must have memory of its own"
+            fix = "Pass tensors that hold data; torch.compile, torch.export, torch.vmap and torch.func are followed"
+            raise UnsupportedError(describe(call, rule, f"{name} without storage", fix)) from None
+
+
+def _check_shapes(call: str, q: Tensor, k: Tensor, v: Tensor) -> None:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dim() != 4:
+            fix = "Add the missing dimensions with unsqueeze; split heads with unflatten(-1, (H, D)).transpose(1, 2)"
+            raise ShapeError(describe(call, f"{name} must have 4 dimensions {_LAYOUT}", named(**{name: x}), fix))
+    if not q.shape[0] == k.shape[0] == v.shape[0]:
+        fix = "Expand the smaller one: k.expand(B, -1, -1, -1) is free"
+        raise ShapeError(describe(call, "q, k and v must have one batch size B", named(q=q, k=k, v=v), fix))
+    if q.shape[3] != k.shape[3]:
+        got = f"{named(q=q)} → D={q.shape[3]} and {named(k=k)} → D={k.shape[3]}"
+        fix = f"Project both to one head size, or check that they are {_LAYOUT}"
+        raise ShapeError(describe(call, "q and k must have one head size D", got, fix))
+    if q.shape[3] == 0:
+        raise ShapeError(
+            describe(call, "the head size D must be at least 1", named(q=q), "Give q and k a last dimension")
+        )
+    if k.shape[2] != v.shape[2]:
+        got = f"{named(k=k)} → Lk={k.shape[2]} and {named(v=v)} → Lk={v.shape[2]}"
+        raise ShapeError(
+            describe(call, "k and v must have one length Lk", got, "Every key has one value: give them the same tokens")
+        )
+    if k.shape[1] != v.shape[1]:
+        got = f"{named(k=k)} → Hkv={k.shape[1]} and {named(v=v)} → Hkv={v.shape[1]}"
+        raise ShapeError(describe(call, "k and v must have the same heads", got, "Expand the one with fewer heads"))
+    Hq, Hkv = q.shape[1], k.shape[1]
+    if (Hq == 0) != (Hkv == 0) or (Hkv and Hq % Hkv):
+        fits = ", ".join(str(n) for n in range(1, Hq + 1) if Hq % n == 0) if Hq else "0"
+        got = f"{named(q=q)} → Hq={Hq} and {named(k=k)} → Hkv={Hkv}"
+        fix = f"Use Hkv in {{{fits}}}, or check that q is (B, H, L, D)"
+        raise ShapeError(describe(call, "query heads must be a multiple of key/value heads", got, fix))
+
+
+def normalise_positions(
+    call: str, positions: Any, B: int, Lq: int, device: torch.device
+) -> tuple[str | tuple[int, ...], Tensor | None]:
+    """`positions=` as `Problem.positions` has it, with the (B or 1, Lq) int64 tensor where there is one."""
+    if positions is None:
+        return "start", None
+    if isinstance(positions, str):
+        if positions in ("start", "end"):
+            return positions, None
+        fix = 'Use "start" (p = i), "end" (p = i + Lk - Lq), an int, B ints or a (B or 1, Lq) integer tensor'
+        raise ArgumentError(describe(call, 'positions must be "start" or "end"', f"positions={positions!r}", fix))
+    first = whole(positions)
+    if first is None:
+        if isinstance(positions, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(positions):
+            fix = "Pass the same positions for all samples, as a plain tensor or as ints"
+            rule = "torch.func transforms cannot map positions"
+            raise UnsupportedError(describe(call, rule, f"positions {tuple(positions.shape)} inside of one", fix))
+        given = integers(call, "positions", positions, low=None, dims=(1, 2))
+        if given.dim() == 1:
+            if given.shape[0] != B:
+                rule = "positions of one dimension hold the first query's position of each batch row"
+                fix = f"Pass {B} ints, or a tensor of shape ({B} or 1, {Lq}) for a position per query"
+                raise ShapeError(describe(call, rule, f"positions {tuple(given.shape)} and B={B}", fix))
+            return tuple(int(n) for n in given), None  # not tolist(), which torch 2.9 cannot under a transform
+        if given.shape[0] not in (1, B) or given.shape[1] != Lq:
+            rule = "positions of two dimensions must be (B or 1, Lq)"
+            fix = f"Pass a tensor of shape ({B}, {Lq}) or (1, {Lq})"
+            raise ShapeError(describe(call, rule, f"positions {tuple(given.shape)}, B={B} and Lq={Lq}", fix))
+        return "tensor", given.to(device)
+    if abs(first) > LIMIT:
+        rule = f"positions must be of magnitude <= {LIMIT}"
+        raise ArgumentError(describe(call, rule, f"positions={first}", "Pass smaller positions"))
+    return (first,), None
+
+
+def _require_positions(call: str, mask: Mask | None, bias: ScoreTerm | None, sizes: Sizes) -> None:
+    if mask is not None and mask.depends_on_position:
+        refuse_positions(call, f"mask {mask!r}", mask.both_readings(sizes.Lq, sizes.Lk, B=sizes.B, Hq=sizes.Hq), sizes)
+    elif bias is not None and bias.depends_on_position:
+        refuse_positions(call, f"bias {bias!r}", drawn_positions(sizes.Lq, sizes.Lk), sizes)
+
+
+def refuse_positions(call: str, name: str, readings: str, sizes: Sizes) -> None:
+    """Raise, because `name` depends on position and nothing says where the queries stand."""
+    rule = "positions= must say where the queries stand when Lq != Lk and the mask or bias depends on position"
+    fix = f"The two readings are\n{readings}\nPass one of them, or the positions themselves"
+    raise ArgumentError(describe(call, rule, f"Lq={sizes.Lq}, Lk={sizes.Lk} and {name}", fix))
+
+
+def drawn_positions(Lq: int, Lk: int) -> str:
+    """Both readings as bars: which keys (and places beyond them) the queries stand on."""
+    lines = []
+    for name, offset in (("start", 0), ("end", Lk - Lq)):
+        low, high = min(0, offset), max(Lk, offset + Lq)
+        step = -(-(high - low) // 48)
+        cells = range(low, high, step)
+        keys = "".join("─" if 0 <= j < Lk else " " for j in cells)
+        queries = "".join("■" if offset <= j < offset + Lq else "·" for j in cells)
+        lines.append(f'positions="{name}" (p = i{f" + {offset}" if offset else ""}):')
+        lines += [f"  keys    {keys}", f"  queries {queries}"]
+    return "\n".join(lines)
+
+
+def _number(call: str, name: str, x: Any, fix: str) -> float | None:
+    if x is None:
+        return None
+    if isinstance(x, bool) or not isinstance(x, Real):
+        given = f"{name}={shown(x)} ({type(x).__name__})"
+        raise ArgumentTypeError(
+            describe(call, f"{name} must be a number", given, f"Use float(x), or scale q itself. {fix}")
+        )
+    try:
+        value = float(x)
+    except (TypeError, ValueError, OverflowError):
+        value = math.nan
+    if not math.isfinite(value):
+        raise ArgumentError(describe(call, f"{name} must be finite", f"{name}={shown(x)}", fix))
+    return value
+
+
+def _dropout(call: str, x: Any) -> float:
+    fix = "Use 0 for no dropout"
+    if x is None:
+        raise ArgumentTypeError(describe(call, "dropout_p must be a number", "dropout_p=None", fix))
+    value = _number(call, "dropout_p", x, fix)
+    assert value is not None
+    if not 0 <= value < 1:
+        raise ArgumentError(describe(call, "dropout_p must be in [0, 1)", f"dropout_p={value}", fix))
+    return value
+
+
+def check_sinks(call: str, sinks: Any, sizes: Sizes) -> Tensor | None:
+    """The sinks as kernels take them; raises unless they fit the call."""
+    if sinks is None:
+        return None
+    fix = "Pass one number a query head as a tensor (Hq,); -inf for none"
+    if not isinstance(sinks, Tensor) or sinks.dtype not in DTYPES:
+        raise ArgumentTypeError(describe(call, "sinks must be a floating tensor", f"sinks={shown(sinks)}", fix))
+    if tuple(sinks.shape) != (sizes.Hq,):
+        raise ShapeError(
+            describe(call, "sinks must have shape (Hq,)", f"sinks {tuple(sinks.shape)} and Hq={sizes.Hq}", fix)
+        )
+    if sinks.device != sizes.device:
+        given = f"sinks on {sinks.device} and q on {sizes.device}"
+        raise ArgumentTypeError(describe(call, "sinks must be on q's device", given, "Move them with .to(q.device)"))
+    if sinks.is_inference() and torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
+        sinks = sinks.clone()  # one that may be saved for a backward pass
+    kept: Tensor = sinks.resolve_neg()
+    return kept
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,56 @@
+"""Keys that a model has selected for each query: tensors `indices` and `block_indices` of sparse attention."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qkv.checks import shown
+from qkv.errors import ShapeError, UnsupportedError, describe
+from qkv.integrations.transformers.parts import quadratic
+
+_CALL = "attn_implementation='qkv'"
+
+
+def selected_keys(indices: Tensor, query: Tensor, key: Tensor) -> Tensor | None:
+    """Which keys are selected by int `indices` (B, Lq, n): bool (B, 1, Lq, Lk), or None = all of them.
+
+    Negative entries select nothing. Cost: B Lq Lk bytes where n < Lk, with one warning; else nothing.
+    """
+    B, Lq, Lk = query.shape[0], query.shape[2], key.shape[2]
+    if indices.ndim != 3 or indices.shape[:2] != (B, Lq):
+        rule = "indices must select keys for each query: int (B, Lq, n)"
+        raise ShapeError(describe(_CALL, rule, f"indices {shown(indices)}, B={B} and Lq={Lq}", "Use 'eager'"))
+    if indices.shape[2] >= Lk and (torch.compiler.is_compiling() or bool((indices >= 0).all())):
+        return None  # the best n of no more than n
+    return _scattered(indices, Lk, Lq)[:, None]
+
+
+def selected_blocks(block_indices: Tensor, module: Any, query: Tensor, key: Tensor) -> Tensor:
+    """Which keys lie in selected blocks, `block_indices` (B, groups of heads, Lq, n): bool (B, Hq, Lq, Lk).
+
+    The size of a block is that of the layer's indexer. Negative entries select nothing. Cost: B Hq Lq Lk bytes.
+    """
+    B, Hq, Lq, Lk = query.shape[0], query.shape[1], query.shape[2], key.shape[2]
+    size = getattr(getattr(module, "indexer", None), "block_size", None)
+    if not isinstance(size, int):
+        rule = "block_indices need a layer whose `indexer` has a `block_size`"
+        raise UnsupportedError(describe(_CALL, rule, type(module).__name__, "Use attn_implementation='eager'"))
+    fits = block_indices.ndim == 4 and block_indices.shape[0] == B and block_indices.shape[2] == Lq
+    if not fits or Hq % block_indices.shape[1]:
+        rule = "block_indices must select blocks for each group of heads and query: int (B, groups, Lq, n)"
+        given = f"block_indices {shown(block_indices)}, B={B}, Hq={Hq} and Lq={Lq}"
+        raise ShapeError(describe(_CALL, rule, given, "Use attn_implementation='eager'"))
+    blocks = _scattered(block_indices, -(-Lk // size), Lq)
+    return blocks.repeat_interleave(size, 3)[..., :Lk].repeat_interleave(Hq // block_indices.shape[1], 1)
+
+
+def _scattered(indices: Tensor, count: int, Lq: int) -> Tensor:
+    """bool (..., count): True at the indices."""
+    if Lq > 1:
+        quadratic("a layer selects keys for each query")
+    seen = torch.zeros(*indices.shape[:-1], count + 1, dtype=torch.bool, device=indices.device)
+    seen.scatter_(-1, torch.where(indices < 0, count, indices).long(), True)
+    return seen[..., :count]

@@ -1,0 +1,96 @@
+"""Attention with one thing changed: what the questions of `qkv.why` cost a trained model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from qkv.functional import attention
+from qkv.masks import Mask, window
+from qkv.rotary import Rotary
+
+if TYPE_CHECKING:
+    from qkv.lm.decoder import Config
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """What differs from multi-head attention, everything else being equal."""
+
+    what: str
+    shared: bool = False  # W_K is W_Q
+    hide_self: bool = False  # key j = p is hidden; the first byte then sees nothing, and its attention is 0
+    folded: bool = False  # one (dim, dim) matrix a head in place of W_Q and W_K
+    values: str = "projected"  # "slice": head h reads its slice of x; "whole": every head reads all of x
+    power: float = 0.5  # scale = D ** -power
+    one_head: bool = False
+
+
+# Folding: (x_i W_Q)·(x_j W_K) = x_i (W_Q W_Kᵀ) x_jᵀ, so one free matrix W a head can say all that two can, and more
+# (its rank is not held to D). The key is then x itself, dim wide and the same for all heads; the query x_i W is dim
+# wide in each, so a score takes heads times the multiplications, and W_Q, W_K heads / 2 times the weights. Rotary turns
+# the wide vectors: between W_Q and W_K it would not fold.
+# Values: W_V and W_O of a head multiply to one matrix as well, so "whole" with W_O (heads * dim, dim) loses nothing and
+# pays with heads times as wide values, while "slice" can only pass on the head's own share of x.
+ABLATIONS = {
+    "shared-qk": Ablation("W_Q = W_K", shared=True),
+    "shared-qk-no-self": Ablation("W_Q = W_K, self masked", shared=True, hide_self=True),
+    "folded-qk": Ablation("W_Q folded into W_K", folded=True),
+    "v-is-x": Ablation("V = X, head h its slice", values="slice"),
+    "v-is-x-whole": Ablation("V = X, all of it in every head", values="whole"),
+    "scale-1": Ablation("scale 1", power=0.0),
+    "scale-1/d": Ablation("scale 1/d", power=1.0),
+    "one-head": Ablation("one head of equal width", one_head=True),
+}
+
+
+class AblatedAttention(nn.Module):
+    """Self-attention as `Ablation` says; with nothing changed it is rotary multi-head attention.
+
+    Parameters
+    ----------
+    dim, num_heads : int
+        x is (B, L, dim); heads are dim / num_heads wide.
+    ablation : Ablation
+    """
+
+    def __init__(self, dim: int, num_heads: int, ablation: Ablation) -> None:
+        super().__init__()
+        self.ablation, self.dim = ablation, dim
+        self.num_heads = 1 if ablation.one_head else num_heads
+        self.head_dim = dim // self.num_heads
+        wide = self.num_heads * dim
+        self.q_proj = nn.Linear(dim, wide if ablation.folded else dim, bias=False)
+        self.k_proj = None if ablation.shared or ablation.folded else nn.Linear(dim, dim, bias=False)
+        self.v_proj = nn.Linear(dim, dim, bias=False) if ablation.values == "projected" else None
+        self.o_proj = nn.Linear(wide if ablation.values == "whole" else dim, dim, bias=False)
+        self.rotary = Rotary(dim if ablation.folded else self.head_dim)
+
+    def forward(self, x: Tensor, *, mask: Mask) -> Tensor:
+        """Return (B, L, dim) for x (B, L, dim)."""
+        changed = self.ablation
+        q = self._heads(self.q_proj(x))
+        k = q if self.k_proj is None else self._heads(self.k_proj(x))
+        if changed.folded:
+            k = x.unsqueeze(1)  # one for all heads
+        q, k = self.rotary.rotate(q), self.rotary.rotate(k).expand(-1, self.num_heads, -1, -1)
+        if changed.values == "whole":
+            v = x.unsqueeze(1).expand(-1, self.num_heads, -1, -1)
+        else:
+            v = self._heads(x if self.v_proj is None else self.v_proj(x))
+        if changed.hide_self:
+            mask = mask & ~window(0, 0)
+        out = attention(q, k, v, mask=mask, scale=q.shape[-1] ** -changed.power)
+        joined: Tensor = self.o_proj(out.transpose(1, 2).flatten(2))
+        return joined
+
+    def _heads(self, x: Tensor) -> Tensor:
+        heads: Tensor = x.unflatten(-1, (self.num_heads, -1))
+        return heads.transpose(1, 2)
+
+
+def layer(config: Config) -> nn.Module:
+    """Return the ablated attention that a decoder's configuration names."""
+    return AblatedAttention(config.dim, config.heads, ABLATIONS[config.attention])

@@ -1,0 +1,357 @@
+"""From a problem to a plan: which backend runs, why each other one does not, and what the work costs."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from qkv.backends import base
+from qkv.backends.tiled.schedule import TileCount, View, count_tiles
+from qkv.call import keywords
+from qkv.call.problem import Inputs, KVView, Problem
+from qkv.call.validate import Options, validate
+from qkv.call.view import Group, check_view, groups, joined, problem_of, whole
+from qkv.checks import shown
+from qkv.errors import ArgumentError, ArgumentTypeError, UnsupportedError, describe
+from qkv.masks import Mask
+from qkv.scores import ScoreTerm
+
+_warned = False
+
+# Queries of a sequence up to which reading pages where they lie beats copies for a faster kernel: one query of decode
+# takes the portable kernel 1/2 to 1/30 of the time of the copies alone, 512 queries 3 times that of copies and kernel.
+_COPIES_PAY = 32
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will run, and why. `print` it; `attention` executes nothing else."""
+
+    problem: Problem
+    backend: str
+    reason: str
+    refused: tuple[tuple[str, str], ...]
+    """(backend, why it does not run) for every other backend."""
+    note: str
+    """What the backend wants its reader to know, such as promises that do not hold."""
+    tile: tuple[int, int]
+    positions: Tensor | None = None
+    cached: bool = False
+    """Whether the keys are a cache's view."""
+
+    @cached_property
+    def tiles(self) -> TileCount:
+        """Tiles of `tile` = (queries, keys) that hold a visible key, that are visible throughout, and all."""
+        p = self.problem
+        batch, heads = (p.B if p.varies_by_batch else min(p.B, 1)), (p.Hq if p.varies_by_head else min(p.Hq, 1))
+        rows = self.positions.cpu() if self.positions is not None else None
+        views = [
+            View(
+                b, h, 0 if rows is not None else p.offset(b), None if rows is None else rows[b if len(rows) > 1 else 0]
+            )
+            for b in range(batch)
+            for h in range(heads)
+        ]
+        times = (p.B // batch if batch else 0) * (p.Hq // heads if heads else 0)
+        return TileCount(*(times * n for n in count_tiles(p.mask, views, p.Lq, p.Lk, *self.tile)))
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations of the two matrix products over the visible tiles."""
+        p = self.problem
+        tile = min(self.tile[0], p.Lq) * min(self.tile[1], p.Lk)
+        pairs = min(self.tiles.visible * tile, p.B * p.Hq * p.Lq * p.Lk)
+        return 2 * (p.D + p.Dv) * pairs
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of q, k, v and out: what has to move at least once."""
+        p = self.problem
+        numbers = p.B * (p.Hq * p.Lq * (p.D + p.Dv) + p.Hkv * p.Lk * (p.D + p.Dv))
+        return numbers * p.dtype.itemsize
+
+    @property
+    def gradients(self) -> str:
+        """What computes first derivatives, and what further ones and forward mode."""
+        if self.cached:
+            return "none: the keys of a cache have none"
+        backend = base.load(self.backend)
+        further = "second derivatives and forward mode: tiled; third: only by backend='reference'"
+        if backend.differentiable:
+            first = f"{self.backend}, by autograd through its own operations"
+            return first if getattr(backend, "backward", None) is None else f"{first}; {further}"
+        why = base.no_backward(backend, self.problem)
+        first = f"{self.backend}, by its own backward pass" if why is None else "tiled"
+        first += f" ({why})" if why is not None and self.backend != "tiled" else ""
+        return f"{first}; {further}"
+
+    def __str__(self) -> str:
+        p, tiles = self.problem, self.tiles
+        dtype = str(p.dtype).removeprefix("torch.")
+        lines = [
+            f"problem   q ({p.B}, {p.Hq}, {p.Lq}, {p.D})  k ({p.B}, {p.Hkv}, {p.Lk}, {p.D})  "
+            f"v ({p.B}, {p.Hkv}, {p.Lk}, {p.Dv})  {dtype} on {p.device}",
+            f"mask      {shown(p.mask) if p.mask is not None else 'none: every key is visible'}",
+            f"backend   {self.backend}: {self.reason}",
+        ]
+        lines += [f"          {self.note}"] if self.note else []
+        lines += [f"{'refused' if not i else '':<10}{name}: {why}" for i, (name, why) in enumerate(self.refused)]
+        lines += [f"gradients {self.gradients}"]
+        part = f" ({tiles.visible / tiles.total:.2%})" if tiles.total else ""
+        lines += [
+            f"tiles     {tiles.visible:,} of {tiles.total:,} visited{part}, {tiles.full:,} of them fully visible; "
+            f"one tile is {self.tile[0]} queries x {self.tile[1]} keys",
+            f"work      {_unit(self.flops, 'FLOP', 1000)}",
+            f"memory    {_unit(self.bytes, 'B', 1024)} of inputs and output",
+        ]
+        return "\n".join(lines)
+
+
+def _unit(n: float, unit: str, step: int) -> str:
+    for prefix in ("", "k", "M", "G", "T", "P"):
+        if n < step or prefix == "P":
+            text = f"{n:.3g}" if prefix else f"{n:.0f}"
+            return f"{text} {prefix}{'i' if step == 1024 and prefix else ''}{unit}".replace("ki", "Ki")
+        n /= step
+    raise AssertionError
+
+
+def check_backend(call: str, backend: Any) -> None:
+    """`backend=` is None or a known name."""
+    if backend is None or (isinstance(backend, str) and backend in base.NAMES):
+        return
+    fix = f"Use one of {', '.join(base.NAMES)}, or leave it out"
+    if not isinstance(backend, str):
+        raise ArgumentTypeError(describe(call, "backend is a name", f"backend={shown(backend)}", fix))
+    raise ArgumentError(describe(call, "backend must be a known name", f"backend={backend!r}", fix))
+
+
+def choose(
+    problem: Problem,
+    backend: str | None,
+    positions: Tensor | None = None,
+    *,
+    parts: Sequence[Problem] = (),
+    pages: bool = False,
+) -> Plan:
+    """The plan for a problem: the backend asked for, or the first that can and should run it. Nothing else decides.
+
+    The order: PyTorch's own kernel where ours are missing or not tuned for the machine and the call needs nothing that
+    it lacks; the native kernel; tiled, which can do everything.
+
+    `parts`: the problems that are computed in place of this one, where there are; what runs can run each of them.
+    `pages`: keys lie on a cache's pages, which the native kernel reads where they lie; others need copies.
+    """
+    every = parts or (problem,)
+    if backend is not None:
+        return _by_name(problem, backend, positions, every)
+    native, tiled, sdpa = _find("cpu"), base.load("tiled"), base.load("sdpa")
+    cannot = native if isinstance(native, str) else _refusal(native, every)
+    lacking, untuned = _refusal(sdpa, every), torch_first(problem.device)
+    few = pages and cannot is None and problem.Lq <= _COPIES_PAY
+    only_by_name = ("reference", "its memory is quadratic: only by name")
+    if isinstance(native, str) and problem.device == "cpu":
+        _warn_once(native)
+    if lacking is None and not few and (cannot is not None or untuned is not None):
+        reason = f"{untuned or cannot}, and the call needs nothing that PyTorch's own kernel lacks"
+        refused = (("cpu", str(cannot or untuned)), ("tiled", "PyTorch's own kernel is faster"), only_by_name)
+        return _plan(problem, sdpa, reason, refused, positions)
+    if cannot is None and not isinstance(native, str):
+        reason = "the native kernel supports this call"
+        other = "the native kernel promises more"
+        if few and untuned is not None:
+            reason, other = "it reads the pages where they lie", "copies of the pages would cost more than they save"
+        refused = (("sdpa", lacking or other), ("tiled", "the native kernel is faster"), only_by_name)
+        return _plan(problem, native, reason, refused, positions)
+    why = tiled.supports(problem)
+    if why is not None:
+        fix = "Move the tensors to a device with data"
+        rule = f"no backend can run this call, because {why}"
+        raise UnsupportedError(describe(problem.call, rule, f"tensors on {problem.device!r}", fix))
+    refused = (("cpu", str(cannot)), ("sdpa", str(lacking)), only_by_name)
+    return _plan(problem, tiled, "it takes any call on any device", refused, positions)
+
+
+def torch_first(device: str) -> str | None:
+    """Why PyTorch's own kernel goes first on a device, where it can do the call; None where ours does."""
+    if device != "cpu":
+        return f"there is no kernel of ours for {device}"
+    native = _find("cpu")
+    if isinstance(native, str):
+        return native
+    untuned: Callable[[Problem | None], str | None] = getattr(native, "untuned", lambda _: None)
+    return untuned(None)
+
+
+def _refusal(backend: base.Backend, problems: Sequence[Problem]) -> str | None:
+    """Why the backend cannot run one of the problems, or None where it can run all."""
+    return next((why for p in problems if (why := backend.supports(p)) is not None), None)
+
+
+def _by_name(problem: Problem, name: str, positions: Tensor | None, every: Sequence[Problem]) -> Plan:
+    chosen = _find(name)
+    why = chosen if isinstance(chosen, str) else _refusal(chosen, every)
+    if why is not None or isinstance(chosen, str):
+        fix = "Choose another backend, or leave it out and print qkv.plan(...) for what runs"
+        rule = f"backend {name!r} cannot run this call, because {why}"
+        raise UnsupportedError(describe(problem.call, rule, f"backend={name!r}", fix))
+    others = tuple(
+        (other, f"{name!r} was asked for") for other in ("cpu", "sdpa", "tiled", "reference") if other != name
+    )
+    return _plan(problem, chosen, "asked for by backend=", others, positions)
+
+
+def _plan(
+    problem: Problem, backend: base.Backend, reason: str, refused: tuple[tuple[str, str], ...], positions: Tensor | None
+) -> Plan:
+    return Plan(problem, backend.name, reason, refused, backend.note(problem), backend.tile(problem), positions)
+
+
+def _find(name: str) -> base.Backend | str:
+    """The backend of that name, or why it is not installed."""
+    try:
+        backend = base.load(name)
+    except ImportError as error:
+        return f"the native extension is not installed ({error})"
+    missing = getattr(backend, "missing", None)
+    return missing if isinstance(missing, str) else backend
+
+
+def _warn_once(why: str) -> None:
+    global _warned
+    if not _warned:
+        _warned = True
+        how = "its own kernel ('sdpa') where that can do the call, else 'tiled'"
+        warnings.warn(f"qkv: {why}; attention runs in PyTorch: {how}.", UserWarning, stacklevel=5)
+
+
+def plan(
+    q: Tensor,
+    k: Tensor | KVView,
+    v: Tensor | None = None,
+    mask: Any = None,
+    *,
+    positions: Any = None,
+    bias: Tensor | ScoreTerm | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    return_lse: bool = False,
+    backend: str | None = None,
+    **unknown: Any,
+) -> Plan:
+    """Say what `attention` would do with the same arguments, without touching the data.
+
+    Parameters
+    ----------
+    q, k, v, mask and all others
+        As in `attention`; v may be left out, and then counts as a tensor like k. For a cache's view the plan counts
+        every sequence as long as the longest.
+
+    Returns
+    -------
+    Plan
+        Print it: the backend, why each other was refused, tiles, FLOPs, bytes. The same as fields: backend, refused,
+        tiles, flops, bytes.
+
+    Raises
+    ------
+    QKVError
+        Whatever `attention` would raise for these arguments.
+
+    Notes
+    -----
+    Cost: O(Lq / tile) time and memory; 1,000,000 tokens of a sliding window take a few milliseconds. No data is read.
+
+    Examples
+    --------
+    >>> import torch, qkv
+    >>> q = k = v = torch.zeros(1, 1, 1, 64).expand(1, 8, 100_000, 64)
+    >>> found = qkv.plan(q, k, v, mask=qkv.sliding_window(512), backend="tiled")
+    >>> found.backend, found.tiles.visible < found.tiles.total / 100
+    ('tiled', True)
+    """
+    call = "qkv.plan()"
+    if unknown:
+        raise keywords.unknown(call, unknown, plan)
+    check_backend(call, backend)
+    options = Options(positions, bias, scale, softcap, sinks, dropout_p, return_lse)
+    if isinstance(k, KVView):
+        return _plan_view(call, q, k, v, mask, options, backend)
+    problem, inputs = validate(call, q, k, k if v is None else v, mask, options)
+    if problem.device == "meta":  # tensors without data stand for ones that have it
+        problem = replace(problem, device="cpu")
+    return choose(problem, backend, inputs.positions)
+
+
+def _plan_view(call: str, q: Any, view: KVView, v: Any, mask: Any, options: Options, backend: str | None) -> Plan:
+    check_view(call, q, view, v, options)
+    found = over_view(call, q, view, joined(call, mask, view.held), options, backend)
+    stored = str(view.k.dtype).removeprefix("torch.")
+    how = "read where they lie" if found.in_place else "copied first"
+    pages = f"keys in {stored} on pages of {view.k.shape[2]}, {how}"
+    note = f"{found.plan.note}; {pages}" if found.plan.note else pages
+    return replace(found.plan, note=note, cached=True)
+
+
+class Part(NamedTuple):
+    """Sequences of a view that are computed together, as a problem."""
+
+    group: Group
+    problem: Problem
+    inputs: Inputs
+
+
+class ViewPlan(NamedTuple):
+    """What runs for a view: the plan of all sequences as if each were the longest, and the parts that are computed."""
+
+    plan: Plan
+    in_place: bool
+    """Whether the backend reads the pages where they lie; else keys and values are copied first."""
+    parts: list[Part]
+    """Sequences with equal lengths; or one for all, where the mask and the bias are the same for any lengths."""
+
+
+def over_view(call: str, q: Tensor, view: KVView, mask: Mask | None, options: Options, backend: str | None) -> ViewPlan:
+    """The one rule for a view: what runs, whether on the pages themselves, and in which parts.
+
+    `mask` is joined with what the cache holds (`viewing.joined`).
+    """
+
+    def part(group: Group) -> Part:
+        return Part(group, *problem_of(call, q, view, mask, options, group))
+
+    fits = mask is None or mask.fits_any_length
+    parts = None if fits and options.bias is None else [part(group) for group in groups(q, view)]
+    one = part(whole(q, view))
+    where = one.inputs.positions
+    # What holds for any lengths need not be planned for each.
+    if fits and all(t.kind in ("alibi", "relative") for t in one.problem.bias) and _reads(backend or "cpu", one, view):
+        plan = choose(one.problem, backend, where, pages=True)
+        if _reads(plan.backend, one, view):
+            return ViewPlan(plan, True, [one])
+    parts = [p for p in parts or map(part, groups(q, view)) if p.group.Lq]
+    plan = choose(one.problem, backend, where, parts=[p.problem for p in parts], pages=True)
+    return ViewPlan(plan, _reads(plan.backend, one, view), parts)
+
+
+def _reads(backend: str, one: Part, view: KVView) -> bool:
+    """Whether the backend takes the view's pages as they are stored."""
+    if view.k_scale is not None and one.problem.dtype == torch.float64:
+        return False  # stored numbers are multiplied in float32 there
+    found = _find(backend)
+    return not isinstance(found, str) and getattr(found, "prepare_view", None) is not None
+
+
+def prepared(problem: Problem, backend: base.Backend, inputs: Inputs) -> base.Execute | None:
+    """The backend's prepared call, where it offers one."""
+    prepare = getattr(backend, "prepare", None)
+    found: base.Execute | None = prepare(problem, inputs) if prepare is not None else None
+    return found

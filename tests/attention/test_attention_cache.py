@@ -1,0 +1,166 @@
+"""The fast path: one plan serves many calls, and a hit in the cache excuses nothing."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+import torch
+
+import qkv
+from qkv.errors import ArgumentError, ArgumentTypeError, QKVError
+from qkv.remembered import Remembered
+from tests.kit.rowwise import inputs
+
+
+class _Prepared:
+    """A stand-in for the native backend, to test the door alone."""
+
+    name = "cpu"
+    differentiable = False
+
+    def __init__(self) -> None:
+        self.prepared = self.ran = 0
+
+    def supports(self, problem: Any) -> str | None:
+        return "no dropout" if problem.dropout_p else None
+
+    def run(self, problem: Any, given: Any) -> Any:
+        raise AssertionError("prepared calls go first")
+
+    def tile(self, problem: Any) -> tuple[int, int]:
+        return 64, 64
+
+    def note(self, problem: Any) -> str:
+        return ""
+
+    def prepare(self, problem: Any, given: Any) -> Any:
+        from qkv.backends.tiled.forward import TiledBackend
+        from qkv.call.problem import Inputs
+
+        self.prepared += 1
+        bias = given.bias
+
+        def execute(q, k, v, positions, tensors, sinks, return_lse, seed=0):
+            self.ran += 1
+            terms = bias.with_tensors(tensors) if bias is not None else None
+            return TiledBackend().run(problem, Inputs(q, k, v, positions, terms, sinks))
+
+        return execute
+
+
+@pytest.fixture
+def door(monkeypatch: pytest.MonkeyPatch) -> _Prepared:
+    from qkv import functional, plans
+
+    native, real = _Prepared(), plans.base.load
+    monkeypatch.setattr(plans.base, "load", lambda name: native if name == "cpu" else real(name))
+    monkeypatch.setattr(functional, "_ENTRIES", Remembered(256))
+    monkeypatch.setattr(functional, "_FAST", Remembered(256))
+    return native
+
+
+def test_one_plan_serves_many_calls(door: _Prepared) -> None:
+    from qkv import functional
+
+    q, k, v = inputs(Lq=9)
+    for _ in range(3):
+        want = qkv.attention(q, k, v, mask=qkv.causal(), backend="tiled")
+        assert torch.equal(qkv.attention(q, k, v, mask=qkv.causal()), want)
+    assert (door.prepared, door.ran) == (1, 3)
+    assert len(functional._FAST) == 1
+    qkv.attention(q.requires_grad_(), k, v, mask=qkv.causal()).sum().backward()
+    assert (door.prepared, door.ran) == (2, 4)
+    with torch.no_grad():
+        qkv.attention(q, k, v, mask=qkv.causal())
+    assert (door.prepared, door.ran) == (2, 5)
+    qkv.attention(q.detach(), k, k, mask=qkv.causal())  # v shares k's storage: a plan of its own
+    assert door.prepared == 3
+    qkv.attention(q.detach(), k, v, mask=qkv.causal(), dropout_p=0.5)
+    assert door.prepared == 3
+
+
+def test_a_hit_is_no_licence(door: _Prepared) -> None:
+    """What equals a good argument without being one still raises after the good one was cached."""
+    q, k, v = inputs(Lq=9)
+    calls: list[tuple[dict[str, Any], dict[str, Any]]] = [
+        (dict(scale=1.0), dict(scale=True)),
+        (dict(softcap=1.0), dict(softcap=True)),
+        (dict(positions=1), dict(positions=True)),
+        (dict(return_lse=True), dict(return_lse=1)),
+        (dict(dropout_p=0.0), dict(dropout_p=False)),
+        (dict(backend=None), dict(backend="none")),
+        (dict(scale=0.5), dict(scale=torch.tensor(0.5))),
+    ]
+    for good, bad in calls:
+        qkv.attention(q, k, v, **good)
+        qkv.attention(q, k, v, **good)
+        with pytest.raises(QKVError):
+            qkv.attention(q, k, v, **bad)
+    with pytest.raises(ArgumentTypeError, match="dtype"):
+        qkv.attention(q, k.double(), v)
+    step = torch.complex(q, -q).conj().imag
+    assert torch.equal(qkv.attention(step, k, v), qkv.attention(q, k, v))
+
+
+def test_data_is_looked_at_in_every_call(door: _Prepared) -> None:
+    q, k, v = inputs(Lq=9)
+    mask = torch.ones(9, 9, dtype=torch.bool)
+    qkv.attention(q, k, v, mask=mask)
+    mask[:, 3] = False
+    assert torch.equal(qkv.attention(q, k, v, mask=mask), qkv.attention(q, k, v, mask=mask.clone()))
+    held = qkv.dense(mask)
+    qkv.attention(q, k, v, mask=held)
+    mask[:, 3] = True
+    with pytest.raises(ArgumentError, match="in place"):
+        qkv.attention(q, k, v, mask=held)
+    p = torch.arange(9)[None]
+    first = qkv.attention(q, k, v, mask=qkv.causal(), positions=p)
+    p += 2
+    assert not torch.equal(qkv.attention(q, k, v, mask=qkv.causal(), positions=p), first)
+    with pytest.raises(ArgumentError, match="magnitude"):
+        qkv.attention(q, k, v, mask=qkv.causal(), positions=p + 2**60)
+
+
+def test_caches_are_bounded_and_hold_no_user_tensors(door: _Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+    import gc
+    import weakref
+
+    from qkv import functional
+
+    q, k, v = inputs(Lq=9)
+    monkeypatch.setattr(door, "prepare", lambda problem, given: lambda q, *rest: (q, None), raising=False)
+    for n in range(1, 270):
+        qkv.attention(q, k, v, mask=qkv.sliding_window(n))
+    assert len(functional._FAST) <= 256
+    assert len(functional._ENTRIES) <= 256
+    mask = torch.ones(9, 9, dtype=torch.bool)
+    alive = weakref.ref(mask)
+    qkv.attention(q, k, v, mask=mask)
+    big = torch.randn(1, 2, 9, 8)
+    alive_q = weakref.ref(big)
+    qkv.attention(big, k, v)
+    del mask, big
+    gc.collect()
+    assert alive() is None
+    assert alive_q() is None
+
+
+def test_threads_share_the_door(door: _Prepared) -> None:
+    q, k, v = inputs(Lq=9)
+    want = {n: qkv.attention(q, k, v, mask=qkv.sliding_window(n), backend="tiled") for n in range(1, 9)}
+    wrong: list[int] = []
+
+    def work(seed: int) -> None:
+        for step in range(40):
+            n = (seed + step) % 8 + 1
+            if not torch.equal(qkv.attention(q, k, v, mask=qkv.sliding_window(n)), want[n]):
+                wrong.append(n)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong

@@ -1,0 +1,154 @@
+"""The plan: what it says, what it costs, the tiles it counts, and the backends that run or are missing."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+import qkv
+from qkv.backends import base
+from qkv.errors import UnsupportedError
+from qkv.remembered import Remembered
+from tests.kit.rowwise import inputs
+
+
+def test_plan_says_what_runs() -> None:
+    q, k, v = inputs(Lq=512, Lk=512)
+    plan = qkv.plan(q, k, v, mask=qkv.causal(), backend="tiled")
+    assert plan.backend == "tiled"
+    assert {name for name, _ in plan.refused} == {"cpu", "sdpa", "reference"}
+    assert (plan.tiles.visible, plan.tiles.full, plan.tiles.total) == (2 * 6, 2 * 2, 2 * 8)
+    assert plan.flops == 2 * 2 * 8 * 12 * 128 * 256
+    text = str(plan)
+    assert "tiled" in text
+    assert "12 of 16" in text
+    assert "causal()" in text
+    assert qkv.plan(q, k).problem.Dv == 8
+    assert qkv.plan(q, k, v, softcap=1.0, backend="reference").backend == "reference"
+    with pytest.raises(UnsupportedError, match="softcap"):
+        qkv.plan(q, k, v, softcap=1.0, backend="sdpa")
+    meta = torch.empty(1, 8, 4096, 64, device="meta")
+    assert qkv.plan(meta, meta, meta, mask=qkv.causal()).problem.Lq == 4096
+
+
+def test_a_plan_of_a_million_tokens_is_cheap() -> None:
+    import time
+
+    q = torch.zeros(1, 1, 1, 64).expand(1, 8, 1_000_000, 64)
+    best, threads = math.inf, torch.get_num_threads()
+    torch.set_num_threads(1)  # waiting for a core that another test has is not our time
+    try:
+        for _ in range(5):
+            start = time.process_time()
+            plan = qkv.plan(q, q, q, mask=qkv.sliding_window(4096))
+            assert 0 < plan.tiles.visible < plan.tiles.total / 100
+            best = min(best, time.process_time() - start)
+    finally:
+        torch.set_num_threads(threads)
+    assert best < 0.03  # 10 ms on an idle machine
+
+
+SHUFFLED = torch.randint(-5, 90, (2, 40), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    "positions", ["start", "end", -7, [3, 50], SHUFFLED], ids=["start", "end", "-7", "rows", "shuffled"]
+)
+def test_counted_tiles_are_those_of_the_mask(positions: Any) -> None:
+    from qkv.backends.tiled.schedule import Schedule, View, count_tiles
+    from qkv.call.validate import normalise_positions
+
+    Lq, Lk, T, K = 40, 70, 8, 16
+    mask = (qkv.causal() & qkv.sliding_window(20)) | qkv.prefix(3)
+    dense = mask.tensor(Lq, Lk, positions=positions, B=2)
+    reading, tensor = normalise_positions("test", positions, 2, Lq, torch.device("cpu"))
+    visible = full = 0
+    for b in range(2):
+        blocks = [[dense[b, 0, i : i + T, j : j + K] for j in range(0, Lk, K)] for i in range(0, Lq, T)]
+        offset = (
+            {"start": 0, "end": Lk - Lq}.get(reading, 0)
+            if isinstance(reading, str)
+            else reading[b if len(reading) > 1 else 0]
+        )
+        view = View(b, 0, offset, None if tensor is None else tensor[b])
+        schedule = Schedule(mask, [view], Lq, Lk, T, K)
+        for t, row in enumerate(blocks):
+            found = {key.start // K: key.full for key in schedule.keys(t)}
+            for j, block in enumerate(row):
+                if tensor is None:  # exact for consecutive positions
+                    assert (j in found) == bool(block.any())
+                    assert found.get(j, False) == bool(block.all())
+                else:
+                    assert j in found or not block.any()
+                    assert bool(block.all()) or not found.get(j, False)
+        count = count_tiles(mask, [view], Lq, Lk, T, K)
+        assert count.visible == sum(len(list(schedule.keys(t))) for t in range(len(blocks)))
+        assert count.full == sum(key.full for t in range(len(blocks)) for key in schedule.keys(t))
+        visible, full = visible + count.visible, full + count.full
+    assert visible >= full
+
+
+def test_a_missing_native_backend_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    import warnings
+
+    from qkv import functional, plans
+
+    real = plans.base.load
+
+    def load(name: str) -> Any:
+        if name.startswith("cpu"):
+            raise ImportError("no module")
+        return real(name)
+
+    monkeypatch.setattr(plans.base, "load", load)
+    monkeypatch.setattr(plans, "_warned", False)
+    monkeypatch.setattr(functional, "_ENTRIES", Remembered(256))
+    monkeypatch.setattr(functional, "_FAST", Remembered(256))
+    q, k, v = inputs()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        qkv.attention(q, k, v)
+        qkv.attention(q, k, v, mask=qkv.causal(), positions="end")
+    assert len(caught) == 1
+    assert "native" in str(caught[0].message)
+    assert "\n" not in str(caught[0].message)
+    with pytest.raises(UnsupportedError, match="native"):
+        qkv.attention(q, k, v, backend="cpu:avx2")
+
+
+def test_sdpa_when_nothing_is_lacking() -> None:
+    q, k, v = inputs(Hq=4, Hkv=2, Lq=6, Lk=6, grad=True)
+    for mask in (None, qkv.causal()):
+        out = qkv.attention(q, k, v, mask=mask, backend="sdpa")
+        want = qkv.attention(q, k, v, mask=mask)
+        assert torch.allclose(out, want, atol=1e-5)
+        grads = (torch.autograd.grad(x, (q, k, v), torch.ones_like(x)) for x in (out, want))
+        assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(*grads, strict=True))
+    assert "not promised" in str(qkv.plan(q, k, v, backend="sdpa"))
+    for lacking in (
+        dict(softcap=2.0),
+        dict(return_lse=True),
+        dict(mask=qkv.prefix(2)),
+        dict(sinks=torch.zeros(4)),
+        dict(dropout_p=0.1),
+    ):
+        with pytest.raises(UnsupportedError, match="sdpa"):
+            qkv.attention(q, k, v, backend="sdpa", **lacking)
+
+
+def test_plan_says_what_differentiates() -> None:
+    q = torch.randn(1, 2, 8, 16)
+    further = "second derivatives and forward mode: tiled; third: only by backend='reference'"
+    assert qkv.plan(q, q, q, backend="tiled").gradients == f"tiled; {further}"
+    assert qkv.plan(q, q, q, backend="reference").gradients == "reference, by autograd through its own operations"
+    dropped = qkv.plan(q, q, q, dropout_p=0.5)
+    assert dropped.backend == qkv.plan(q, q, q).backend
+    if base.load("cpu").supports(qkv.plan(q, q, q).problem) is None:
+        plan = qkv.plan(q, q, q, backend="cpu")
+        assert plan.gradients == f"cpu, by its own backward pass; {further}"
+        assert f"gradients {plan.gradients}" in str(plan)
+        many = qkv.plan(q, q, q, bias=sum((qkv.alibi(torch.ones(2)) for _ in range(16)), qkv.alibi(torch.ones(2))))
+        assert many.gradients == f"tiled (it differentiates at most 16 score terms); {further}"

@@ -1,0 +1,50 @@
+"""The gate fails for every kernel with a mistake, and for none without: its table is `tests.gates.mutants`."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+
+from tests.gates import gate, mutants
+from tests.kit.plain import PYTHON_MUTANTS
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+CONFIGS = 60  # random ones after the named cases
+
+
+@cache
+def asked() -> list[gate.Question]:
+    return [q for q in mutants.questions(mutants.fixed_configs(CONFIGS)) if not q.config.dropout_p]
+
+
+def test_the_implementation_without_a_mistake_passes() -> None:
+    trial = mutants.try_python("", asked())
+    assert trial.seed is None, trial.fault
+
+
+@pytest.mark.parametrize("bug", PYTHON_MUTANTS)
+def test_python_mutant_is_killed(bug: str) -> None:
+    assert mutants.try_python(bug, asked()).seed is not None, f"nothing noticed: {PYTHON_MUTANTS[bug]}"
+
+
+def test_native_mutants_are_killed() -> None:
+    """Where the build of the mutants is there. It is not shipped; `make gate` makes it and asks far more."""
+    module = mutants.native_mutants()
+    if module is None:
+        return
+    isas = [name for name in gate.backends() if name.startswith("cpu")]
+    questions = [q for q in asked() if not gate.may_refuse("cpu", q.config)]
+    trials = [
+        mutants.try_native_apart(number, name, questions, isas)
+        for number, name in enumerate(["", *module.mutant_names()])
+    ]
+    assert trials[0].seed is None, trials[0].fault
+    assert not [trial.name for trial in trials[1:] if trial.seed is None], "survivors"
+
+
+def test_the_shipped_build_cannot_be_told_to_be_wrong() -> None:
+    if "cpu:portable" in gate.required_backends():
+        from qkv import _native
+
+        assert not hasattr(_native, "set_mutant")
