@@ -8,10 +8,19 @@ import pytest
 import torch
 
 from tests.gates import gate
+from tests.kit import private
 
 
 def pytest_report_header() -> str:
     return f"qkv backends: {', '.join(gate.backends())}"
+
+
+@pytest.fixture
+def nothing_kept() -> Iterator[None]:
+    """No plan and no prepared call from before the test, and none of its own after it."""
+    private.forget()
+    yield
+    private.forget()
 
 
 @pytest.fixture

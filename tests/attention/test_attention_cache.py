@@ -10,7 +10,7 @@ import torch
 
 import qkv
 from qkv.errors import ArgumentError, ArgumentTypeError, QKVError
-from qkv.remembered import Remembered
+from tests.kit import private
 from tests.kit.rowwise import inputs
 
 
@@ -51,25 +51,19 @@ class _Prepared:
 
 
 @pytest.fixture
-def door(monkeypatch: pytest.MonkeyPatch) -> _Prepared:
-    from qkv import functional, plans
-
-    native, real = _Prepared(), plans.base.load
-    monkeypatch.setattr(plans.base, "load", lambda name: native if name == "cpu" else real(name))
-    monkeypatch.setattr(functional, "_ENTRIES", Remembered(256))
-    monkeypatch.setattr(functional, "_FAST", Remembered(256))
+def door(monkeypatch: pytest.MonkeyPatch, nothing_kept: None) -> _Prepared:
+    native = _Prepared()
+    private.use_backend(monkeypatch, "cpu", native)
     return native
 
 
 def test_one_plan_serves_many_calls(door: _Prepared) -> None:
-    from qkv import functional
-
     q, k, v = inputs(Lq=9)
     for _ in range(3):
         want = qkv.attention(q, k, v, mask=qkv.causal(), backend="tiled")
         assert torch.equal(qkv.attention(q, k, v, mask=qkv.causal()), want)
     assert (door.prepared, door.ran) == (1, 3)
-    assert len(functional._FAST) == 1
+    assert len(private.ready_calls()) == 1
     qkv.attention(q.requires_grad_(), k, v, mask=qkv.causal()).sum().backward()
     assert (door.prepared, door.ran) == (2, 4)
     with torch.no_grad():
@@ -127,14 +121,11 @@ def test_caches_are_bounded_and_hold_no_user_tensors(door: _Prepared, monkeypatc
     import gc
     import weakref
 
-    from qkv import functional
-
     q, k, v = inputs(Lq=9)
     monkeypatch.setattr(door, "prepare", lambda problem, given: lambda q, *rest: (q, None), raising=False)
     for n in range(1, 270):
         qkv.attention(q, k, v, mask=qkv.sliding_window(n))
-    assert len(functional._FAST) <= 256
-    assert len(functional._ENTRIES) <= 256
+    assert all(len(table) <= table.most <= 256 for table in private.tables())
     mask = torch.ones(9, 9, dtype=torch.bool)
     alive = weakref.ref(mask)
     qkv.attention(q, k, v, mask=mask)

@@ -11,7 +11,7 @@ import torch
 import qkv
 from qkv.backends import base
 from qkv.errors import UnsupportedError
-from qkv.remembered import Remembered
+from tests.kit import private
 from tests.kit.rowwise import inputs
 
 
@@ -91,22 +91,11 @@ def test_counted_tiles_are_those_of_the_mask(positions: Any) -> None:
     assert visible >= full
 
 
-def test_a_missing_native_backend_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_native_backend_is_said_once(monkeypatch: pytest.MonkeyPatch, nothing_kept: None) -> None:
     import warnings
 
-    from qkv import functional, plans
-
-    real = plans.base.load
-
-    def load(name: str) -> Any:
-        if name.startswith("cpu"):
-            raise ImportError("no module")
-        return real(name)
-
-    monkeypatch.setattr(plans.base, "load", load)
-    monkeypatch.setattr(plans, "_warned", False)
-    monkeypatch.setattr(functional, "_ENTRIES", Remembered(256))
-    monkeypatch.setattr(functional, "_FAST", Remembered(256))
+    private.use_backend(monkeypatch, "cpu", ImportError("no module"))
+    private.warn_again(monkeypatch)
     q, k, v = inputs()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -12,9 +12,10 @@ import torch._dynamo
 from torch import Tensor
 
 import qkv
-from qkv import execute, functional, plans
+from qkv import plans
 from qkv.backends import base
 from qkv.errors import UnsupportedError
+from tests.kit import private
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SEED = 50
@@ -39,16 +40,10 @@ def machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     elif request.param == "no extension":
         monkeypatch.setattr(native, "module", MISSING)
         monkeypatch.setattr(native, "missing", MISSING)
-        monkeypatch.setattr(plans, "_warned", True)
-    forget()
+        private.warn_again(monkeypatch, never=True)
+    private.forget()  # plans made for another machine
     yield request.param
-    forget()
-
-
-def forget() -> None:
-    """Plans made for another machine."""
-    for kept in (functional._ENTRIES, functional._FAST, execute._PREPARED):
-        kept.clear()
+    private.forget()
 
 
 @pytest.fixture
@@ -404,7 +399,7 @@ def test_views(machine: str, entered: list[tuple[str, str]], make: Callable[...,
             assert backend == "sdpa"
             continue
         plan = qkv.plan(q, view, **options)
-        execute._PREPARED.clear()
+        private.forget()
         entered.clear()
         found = qkv.attention(q, view, **options)
         assert ran(entered) == {plan.backend}, (option, plan.reason, entered)

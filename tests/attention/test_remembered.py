@@ -5,32 +5,25 @@ from __future__ import annotations
 import gc
 import threading
 import weakref
-from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
 
 import qkv
-from qkv import execute, functional, remembered
+from qkv import remembered
 from qkv.masks.segments import Documents
 from qkv.remembered import Remembered, now, weight
+from tests.kit import private
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-TABLES = (functional._ENTRIES, functional._FAST, execute._PREPARED)
 BUDGET = 1 << 20
 
 
 @pytest.fixture(autouse=True)
-def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def small(monkeypatch: pytest.MonkeyPatch, nothing_kept: None) -> None:
     """A budget that a few masks fill, and nothing kept from before."""
     monkeypatch.setattr(remembered, "BUDGET", BUDGET)
     monkeypatch.setattr(remembered, "LARGEST", BUDGET // 4)
-    for table in TABLES:
-        table.clear()
-    yield
-    for table in TABLES:
-        table.clear()
 
 
 def ids(n: int, rows: int = 2, length: int = 2000) -> torch.Tensor:
@@ -68,9 +61,7 @@ def test_changing_documents_stay_under_the_budget(backend: str | None, learns: b
 
 def test_what_is_used_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     """The least recently used goes, not the oldest: the mask of every step is not planned anew among passing ones."""
-    plans: list[Any] = []
-    real = functional.choose
-    monkeypatch.setattr(functional, "choose", lambda *given, **more: plans.append(given) or real(*given, **more))
+    plans = private.count_plans(monkeypatch)
     for n in range(1, 60):
         packed(0)
         packed(n)
@@ -81,9 +72,9 @@ def test_a_mask_that_is_too_large_is_not_kept() -> None:
     big = qkv.documents(segment_ids=torch.arange(40_000) // 7)
     q = torch.zeros(1, 1, 1, 8).expand(1, 1, 40_000, 8)
     packed(0)
-    kept = [len(table) for table in TABLES]
+    kept = [len(table) for table in private.tables()]
     qkv.attention(q[:, :, :1], q, q, big, positions=[0])
-    assert [len(table) for table in TABLES] == kept, "nor does it push out others"
+    assert [len(table) for table in private.tables()] == kept, "nor does it push out others"
 
 
 def test_views_share_the_budget() -> None:

@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 
 import qkv
-from qkv import functional, plans
 from qkv.backends.tiled import backward, forward
 from qkv.call.problem import Inputs, Output, Problem
-from qkv.remembered import Remembered
+from tests.kit import private
 
 SEED = 5
 
@@ -54,11 +53,9 @@ def _state(inputs: Inputs) -> Tensor:
 
 
 @pytest.fixture
-def stateful(monkeypatch: pytest.MonkeyPatch) -> Stateful:
-    mine, real = Stateful(), plans.base.load
-    monkeypatch.setattr(plans.base, "load", lambda name: mine if name == "cpu" else real(name))
-    monkeypatch.setattr(functional, "_ENTRIES", Remembered(256))
-    monkeypatch.setattr(functional, "_FAST", Remembered(256))
+def stateful(monkeypatch: pytest.MonkeyPatch, nothing_kept: None) -> Stateful:
+    mine = Stateful()
+    private.use_backend(monkeypatch, "cpu", mine)
     return mine
 
 

@@ -16,8 +16,7 @@ import importlib
 import multiprocessing
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from multiprocessing.connection import Connection
@@ -25,10 +24,8 @@ from typing import Any
 
 import torch
 
-from qkv import execute, functional
-from qkv.backends import base
 from tests.gates import gate, views_gate
-from tests.kit import saturated
+from tests.kit import private, saturated
 from tests.kit.cases import CASES, Config
 from tests.kit.generator import random_config
 from tests.kit.plain import PYTHON_MUTANTS, Plain
@@ -85,34 +82,13 @@ def native_mutants() -> Any:
         return None
 
 
-@contextmanager
-def native_module(module: Any) -> Iterator[None]:
-    """Let the "cpu" backends run another build of the kernels. What was prepared with the old one is forgotten."""
-    cpu = importlib.import_module("qkv.backends.cpu")
-    shipped = cpu._module
-    try:
-        cpu._module = lambda: module
-        _forget()
-        yield
-    finally:
-        cpu._module = shipped
-        _forget()
-
-
-def _forget() -> None:
-    functional._ENTRIES.clear()
-    functional._FAST.clear()
-    execute._PREPARED.clear()
-    base.load.cache_clear()
-
-
 def try_native(number: int, name: str, asked: Sequence[gate.Question], isas: Sequence[str]) -> Trial:
     """Ask the native backends with mistake `number` switched on; 0 is none."""
     module = native_mutants()
     count = 0
     module.set_mutant(number)
     try:
-        with native_module(module):
+        with private.native_kernels(module):
             for count, question in enumerate([*asked, *view_questions()], 1):
                 for isa in isas:
                     paged = isinstance(question, views_gate.Question)

@@ -27,7 +27,7 @@ from qkv.call.problem import Clock, KVLayout, KVView
 from qkv.masks import as_mask
 from tests.gates import gate
 from tests.gates.gate import Outcome, Statistics, tell_outcomes
-from tests.kit import judge, views
+from tests.kit import judge, private, views
 from tests.kit.judge import Verdict
 from tests.kit.oracle import Result
 from tests.kit.views import ViewConfig, ViewInputs, random_view_config
@@ -308,7 +308,7 @@ def glue_mutant(name: str) -> Iterator[None]:
     _, where, wrong = GLUE_MUTANTS[name]
     modules = [m for m in (execute, plans) if hasattr(m, where)]
     real = getattr(modules[0], where)
-    execute._PREPARED.clear()
+    private.forget()
     for module in modules:
         setattr(module, where, wrong(real))
     try:
@@ -316,7 +316,7 @@ def glue_mutant(name: str) -> Iterator[None]:
     finally:
         for module in modules:
             setattr(module, where, real)
-        execute._PREPARED.clear()
+        private.forget()
 
 
 def killer(name: str, asked: Iterable[Question], names: Iterable[str]) -> tuple[Question, str] | None:

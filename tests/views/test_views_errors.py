@@ -17,8 +17,9 @@ import pytest
 import torch
 
 import qkv
-from qkv import ArgumentError, ArgumentTypeError, QKVError, ShapeError, UnsupportedError, execute
+from qkv import ArgumentError, ArgumentTypeError, QKVError, ShapeError, UnsupportedError
 from qkv.call.problem import Clock, KVLayout, KVView
+from tests.kit import private
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 S, A, T, U = ShapeError, ArgumentError, ArgumentTypeError, UnsupportedError
@@ -138,7 +139,7 @@ def arguments(changed: dict[str, Any]) -> dict[str, Any]:
 def test_calls_without_meaning_raise(name: str, function: Callable[..., Any]) -> None:
     changed, kind, words = CALLS[name]
     for prepared in (False, True):
-        execute._PREPARED.clear()
+        private.forget()
         if prepared:  # good calls of the same kind must not open a door
             qkv.attention(q(), view(), **BASE)
             qkv.attention(q(1, 4, 3, D), ragged(), **BASE)

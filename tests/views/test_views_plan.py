@@ -9,20 +9,14 @@ import pytest
 import torch
 
 import qkv
-from qkv import execute
 from qkv.call.problem import Clock, KVLayout, KVView
 from tests.gates import views_gate
-from tests.kit import views
+from tests.kit import private, views
 from tests.kit.views import ViewConfig
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "nothing_kept")
 NATIVE = any(name.startswith("cpu") for name in views_gate.names_of_all())
 CAUSAL = qkv.causal()
-
-
-@pytest.fixture(autouse=True)
-def nothing_prepared() -> None:
-    execute._PREPARED.clear()
 
 
 def step(lengths: Any, T: int = 1, seed: int = 0, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, KVView]:
@@ -167,7 +161,7 @@ class TestPrepared:
         for n, lengths in enumerate([(100, 33), (101, 34), (600, 1), (17, 640), (1, 1)]):
             q, view = step(lengths, seed=n)
             close(qkv.attention(q, view, mask=CAUSAL), truth(q, view))
-            assert len(execute._PREPARED) == NATIVE
+            assert len(private.ready_views()) == NATIVE
 
     @pytest.mark.parametrize(
         "others",
@@ -269,9 +263,9 @@ class TestPrepared:
 
     def test_what_is_remembered_is_bounded(self) -> None:
         q, view = step((20,))
-        for n in range(execute._PREPARED.most + 20):
+        for n in range(private.ready_views().most + 20):
             qkv.attention(q, view, mask=CAUSAL, scale=0.1 + n)
-        assert len(execute._PREPARED) <= execute._PREPARED.most
+        assert len(private.ready_views()) <= private.ready_views().most
         close(qkv.attention(q, view, mask=CAUSAL, scale=0.1), truth(q, view, scale=0.1))
 
     def test_lse_or_not(self) -> None:
