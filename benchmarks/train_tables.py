@@ -4,7 +4,7 @@
     python benchmarks/train_tables.py ablations [--seeds 0 1 2] [--threads 1] [--part 1/2]
     python benchmarks/train_tables.py steps [--threads 2]
     python benchmarks/train_tables.py report [--json benchmarks/results/models.json] [--why FILE]
-    python benchmarks/train_tables.py card CHECKPOINT > src/qkv/cli/model/README.md
+    python benchmarks/train_tables.py card CHECKPOINT > src/qkv/lm/model/README.md
 
 Every run leaves a JSON file in --results as it ends, and one that is there is not made again: stop and start at will,
 and let two processes do `--part 1/2` and `--part 2/2`. `report` prints the tables from the files.
@@ -23,12 +23,12 @@ from typing import Any
 import torch
 
 from qkv.lm import checkpoint
-from qkv.lm.ablations import ABLATIONS
 from qkv.lm.comparison import step_times
 from qkv.lm.data import Corpus, read_corpus
 from qkv.lm.decoder import KINDS, Config
-from qkv.lm.generate import SHIPPED
-from qkv.lm.loop import Run, Settings, decoder, held_out_bits
+from qkv.lm.generation import SHIPPED
+from qkv.lm.training import Run, Settings, decoder, held_out_bits
+from qkv.lm.variants import ABLATIONS
 
 SIZES: dict[str, Any] = {"dim": 128, "layers": 3, "heads": 4, "context": 256}
 STEPS, BATCH, EVERY = 500, 8, 50

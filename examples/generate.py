@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 import qkv
-from qkv.lm.generate import load  # a small model of bytes that ships with the package; any model of qkv.nn will do
+from qkv.lm import load  # a small model of bytes that ships with the package; any model of qkv.nn will do
 
 model = load()
 size = model.blocks[0].attention

@@ -22,7 +22,7 @@ from qkv.cli.main import main
 from qkv.cli.passages import LONG, Passage, Text, cut, read_file, read_reference
 from qkv.insight.terminal import cells
 from qkv.lm import serving
-from qkv.lm.generate import continue_prompt, load
+from qkv.lm.generation import continue_prompt, load
 
 pytestmark = pytest.mark.filterwarnings("ignore:qkv:UserWarning")
 
@@ -213,7 +213,7 @@ def test_what_is_missing_is_said_whole_with_the_cure(
 def test_an_installation_without_the_model_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("qkv.lm.generate.SHIPPED", tmp_path / "reference.safetensors")
+    monkeypatch.setattr("qkv.lm.generation.SHIPPED", tmp_path / "reference.safetensors")
     lines, _ = _demo(capsys)
     (told,) = [line for line in lines if line.startswith("no model and no pages here: ")]
     assert told.endswith("Train one with qkv train, and pass its path.")
@@ -238,7 +238,7 @@ def test_an_answer_that_differs_is_named(monkeypatch: pytest.MonkeyPatch, capsys
 
 
 def test_without_a_model_nothing_is_served(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr("qkv.lm.generate.SHIPPED", Path("nowhere"))
+    monkeypatch.setattr("qkv.lm.generation.SHIPPED", Path("nowhere"))
     demo._serve()
     assert capsys.readouterr().out == ""
 

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from qkv.lm import loop
+from qkv.lm import training
 from qkv.lm.data import Corpus
 from qkv.lm.decoder import Config
 
 TINY: dict[str, Any] = {"dim": 32, "layers": 2, "heads": 2, "context": 32, "window": 8}
-SETTINGS = loop.Settings(steps=8, batch=4, warmup=2)
+SETTINGS = training.Settings(steps=8, batch=4, warmup=2)
 
 
 def corpus(data: bytes, held: bytes | None = None) -> Corpus:
@@ -27,7 +27,7 @@ def letters(count: int, seed: int = 0, symbols: int = 16) -> bytes:
     return bytes(np.random.default_rng(seed).integers(97, 97 + symbols, count, dtype=np.uint8))
 
 
-def trained(path: Path, kind: str = "mha") -> loop.Run:
-    run = loop.Run(Config(attention=kind, **TINY), SETTINGS, corpus(letters(2000)))
+def trained(path: Path, kind: str = "mha") -> training.Run:
+    run = training.Run(Config(attention=kind, **TINY), SETTINGS, corpus(letters(2000)))
     run.go(5, 2, lambda _: None, save=path)
     return run

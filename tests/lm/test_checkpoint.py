@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from qkv.errors import ArgumentError
-from qkv.lm import checkpoint, loop
+from qkv.lm import checkpoint, training
 from qkv.lm.data import Corpus
 from qkv.lm.decoder import Config, Decoder
 from tests.kit.training import SETTINGS, TINY, corpus, letters, trained
@@ -21,10 +21,10 @@ pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings(
 
 @pytest.mark.parametrize("kind", ["mha", "mla"])
 def test_a_run_that_was_stopped_continues_to_the_same_bits(kind: str, tmp_path: Path) -> None:
-    whole = loop.Run(Config(attention=kind, **TINY), SETTINGS, corpus(letters(2000)))
+    whole = training.Run(Config(attention=kind, **TINY), SETTINGS, corpus(letters(2000)))
     whole.go(8, 2, lambda _: None)
     trained(tmp_path / "a", kind)
-    again = loop.resumed(checkpoint.load(tmp_path / "a"), corpus(letters(2000)))
+    again = training.resumed(checkpoint.load(tmp_path / "a"), corpus(letters(2000)))
     assert again.step == 5
     again.go(8, 2, lambda _: None, save=tmp_path / "b")
     assert again.record.losses == whole.record.losses
@@ -83,7 +83,7 @@ def test_files_that_are_no_checkpoint_are_refused(tmp_path: Path) -> None:
             checkpoint.load(tmp_path / name)
     save_file({"x": torch.zeros(2)}, tmp_path / "bare", metadata={"format": checkpoint.FORMAT, "notes": "{}"})
     with pytest.raises(ArgumentError, match="config and settings"):
-        loop.configured(checkpoint.load(tmp_path / "bare"))
+        training.configured(checkpoint.load(tmp_path / "bare"))
 
 
 def test_tensors_that_do_not_fit_are_refused_and_copy_nothing(tmp_path: Path) -> None:
@@ -107,7 +107,7 @@ def test_tensors_that_do_not_fit_are_refused_and_copy_nothing(tmp_path: Path) ->
     for missing in (name, "rng.batches", f"optimizer.exp_avg.{name[6:]}"):
         bad = checkpoint.Saved(saved.path, {k: v for k, v in saved.tensors.items() if k != missing}, saved.notes)
         with pytest.raises(ArgumentError, match="exactly"):
-            loop.resumed(bad, corpus(letters(2000)))
+            training.resumed(bad, corpus(letters(2000)))
     other = Corpus("other", *(torch.zeros(500, dtype=torch.uint8),) * 2, "1" * 64)
     with pytest.raises(ArgumentError, match="the text it began with"):
-        loop.resumed(saved, other)
+        training.resumed(saved, other)

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 import qkv
 from qkv.errors import ArgumentError
-from qkv.lm import loop
-from qkv.lm.ablations import ABLATIONS, AblatedAttention, Ablation
+from qkv.lm import training
 from qkv.lm.decoder import KINDS, PLAIN, Config, Decoder, attention_layer
+from qkv.lm.variants import ABLATIONS, AblatedAttention, Ablation
 from tests.kit.training import TINY, corpus, letters
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore:qkv:UserWarning")]
@@ -121,7 +121,7 @@ def test_the_decoder_is_its_formula(tied: bool) -> None:
     logp = want - np.log(np.exp(want).sum(1, keepdims=True))
     bits = -logp[np.arange(12), tokens[1:]].mean() / math.log(2)
     found = corpus(b"x" * 99, bytes(tokens))
-    assert abs(loop.held_out_bits(model, found.held_out(4, 32)) - bits) < 1e-10
+    assert abs(training.held_out_bits(model, found.held_out(4, 32)) - bits) < 1e-10
 
 
 EVERY_KIND = [(kind, "qkv") for kind in (*KINDS, *ABLATIONS)] + [(kind, "sdpa") for kind in PLAIN]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from qkv.lm.generate import load
+from qkv.lm.generation import load
 from qkv.lm.serving import Request, alone
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "generate.py"

@@ -13,10 +13,11 @@ import torch
 
 import qkv
 from qkv.errors import ArgumentError
-from qkv.lm import loop
-from qkv.lm.comparison import SdpaAttention, step_times
+from qkv.lm import training
+from qkv.lm.comparison import step_times
 from qkv.lm.data import Corpus, read_corpus
 from qkv.lm.decoder import PLAIN, Config, Decoder
+from qkv.lm.variants import SdpaAttention
 from tests.kit.training import SETTINGS, TINY, corpus, letters
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore:qkv:UserWarning")]
@@ -86,12 +87,12 @@ def repeated(blocks: int, seed: int) -> bytes:
     return b"".join(letters(8, seed * 100_000 + n) * 8 for n in range(blocks))
 
 
-LEARN = loop.Settings(steps=150, batch=8, warmup=10, rate=1e-2, seed=1)
+LEARN = training.Settings(steps=150, batch=8, warmup=10, rate=1e-2, seed=1)
 SMALL: dict[str, Any] = {"dim": 32, "layers": 1, "heads": 2, "context": 64}
 
 
 def learned(config: Config, text: Corpus) -> float:
-    run = loop.Run(config, LEARN, text)
+    run = training.Run(config, LEARN, text)
     run.go(LEARN.steps, LEARN.steps, lambda _: None)
     return run.record.held[-1][1]
 
@@ -113,7 +114,7 @@ def test_noise_stays_noise_unless_the_mask_leaks(monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_rate_warms_up_and_falls_along_a_cosine() -> None:
-    settings = loop.Settings(steps=1000, rate=0.5, warmup=100)
+    settings = training.Settings(steps=1000, rate=0.5, warmup=100)
     rates = [settings.rate_at(step) for step in range(1000)]
     assert rates[0] == pytest.approx(0.005)
     assert rates[49] == pytest.approx(0.25)
@@ -121,12 +122,12 @@ def test_the_rate_warms_up_and_falls_along_a_cosine() -> None:
     assert rates[550] == pytest.approx(0.05 + 0.45 / 2)  # half way down
     assert rates[999] == pytest.approx(0.05, abs=1e-5)
     assert all(a >= b for a, b in itertools.pairwise(rates[100:]))
-    assert loop.Settings(steps=1).rate_at(0) == loop.Settings().rate
+    assert training.Settings(steps=1).rate_at(0) == training.Settings().rate
 
 
 def test_a_step_has_its_own_rate_and_a_gradient_of_norm_1_at_most() -> None:
-    settings = loop.Settings(steps=40, batch=4, warmup=4, rate=2e-3)
-    run = loop.Run(Config(**TINY), settings, corpus(letters(2000)))
+    settings = training.Settings(steps=40, batch=4, warmup=4, rate=2e-3)
+    run = training.Run(Config(**TINY), settings, corpus(letters(2000)))
     run.rng.set_state(torch.Generator().manual_seed(7).get_state())
     inputs, targets = next(corpus(letters(2000)).batches(4, 32, torch.Generator().manual_seed(7)))
     twin = Decoder(Config(**TINY), settings.seed)
@@ -146,14 +147,14 @@ def test_a_step_has_its_own_rate_and_a_gradient_of_norm_1_at_most() -> None:
 def test_settings_that_do_not_fit() -> None:
     for given in ({"steps": 0}, {"batch": 0}, {"rate": 0.0}, {"rate": float("nan")}, {"seed": -1}, {"warmup": 1.5}):
         with pytest.raises(ArgumentError, match="Got"):
-            loop.Settings(**given)  # type: ignore[arg-type]
+            training.Settings(**given)  # type: ignore[arg-type]
 
 
 def test_a_seed_decides_and_another_decides_otherwise() -> None:
     text = corpus(letters(2000))
     losses = []
     for seed in (1, 1, 2):
-        run = loop.Run(Config(**TINY), loop.Settings(steps=3, batch=2, seed=seed), text)
+        run = training.Run(Config(**TINY), training.Settings(steps=3, batch=2, seed=seed), text)
         torch.rand(seed)  # the global generator has no say
         losses.append([run.advance() for _ in range(3)])
     assert losses[0] == losses[1]
@@ -165,7 +166,7 @@ def test_with_pytorchs_attention_the_losses_are_the_same_but_for_rounding() -> N
     for kind in PLAIN:
         curves = []
         for op in ("qkv", "sdpa"):
-            run = loop.Run(Config(attention=kind, op=op, **TINY), SETTINGS, text)
+            run = training.Run(Config(attention=kind, op=op, **TINY), SETTINGS, text)
             assert any(isinstance(module, SdpaAttention) for module in run.model.modules()) == (op == "sdpa")
             curves.append([run.advance() for _ in range(4)])
         # Adam's first steps have the size of the rate whatever the gradient: they can double a rounding, not hide a

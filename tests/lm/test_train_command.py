@@ -13,7 +13,7 @@ import torch
 from qkv.cli.main import main
 from qkv.errors import ArgumentError
 from qkv.lm import checkpoint
-from qkv.lm.generate import continue_prompt
+from qkv.lm.generation import continue_prompt
 from tests.kit.training import corpus, letters, trained
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore:qkv:UserWarning")]

@@ -69,7 +69,7 @@ def _serve() -> None:
     """Let the shipped model answer several prompts at once, and check each answer against one by one."""
     from qkv.bench.progress import Progress
     from qkv.cli import pages, screen
-    from qkv.lm.generate import load
+    from qkv.lm.generation import load
     from qkv.lm.serving import Request, Server, alone
 
     try:
@@ -92,7 +92,7 @@ def _continued(say: Callable[[str], None]) -> tuple[str, str]:
     """A prompt and how the shipped model, trained on the same text, continues it; or why it cannot, and the cure."""
     say("asking the shipped model to go on")
     try:
-        from qkv.lm.generate import continue_prompt
+        from qkv.lm.generation import continue_prompt
 
         return f"“{PROMPT.strip()}” {continue_prompt(PROMPT, 120, temperature=0.5).text}", ""
     except UnsupportedError as error:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from qkv.errors import ArgumentError, describe
 
 if TYPE_CHECKING:
-    from qkv.lm.loop import Run
+    from qkv.lm.training import Run
 
 OUT = "decoder.safetensors"
 # option -> (where it belongs, type, what --help says); the defaults are those of Config and Settings
@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _prepare(args: argparse.Namespace) -> Run:
     """Begin a run as the options say, or continue one."""
-    from qkv.lm import checkpoint, loop
+    from qkv.lm import checkpoint, training
     from qkv.lm.data import read_corpus
     from qkv.lm.decoder import Config
 
@@ -97,14 +97,14 @@ def _prepare(args: argparse.Namespace) -> Run:
             given[part][name] = getattr(args, name)
     if args.resume is None:
         config = Config(**given["config"])  # type: ignore[arg-type]
-        settings = loop.Settings(**given["settings"])  # type: ignore[arg-type]
-        return loop.Run(config, settings, read_corpus(args.text, config.context))
+        settings = training.Settings(**given["settings"])  # type: ignore[arg-type]
+        return training.Run(config, settings, read_corpus(args.text, config.context))
     named = [f"--{name}" for part in given.values() for name in part]
     if named:
         rule, fix = "a checkpoint brings its own settings", f"Leave out {', '.join(named)}, or begin a new run"
         raise ArgumentError(describe("qkv train", rule, f"--resume and {', '.join(named)}", fix))
     saved = checkpoint.load(args.resume)
-    return loop.resumed(saved, read_corpus(args.text, loop.configured(saved)[0].context))
+    return training.resumed(saved, read_corpus(args.text, training.configured(saved)[0].context))
 
 
 def _opening(current: Run) -> str:

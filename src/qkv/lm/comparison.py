@@ -1,41 +1,16 @@
-"""PyTorch's attention in place of ours, and the two timed in turn."""
+"""Training steps of several decoders, timed in turn."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, scaled_dot_product_attention
+from torch.nn.functional import cross_entropy
 
 from qkv.lm.decoder import BYTES, Config, Decoder
-from qkv.masks import Mask, causal
-from qkv.nn import Attention
-
-
-class SdpaAttention(Attention):
-    """The same layer with the same weights; queries, keys and values go to PyTorch's kernel."""
-
-    def forward(self, x: Tensor, context: Tensor | None = None, *, mask: Any = None, **unused: Any) -> Tensor:
-        """Return (B, L, dim) for x (B, L, dim): causal by flag, any other mask as a bool tensor."""
-        assert context is None
-        assert not unused
-        q, k, v = self.project(x)
-        options: dict[str, Any] = {"is_causal": True} if mask == causal() else {"attn_mask": self._dense(mask, q)}
-        if self.num_kv_heads != self.num_heads:
-            options["enable_gqa"] = True
-        out = scaled_dot_product_attention(q, k, v, **options)
-        joined: Tensor = self.o_proj(out.transpose(1, 2).flatten(2))
-        return joined
-
-    def _dense(self, mask: Mask, q: Tensor) -> Tensor:
-        key = (mask, q.shape[2])
-        if getattr(self, "_kept", (None, None))[0] != key:  # building it is not what is compared
-            self._kept = key, mask.tensor(q.shape[2], q.shape[2])
-        return self._kept[1]
 
 
 def step_times(

@@ -12,13 +12,14 @@ from qkv.cache import PagedCache, Step
 from qkv.cache.latent import PagedLatentCache
 from qkv.call.problem import LayerCache
 from qkv.errors import ArgumentError, UnsupportedError, describe
+from qkv.lm.variants import ABLATIONS, AblatedAttention, SdpaAttention
 from qkv.masks import Mask, causal, sliding_window
 from qkv.nn import Attention, LatentAttention
 from qkv.rotary import Rotary
 
 BYTES = 256
 PLAIN = ("mha", "gqa", "mqa", "window")  # qkv.nn.Attention
-KINDS = (*PLAIN, "mla")  # training/ablations.py adds its own
+KINDS = (*PLAIN, "mla")  # what the library has; ABLATIONS are for comparison
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,6 @@ class Config:
     op: str = "qkv"  # "sdpa": PyTorch's attention in its place, for comparison
 
     def __post_init__(self) -> None:
-        from qkv.lm.ablations import ABLATIONS
-
         known, sizes = (*KINDS, *ABLATIONS), (self.dim, self.layers, self.heads, self.context, self.window)
         if self.attention not in known:
             self._refuse(f"attention is one of {', '.join(known)}", f"attention={self.attention!r}", "Use one of them")
@@ -77,9 +76,7 @@ class Config:
 def attention_layer(config: Config) -> nn.Module:
     """Return the attention of one layer, called as layer(x, mask=mask), with x (B, L, dim); cache= if config.caches."""
     if config.attention not in KINDS:
-        from qkv.lm import ablations
-
-        return ablations.layer(config)
+        return AblatedAttention(config.dim, config.heads, ABLATIONS[config.attention])
     size = config.head_dim
     if config.attention == "mla":
         # DeepSeek's proportions; the queries are not compressed, as in V2-Lite
@@ -94,8 +91,6 @@ def attention_layer(config: Config) -> nn.Module:
         )
     kv_heads = {"gqa": config.heads // 2, "mqa": 1}.get(config.attention, config.heads)
     if config.op == "sdpa":
-        from qkv.lm.comparison import SdpaAttention
-
         return SdpaAttention(config.dim, config.heads, num_kv_heads=kv_heads, rotary=Rotary(size))
     return Attention(config.dim, config.heads, num_kv_heads=kv_heads, rotary=Rotary(size))
 

@@ -97,9 +97,8 @@ class Server:
         self.jobs: list[Job] = []  # all, as they came
         self.waiting: deque[Job] = deque()
         self.running: list[Job] = []  # the oldest first
-        self.steps = self.computed = self.shared = self.preempted = (
-            0  # computed and shared: bytes of prompts and answers
-        )
+        self.steps = self.preempted = 0
+        self.computed = self.shared = 0  # bytes of prompts and answers
         self.seconds = 0.0
         self._full = False  # no room until somebody leaves
 
@@ -191,15 +190,14 @@ class Server:
         P = self.cache.page_size
         for other in self.running:
             if other.request.salt == job.request.salt:
-                common = _common(
-                    job.tokens[:-1], other.tokens
-                )  # the last byte is always computed: its logits are needed
+                # The last byte is always computed: its logits are needed.
+                common = _common(job.tokens[:-1], other.tokens)
                 if common // P * P > other.cached:
                     return True
         return False
 
     def _preempt(self) -> None:
-        """Let the youngest make room."""
+        """Take the youngest request's pages: to host memory, or dropped; it waits at the head of the queue."""
         job = self.running.pop()
         assert job.seq is not None
         if self.swap:

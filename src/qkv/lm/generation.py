@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from qkv.errors import ArgumentError, UnsupportedError, describe
-from qkv.lm import checkpoint, loop
+from qkv.lm import checkpoint, training
 from qkv.lm.decoder import Decoder
 from qkv.lm.serving import one_thread, pick
 
@@ -87,11 +87,11 @@ def load(path: Path | None = None) -> Decoder:
     if path is None and not SHIPPED.exists():
         rule, fix = "the shipped model is part of the package", "Train one with qkv train, and pass its path"
         raise UnsupportedError(describe("qkv demo", rule, f"no {SHIPPED.name}", fix))
-    return loop.decoder(checkpoint.load(path or SHIPPED))
+    return training.decoder(checkpoint.load(path or SHIPPED))
 
 
 def _surprise(model: Decoder, tokens: list[int]) -> float:
     if len(tokens) < 2:
         return float("nan")
     window = torch.tensor([tokens])
-    return loop.held_out_bits(model, iter([(window[:, :-1], window[:, 1:])]))
+    return training.held_out_bits(model, iter([(window[:, :-1], window[:, 1:])]))

@@ -1,18 +1,17 @@
-"""Attention with one thing changed: what the questions of `qkv.why` cost a trained model."""
+"""Attention layers to compare the library's with: one thing changed (ablations), or PyTorch's kernel in its place."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 
 from qkv.functional import attention
-from qkv.masks import Mask, window
+from qkv.masks import Mask, causal, window
+from qkv.nn import Attention
 from qkv.rotary import Rotary
-
-if TYPE_CHECKING:
-    from qkv.lm.decoder import Config
 
 
 @dataclass(frozen=True)
@@ -91,6 +90,23 @@ class AblatedAttention(nn.Module):
         return heads.transpose(1, 2)
 
 
-def layer(config: Config) -> nn.Module:
-    """Return the ablated attention that a decoder's configuration names."""
-    return AblatedAttention(config.dim, config.heads, ABLATIONS[config.attention])
+class SdpaAttention(Attention):
+    """The same layer with the same weights; queries, keys and values go to PyTorch's kernel."""
+
+    def forward(self, x: Tensor, context: Tensor | None = None, *, mask: Any = None, **unused: Any) -> Tensor:
+        """Return (B, L, dim) for x (B, L, dim): causal by flag, any other mask as a bool tensor."""
+        assert context is None
+        assert not unused
+        q, k, v = self.project(x)
+        options: dict[str, Any] = {"is_causal": True} if mask == causal() else {"attn_mask": self._dense(mask, q)}
+        if self.num_kv_heads != self.num_heads:
+            options["enable_gqa"] = True
+        out = scaled_dot_product_attention(q, k, v, **options)
+        joined: Tensor = self.o_proj(out.transpose(1, 2).flatten(2))
+        return joined
+
+    def _dense(self, mask: Mask, q: Tensor) -> Tensor:
+        key = (mask, q.shape[2])
+        if getattr(self, "_kept", (None, None))[0] != key:  # building it is not what is compared
+            self._kept = key, mask.tensor(q.shape[2], q.shape[2])
+        return self._kept[1]
