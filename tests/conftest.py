@@ -9,6 +9,7 @@ import torch
 
 from tests.gates import gate
 from tests.kit import private
+from tests.kit.skips import pytest_make_collect_report, pytest_runtest_makereport  # noqa: F401 (hooks)
 
 
 def pytest_report_header() -> str:

@@ -15,7 +15,7 @@ import qkv
 from qkv import plans
 from qkv.backends import base
 from qkv.errors import UnsupportedError
-from tests.kit import private
+from tests.kit import private, skips
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SEED = 50
@@ -35,7 +35,7 @@ def machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     native = base.load("cpu")
     if request.param == "no tuned kernel":
         if native.missing is not None:  # type: ignore[attr-defined]
-            pytest.skip("there is no kernel that could be untuned")
+            pytest.skip(skips.NO_TUNED_KERNEL)
         monkeypatch.setattr(native, "untuned", lambda problem: UNTUNED)
     elif request.param == "no extension":
         monkeypatch.setattr(native, "module", MISSING)

@@ -14,6 +14,7 @@ import torch
 
 import qkv
 from tests.gates import gate
+from tests.kit import skips
 from tests.kit.cases import Config
 from tests.kit.inputs import Inputs, materialise
 
@@ -135,8 +136,7 @@ print("read nothing past the end")
 
 def test_nothing_is_read_past_the_end_of_a_tensor() -> None:
     """Each tensor ends at a page that kills whoever touches it. In its own process, for that reason."""
-    if not sys.platform.startswith("linux"):
-        return
+    skips.on_linux_only()
     command = [sys.executable, "-c", _GUARDED, *PROMISING]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=Path(__file__).parents[2])
     assert "read nothing past the end" in ran.stdout, f"exit code {ran.returncode}\n{ran.stderr[-2000:]}"

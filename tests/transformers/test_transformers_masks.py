@@ -24,6 +24,7 @@ from transformers import masking_utils as mu
 
 import qkv
 from qkv.integrations.transformers import ModelMask, model_mask, parts
+from tests.kit import skips
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 B = 3
@@ -166,9 +167,7 @@ def test_packed_sequences_are_read(inner: str, seed: int) -> None:
     assert "dense" not in repr(found.mask)
 
 
-@pytest.mark.skipif(
-    not hasattr(mu, "remap_positions_for_packed_sequence"), reason="this transformers keeps positions along the row"
-)
+@pytest.mark.skipif(not hasattr(mu, "remap_positions_for_packed_sequence"), reason=skips.OLDER_TRANSFORMERS)
 def test_positions_that_begin_anew_are_not_read_where_the_ids_do_not_say_so() -> None:
     """Ids that leave two sequences as one: distances along the row are not those of the positions."""
     position_ids = torch.tensor([[0, 1, 2, 0, 1, 2, 3]]).expand(B, -1)

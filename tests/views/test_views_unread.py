@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.gates import views_gate
-from tests.kit import views
+from tests.kit import skips, views
 from tests.kit.views import ViewConfig, ViewInputs, random_view_config
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -147,8 +147,7 @@ print("read nothing past the end")
 
 def test_nothing_is_read_outside_of_the_pools() -> None:
     """Pools, scales and queries lie between memory that kills who touches it. In its own process, for that reason."""
-    if not sys.platform.startswith("linux"):
-        return
+    skips.on_linux_only()
     command = [sys.executable, "-c", _GUARDED, *(name for name in BACKENDS if name != "reference")]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=Path(__file__).parents[2])
     assert "read nothing past the end" in ran.stdout, f"exit code {ran.returncode}\n{ran.stderr[-2000:]}"
