@@ -1,0 +1,1 @@
+"""qkv.attention on tensors: what it computes, refuses, keeps and plans."""

@@ -1,0 +1,1 @@
+"""The benchmark: that it is honest, and what it prints."""

@@ -1,0 +1,1 @@
+"""The caches: what they keep, refuse, survive and count."""

@@ -1,0 +1,1 @@
+"""The project itself: its judges, its documentation, its types, its wheel and what it installs."""

@@ -182,7 +182,7 @@ def test_the_oldest_and_the_newest_are_tried(tool: Callable[[str], ModuleType]) 
     }
     for environment in module.environments():
         about = environment.name.startswith("transformers")
-        assert "tests/transformers/test_transformers_models.py" in environment.tests
+        assert "tests/transformers/test_models.py" in environment.tests
         assert ("tests/attention/test_merge.py" in environment.tests) is not about
         assert "tests/house/test_versions.py" not in environment.tests
 

@@ -1,0 +1,1 @@
+"""What tests are made of, and no test: oracle, judge, generator, cases, inputs."""

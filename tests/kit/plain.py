@@ -1,7 +1,7 @@
 """Attention in plain NumPy that can be told to be wrong: the Python mutants.
 
 Without a mistake it passes the gate. With one, named in `PYTHON_MUTANTS`, it is what a kernel with that bug would
-compute. `tests/mutants.py` runs them.
+compute. `tests/gates/mutants.py` runs them.
 """
 
 from __future__ import annotations

@@ -1,0 +1,1 @@
+"""The little language model: decoder, training, checkpoints, generation, serving."""

@@ -1,0 +1,1 @@
+"""Masks and scores: algebra, values, intervals, programs and errors."""

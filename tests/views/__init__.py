@@ -1,0 +1,1 @@
+"""qkv.attention on a cache's view."""

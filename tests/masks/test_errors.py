@@ -8,7 +8,7 @@ import torch
 
 import qkv
 from qkv.errors import ArgumentError
-from tests.kit.bad_masks import patterns, ranges, uses
+from tests.kit.malformed_masks import patterns, ranges, uses
 
 CASES = [*ranges.CASES, *patterns.CASES, *uses.CASES]
 

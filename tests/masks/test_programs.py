@@ -1,6 +1,6 @@
 """The lowering of masks, run by an interpreter that knows only the table of instructions.
 
-Every case is named by its seed: `pytest tests/test_mask_programs.py -k seed17`.
+Every case is named by its seed: `pytest tests/masks/test_programs.py -k seed17`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Masks against a second definition in plain Python (`tests/mask_specs.py`), their laws, and known counts.
+"""Masks against a second definition in plain Python (`tests/kit/mask_specs.py`), their laws, and known counts.
 
-Every case is named by its seed: `pytest tests/test_masks.py -k seed17`.
+Every case is named by its seed: `pytest tests/masks/test_algebra.py -k seed17`.
 """
 
 from __future__ import annotations

@@ -1,0 +1,1 @@
+"""qkv.attention as an operator of PyTorch: compiled, exported, mapped, with users' functions."""

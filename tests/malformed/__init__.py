@@ -1,0 +1,1 @@
+"""Malformed calls of every public function."""
