@@ -11,7 +11,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from qkv import needs  # noqa: F401  first: it says which torch is needed, before anything fails for want of it
+from qkv import _torch  # noqa: F401  first: it says which torch is needed, before anything fails for want of it
 from qkv.errors import (
     ArgumentError,
     ArgumentTypeError,

@@ -23,9 +23,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function, forward_ad
+from torch.autograd import Function
 
-from qkv import batched
+from qkv._torch import forward_mode, older_vmaps, over_samples, under_transform
 from qkv.backends import base
 from qkv.backends.base import Gradients
 from qkv.backends.tiled import backward as tiled_backward
@@ -152,7 +152,7 @@ class _Attention(Function):
         ctx.call = call
         # Saved tensors, not attributes: writing into an input before backward is then an error, not a wrong gradient.
         ctx.save_for_backward(*given, *found)
-        if _forward_mode():
+        if forward_mode():
             ctx.save_for_forward(*given, *found)
         return found[:2]  # the state is saved without being a result, which would cost every call
 
@@ -280,7 +280,7 @@ class _Through(Function):
     @staticmethod
     def backward(ctx: Any, d_out: Tensor) -> Any:
         call, given = ctx.call, ctx.saved_tensors
-        if not (torch.is_grad_enabled() or torch._C._are_functorch_transforms_active() or batched.level()):
+        if not (torch.is_grad_enabled() or under_transform() or older_vmaps()):
             return None, d_out, *[None] * len(given)
         q, lse = given[0], _no_lse(call.problem, given[0])
         out = q.new_full((), torch.nan).expand(*lse.shape, call.problem.Dv)
@@ -291,19 +291,15 @@ class _Through(Function):
 _COMPUTE = {_Attention: _attention, _Backward: _backward, _Along: _along, _Curved: _curved}
 
 
-def _forward_mode() -> bool:
-    return forward_ad._current_level >= 0
-
-
 def _apply(function: Any, call: Call, *tensors: Any) -> tuple[Any, ...]:
     """The function, as part of a graph only where someone may differentiate or map it."""
     found: tuple[Any, ...] | None
-    if at := batched.level():
-        found = batched.over_samples(lambda *each: _apply(function, call, *each), tensors, at)
+    if at := older_vmaps():
+        found = over_samples(lambda *each: _apply(function, call, *each), tensors, at)
         if found is not None:
             return found
     learned = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    if learned or torch._C._are_functorch_transforms_active() or _forward_mode():
+    if learned or under_transform() or forward_mode():
         found = function.apply(call, *tensors)
     else:
         with torch.no_grad():
@@ -364,8 +360,8 @@ def _one_by_one(
 def attend(call: Call, inputs: Inputs, masks: Sequence[Tensor] = ()) -> Output:
     """A call that someone may differentiate or map. `masks`: the mask's tensors, if `call.words` encodes it."""
     bias = inputs.bias.tensors() if inputs.bias is not None else ()
-    transformed = torch._C._are_functorch_transforms_active()
-    if call.backend.differentiable and not transformed and not _forward_mode():
+    transformed = under_transform()
+    if call.backend.differentiable and not transformed and not forward_mode():
         out = call.compute(call.problem, inputs).out
         return Output(_Through.apply(call, out, inputs.q, inputs.k, inputs.v, inputs.sinks, inputs.positions), None)
     function: Any = _TransformedAttention if transformed else _Attention

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qkv import _torch
 from qkv.errors import ArgumentError, ArgumentTypeError, ShapeError, describe
 
 # Positions and distances stay below this, so that sums of a few of them never leave int64.
@@ -78,13 +79,11 @@ class Operand:
         if not readable(tensor):
             self.tensor = tensor.detach()
             return
-        while torch._C._functorch.is_gradtrackingtensor(
-            tensor
-        ):  # inside of torch.func.grad even torch.tensor gives one
-            tensor = torch._C._functorch.get_unwrapped(tensor)
+        while _torch.follows_gradient(tensor):  # inside of torch.func.grad even torch.tensor gives one
+            tensor = _torch.unwrapped(tensor)
         # The clone keeps the mask a value: changing the caller's tensor later changes nothing here. A mask made in
         # inference mode serves training too, and what is made there could not be saved for a backward pass.
-        with torch._C._DisableFuncTorch(), torch.inference_mode(False):
+        with _torch.without_transforms(), torch.inference_mode(False):
             self.tensor = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         size = self.tensor.numel() * self.tensor.element_size()
         data = ctypes.string_at(self.tensor.data_ptr(), size) if size else b""

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from qkv.backends import base
-from qkv.call.problem import Inputs, KVView, Output, Problem, empty_output
-from qkv.call.validate import Options
+from qkv.call.keys import KVView
+from qkv.call.problem import Inputs, Options, Output, Problem, empty_output
 from qkv.call.view import check_view, gathered, joined, problem_of
 from qkv.masks import Mask
 from qkv.plans import Part, Plan, check_backend, over_view

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
+from qkv._torch import without_modes
 from qkv.backends.tiled.schedule import View, count_tiles
 from qkv.masks import Mask
 from qkv.masks.portable import decode
@@ -40,7 +40,7 @@ def pairs(q: Tensor, k: Tensor, positions: Tensor | None, operands: Any, static:
     if Lq * len(offsets) * len(heads) > _MOST_ROWS:
         return every
     views = [View(b, h, offset, None) for b, offset in enumerate(offsets) for h in heads]
-    with _disable_current_modes():  # one that makes tensors without data would count nothing
+    with without_modes():  # one that makes tensors without data would count nothing
         shown = count_tiles(mask, views, Lq, Lk, 1, 1).visible
     return shown * (B // len(offsets)) * (Hq // len(heads))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
@@ -10,13 +9,17 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from qkv import execute, graph
+from qkv import _torch, execute, graph
+from qkv._torch import forward_mode as _forward_mode
+from qkv._torch import modes as _modes
+from qkv._torch import recording as _recording
+from qkv._torch import under_transform as _functorch
 from qkv.backends import base
 from qkv.call import keywords
-from qkv.call.problem import Inputs, KVView, Output, Problem
-from qkv.call.validate import Options, named, validate
+from qkv.call.keys import KVView
+from qkv.call.problem import Inputs, Options, Output, Problem
+from qkv.call.validate import named, validate
 from qkv.call.view import check_view, gathered, joined
 from qkv.checks import integers, shown, whole
 from qkv.errors import ArgumentError, ArgumentTypeError, UnsupportedError, describe
@@ -52,9 +55,6 @@ _FAST = Remembered(256)
 _PLAIN_POSITIONS = frozenset((type(None), str, int))
 _grad_enabled = torch.is_grad_enabled
 _dynamo = torch.compiler.is_dynamo_compiling  # looked up once; torch.compile knows it by any name
-_modes = torch._C._len_torch_dispatch_stack
-_functorch = torch._C._are_functorch_transforms_active
-_recording = torch._C._is_tracing  # by torch.jit.trace, which would keep the numbers of this one call
 
 
 class OutputWithLse(NamedTuple):
@@ -64,8 +64,7 @@ class OutputWithLse(NamedTuple):
     lse: Tensor
 
 
-# By this name torch.export.save writes the tuple, and a process that has imported qkv reads it.
-torch.utils._pytree._register_namedtuple(OutputWithLse, serialized_type_name="qkv.OutputWithLse")
+_torch.register_tuple(OutputWithLse, "qkv.OutputWithLse")
 
 
 @overload
@@ -225,7 +224,7 @@ def attention(
         and _modes() == 0
         and not _functorch()
         and not _recording()
-        and forward_ad._current_level < 0
+        and not _forward_mode()
         and dropout_p.__class__ is float
         and return_lse.__class__ is bool
         and positions.__class__ in _PLAIN_POSITIONS
@@ -271,7 +270,7 @@ def _over_view(q: Any, view: KVView, v: Any, mask: Any, options: Options, backen
 def _traced(q: Any, k: Any, v: Any, mask: Any, options: Options, backend: Any) -> Output | None:
     """The call as a node of the graph that a tracer is making, or None where none is."""
     _refuse_recording()
-    followed = graph.tracing(q) or graph.tracing(k) or graph.tracing(v)
+    followed = _torch.stands_in(q) or _torch.stands_in(k) or _torch.stands_in(v)
     if not followed and _modes() == 0:
         return None
     check_backend(_CALL, backend)
@@ -289,8 +288,7 @@ def _traced(q: Any, k: Any, v: Any, mask: Any, options: Options, backend: Any) -
 
 def _refuse_recording() -> None:
     """TorchScript would keep the numbers of this one call, and ONNX has no such node."""
-    flags = sys.modules.get("torch.onnx._internal.exporter._flags")  # of an export by way of torch.export
-    if _recording() or getattr(flags, "_is_onnx_exporting", False):
+    if _recording() or _torch.exporting_onnx():
         rule = "no TorchScript and no ONNX graph can hold the call"
         given = "a call inside of torch.jit.trace" if _recording() else "a call inside of torch.onnx.export"
         fix = "Use torch.export.export or torch.compile, which take it as one node; for ONNX export PyTorch's own layer"
@@ -299,7 +297,7 @@ def _refuse_recording() -> None:
 
 def _unfollowed() -> Callable[..., Output]:
     """`_attend`; torch.compile does not look into it where it left `attention` to Python."""
-    if "torch._dynamo" not in sys.modules:
+    if not _torch.compiler_loaded():
         return _attend
     return _disabled()
 
@@ -317,13 +315,11 @@ def _attend(
     check_backend(_CALL, backend)
     # Positions and bias are looked at in every call: what they hold is data, and no key can stand for it.
     problem, inputs = validate(_CALL, q, k, v, mask, options)
-    if _functorch() or forward_ad._current_level >= 0:
+    if _functorch() or _forward_mode():
         if _transformed(problem, inputs):
             return _transform(problem, inputs, backend)
         if _functorch():  # a constant there: computed as if outside
-            from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack as outside
-
-            with outside():
+            with _torch.outside_transforms():
                 return _attend(q, k, v, mask, options, backend, seed=seed)
     entry, key = _planned(problem, inputs, backend)
     as_given = inputs.q is q and inputs.k is k and inputs.v is v and inputs.sinks is options.sinks
@@ -352,7 +348,7 @@ def _transform(problem: Problem, inputs: Inputs, backend: str | None) -> Output:
     problem = _kept(replace(problem, needs_grad=True), chosen)
     words: list[int] = []
     operands: list[Tensor] = []
-    if problem.mask is not None and any(map(_wrapped, _held_tensors(problem.mask))):
+    if problem.mask is not None and any(map(_torch.transformed, _held_tensors(problem.mask))):
         encode(_CALL, problem.mask, words, operands)  # what is mapped has to be an argument
     call = Call(problem, chosen, None, inputs.bias, seed, tuple(words) if words else None, len(operands))
     return attend(call, inputs, operands)
@@ -362,14 +358,9 @@ def _transformed(problem: Problem, inputs: Inputs) -> bool:
     """Whether torch.func or forward mode follows one of the call's tensors."""
     bias = inputs.bias.tensors() if inputs.bias is not None else ()
     tensors = [t for t in (inputs.q, inputs.k, inputs.v, inputs.sinks, *bias) if t is not None]
-    if any(map(_wrapped, tensors + _held_tensors(problem.mask))):
+    if any(map(_torch.transformed, tensors + _held_tensors(problem.mask))):
         return True
-    return forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
-
-
-def _wrapped(t: Tensor) -> bool:
-    found: bool = torch._C._functorch.is_functorch_wrapped_tensor(t)
-    return found
+    return _forward_mode() and any(map(_torch.has_tangent, tensors))
 
 
 def _planned(problem: Problem, inputs: Inputs, backend: str | None) -> tuple[_Entry, Any]:
@@ -548,7 +539,7 @@ def weights(
     if not isinstance(k, Tensor) or k.dim() != 4:
         validate(call, q, k, k, mask, Options())
     problem, inputs = validate(call, q, k, k[..., :0], mask, Options(positions, bias, scale, softcap, sinks))
-    if (_functorch() or forward_ad._current_level >= 0) and _transformed(problem, inputs):
+    if (_functorch() or _forward_mode()) and _transformed(problem, inputs):
         fix = "Call it outside; torch.autograd differentiates it backwards any number of times"
         raise UnsupportedError(describe(call, "torch.func cannot follow weights", f"{named(q=q, k=k)} inside", fix))
     if rows is None and heads is None:

@@ -19,11 +19,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, Protocol, TypeVar
 
 import torch
 from torch import Tensor
-from torch._functorch.utils import enable_single_level_autograd_function
 
-from qkv import batched, flops
-from qkv.call.problem import Inputs, Output, empty_output, join_batch
-from qkv.call.validate import Options, check_metadata, check_sinks, drawn_positions, refuse_positions
+from qkv import _torch, flops
+from qkv.call.problem import Inputs, Options, Output, empty_output, join_batch
+from qkv.call.validate import check_metadata, check_sinks, drawn_positions, refuse_positions
 from qkv.errors import ArgumentTypeError, UnsupportedError, describe
 from qkv.masks import Mask, as_mask
 from qkv.masks.portable import DENSE, decode, depends_on_position, encode
@@ -171,14 +170,6 @@ def eager(function: Callable[P, R]) -> Callable[P, R]:
     return torch.compiler.disable(function) if torch.compiler.is_dynamo_compiling() else function
 
 
-def tracing(t: Any) -> bool:
-    """Whether it is a tensor in name only, such as a tracer's: its operators are not PyTorch's own."""
-    return getattr(type(t), "__torch_dispatch__", _PLAIN) is not _PLAIN
-
-
-_PLAIN = Tensor.__torch_dispatch__
-
-
 # ------------------------------------------------------------------------------------------------- out of the graph
 def _unpack(given: _Given, static: dict[str, Any], *, contents: bool) -> tuple[Mask | None, Options]:
     """The mask and the options as attention() takes them; the mask only if its contents may be looked at."""
@@ -285,15 +276,8 @@ def _fake_backward(
 
 
 # ------------------------------------------------------------------------------------------------- autograd and vmap
-class _Node(torch.autograd.function._SingleLevelFunction):
+class _Node(_torch.SingleLevel):
     """The op in autograd's graph."""
-
-    @classmethod
-    def apply(cls, *args: Any) -> Any:
-        # One level of autograd: the dispatcher has been through torch.func's transforms when it comes here, while
-        # torch.autograd.Function, which is made for calls from above the dispatcher, would go through them once more.
-        with enable_single_level_autograd_function():
-            return super().apply(*args)  # type: ignore[misc]
 
     @staticmethod
     def forward(ctx: Any, keys: Any, static: dict[str, Any], terms: int, *flat: Any) -> Any:
@@ -315,7 +299,7 @@ class _Node(torch.autograd.function._SingleLevelFunction):
             each = torch.ops.qkv.attention_backward(*sums, out, lse, state, *flat[:6], *lists, **ctx.static)
             return *each[:4], *each[4]
 
-        several = batched.over_samples(gradients, (d_out, d_lse), at) if (at := batched.level()) else None
+        several = _torch.over_samples(gradients, (d_out, d_lse), at) if (at := _torch.older_vmaps()) else None
         dq, dk, dv, sinks, *bias = gradients(d_out, d_lse) if several is None else several
         given = (dq, dk, dv, sinks if ctx.needs_input_grad[6] else None, None, None)
         return None, None, None, *given, *bias, *[None] * len(lists[1])
@@ -340,8 +324,8 @@ def _lists(flat: Any, terms: int) -> tuple[list[Tensor], list[Tensor]]:
 
 
 def _below(op: Any, keys: Any, args: tuple[Any, ...], static: dict[str, Any]) -> Any:
-    with torch._C._AutoDispatchBelowAutograd():
-        return op.redispatch(keys & torch._C._after_autograd_keyset, *args, **static)
+    with _torch.below_autograd():
+        return op.redispatch(keys & _torch.keys_below_autograd, *args, **static)
 
 
 def _learns(tensors: Any) -> bool:

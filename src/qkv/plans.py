@@ -14,8 +14,9 @@ from torch import Tensor
 from qkv.backends import base
 from qkv.backends.tiled.schedule import TileCount, View, count_tiles
 from qkv.call import keywords
-from qkv.call.problem import Inputs, KVView, Problem
-from qkv.call.validate import Options, validate
+from qkv.call.keys import KVView
+from qkv.call.problem import Inputs, Options, Problem
+from qkv.call.validate import validate
 from qkv.call.view import Group, check_view, groups, joined, problem_of, whole
 from qkv.checks import shown
 from qkv.errors import ArgumentError, ArgumentTypeError, UnsupportedError, describe

@@ -23,7 +23,7 @@ import torch
 
 import qkv
 from qkv import execute, plans
-from qkv.call.problem import Clock, KVLayout, KVView
+from qkv.call.keys import Clock, KVLayout, KVView
 from qkv.masks import as_mask
 from tests.gates import gate
 from tests.gates.gate import Outcome, Statistics, tell_outcomes

@@ -12,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import qkv
 from qkv.backends.tiled import second as tiled_second
-from qkv.call.validate import Options, validate
+from qkv.call.problem import Options
+from qkv.call.validate import validate
 from qkv.errors import UnsupportedError
 
 F64 = torch.float64

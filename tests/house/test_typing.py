@@ -37,9 +37,9 @@ cache = qkv.cache.PagedCache(pages=4, num_kv_heads=4, head_dim=16)
 reveal_type(cache)  # qkv.cache.paged.PagedCache
 seq = cache.add()
 reveal_type(seq)  # qkv.cache.sequence.Sequence
-reveal_type(cache.view([seq]))  # qkv.call.problem.KVView
+reveal_type(cache.view([seq]))  # qkv.call.keys.KVView
 reveal_type(qkv.attention(q, cache.view([seq])))  # torch._tensor.Tensor
-reveal_type(cache.step([seq], T=1).layer(0))  # qkv.call.problem.LayerCache
+reveal_type(cache.step([seq], T=1).layer(0))  # qkv.call.keys.LayerCache
 reveal_type(cache.stats())  # qkv.cache.stats.Stats
 
 reveal_type(qkv.compat.sdpa(q, q, q, is_causal=True))  # torch._tensor.Tensor

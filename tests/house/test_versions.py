@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import qkv
-from qkv import needs
+from qkv import _torch
 
 ROOT = Path(__file__).resolve().parents[2]
 LOCK = (ROOT / "requirements.lock").read_text(encoding="utf-8")
@@ -110,7 +110,7 @@ def test_a_line_that_is_not_an_exact_version_is_refused(lock: ModuleType, tmp_pa
 
 
 def test_the_floor_that_is_checked_is_the_one_that_pip_is_told() -> None:
-    floor = ".".join(map(str, needs.FLOOR))
+    floor = ".".join(map(str, _torch.FLOOR))
     assert re.search(r"^dependencies = (.*)$", PYPROJECT, re.MULTILINE)[1] == f'["torch>={floor}"]'
 
 
@@ -120,7 +120,7 @@ def test_an_old_torch_is_named_with_what_is_needed(version: str) -> None:
     code = f"import torch; torch.__version__ = {version!r}; del torch.library.register_vmap; import qkv"
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    floor = ".".join(map(str, needs.FLOOR))
+    floor = ".".join(map(str, _torch.FLOOR))
     assert done.stderr.splitlines()[-1] == (
         f"qkv.errors.VersionError: import qkv: torch {floor} or newer is needed. Got torch {version}. "
         f"Use pip install 'torch>={floor}'."
@@ -129,10 +129,10 @@ def test_an_old_torch_is_named_with_what_is_needed(version: str) -> None:
 
 def test_the_error_is_one_of_an_import_and_a_value() -> None:
     with pytest.raises(ImportError, match=r"torch 2\.4\.1") as raised:
-        needs.check("2.4.1")
+        _torch.check("2.4.1")
     assert isinstance(raised.value, (qkv.QKVError, ValueError))
     for version in (torch.__version__, "3.0.0", "2.99.0.dev20270101+cpu"):
-        needs.check(version)
+        _torch.check(version)
 
 
 def test_nothing_is_said_of_a_numpy_that_is_not_there(tmp_path: Path) -> None:
@@ -171,7 +171,7 @@ def _pytest(folder: Path, counts: str | None, code: int) -> None:
 
 def test_the_oldest_and_the_newest_are_tried(tool: Callable[[str], ModuleType]) -> None:
     module = tool("compatibility")
-    floor = ".".join(map(str, needs.FLOOR))
+    floor = ".".join(map(str, _torch.FLOOR))
     assert module.floors()["torch"] == floor
     assert {e.name: e.asked for e in module.environments()} == {
         "torch-floor": (f"torch=={floor}.*",),

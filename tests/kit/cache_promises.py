@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from qkv.cache import DenseCache, LatentCache, PagedCache, RingCache
-from qkv.call.problem import KVView
+from qkv.call.keys import KVView
 from qkv.errors import QKVError
 from tests.kit.cache_reading import Code, audit, cached_pages, numbers, slots, tables_of
 

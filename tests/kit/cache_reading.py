@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from qkv.call.problem import KVView
+from qkv.call.keys import KVView
 
 MARKERS = {torch.int8: 127, torch.float8_e4m3fn: 448}  # the largest number of a row: its scale is then exactly 1
 BASES = {torch.int8: 100, torch.float8_e4m3fn: 16}

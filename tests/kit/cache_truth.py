@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from qkv.cache import PagedCache
-from qkv.call.problem import KVView
+from qkv.call.keys import KVView
 
 
 def rows(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from qkv.call.problem import Clock, KVLayout, KVView
+from qkv.call.keys import Clock, KVLayout, KVView
 from qkv.scores import as_bias
 from tests.kit import wide
 from tests.kit.cases import DTYPES, qkv_bias, qkv_mask

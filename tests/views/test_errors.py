@@ -18,7 +18,7 @@ import torch
 
 import qkv
 from qkv import ArgumentError, ArgumentTypeError, QKVError, ShapeError, UnsupportedError
-from qkv.call.problem import Clock, KVLayout, KVView
+from qkv.call.keys import Clock, KVLayout, KVView
 from tests.kit import private
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -227,7 +227,7 @@ _FUZZ = """
 import random, sys, torch, qkv
 from array import array
 from qkv import QKVError
-from qkv.call.problem import Clock, KVLayout, KVView
+from qkv.call.keys import Clock, KVLayout, KVView
 torch.set_num_threads(1)
 random.seed(int(sys.argv[1])); torch.manual_seed(0)
 FAR = (2**31 - 1, 2**62, 2**63 - 1, -(2**63), 2**40)

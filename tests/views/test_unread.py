@@ -96,7 +96,7 @@ _GUARDED = """
 import ctypes, mmap, sys, torch, qkv
 torch.set_num_threads(1)
 from array import array
-from qkv.call.problem import Clock, KVLayout, KVView
+from qkv.call.keys import Clock, KVLayout, KVView
 page = mmap.PAGESIZE
 libc = ctypes.CDLL(None, use_errno=True)
 libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]

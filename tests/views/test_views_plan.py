@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import qkv
-from qkv.call.problem import Clock, KVLayout, KVView
+from qkv.call.keys import Clock, KVLayout, KVView
 from tests.gates import views_gate
 from tests.kit import private, views
 from tests.kit.views import ViewConfig

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from qkv.backends.base import ISAS, Execute, ExecuteView, Gradients
-from qkv.call.problem import Inputs, KVView, Output, Problem, dense_strides
+from qkv.call.keys import KVView
+from qkv.call.problem import Inputs, Output, Problem, dense_strides
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 _STORED = {**_TYPES, torch.int8: 4, torch.float8_e4m3fn: 5}

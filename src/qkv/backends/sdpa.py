@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from qkv._torch import with_autograd
 from qkv.backends.base import Gradients
 from qkv.call.problem import Inputs, Output, Problem, empty_output
 from qkv.masks import causal
@@ -48,7 +47,7 @@ class SdpaBackend:
     def backward(self, problem: Problem, inputs: Inputs, output: Output, d_out: Tensor, d_lse: Tensor) -> Gradients:
         """By autograd through `run`'s operations, computed once more: for callers that cannot keep their graph."""
         leaves = [t.detach().requires_grad_() for t in (inputs.q, inputs.k, inputs.v)]
-        with _autograd():
+        with with_autograd():
             out = _computed(problem, *leaves)
         q, k, v = torch.autograd.grad(out, leaves, d_out)
         return Gradients(q, k, v, None, ())
@@ -61,14 +60,6 @@ class SdpaBackend:
             "PyTorch's kernel: not promised are the error bound, the same bits for any thread count and batch "
             "neighbour, and that a NaN in a hidden key or value stays unread"
         )
-
-
-@contextmanager
-def _autograd() -> Iterator[None]:
-    """Autograd at work, also in an operator's own code: the dispatcher has passed it there and excludes it."""
-    keys, guard = torch._C.DispatchKey, torch._C._SetExcludeDispatchKeyGuard
-    with torch.enable_grad(), guard(keys.AutogradFunctionality, False), guard(keys.ADInplaceOrView, False):
-        yield
 
 
 def _computed(problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

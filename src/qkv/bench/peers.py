@@ -144,7 +144,7 @@ class Flex:
             "documents": lambda b, h, i, j: i // size == j // size,
         }
         block_mask = None
-        torch._dynamo.reset()  # otherwise one shape more would be compiled with unknown sizes, or not at all
+        torch.compiler.reset()  # otherwise one shape more would be compiled with unknown sizes, or not at all
         try:
             if case.mask in rules:
                 block_mask = create_block_mask(rules[case.mask], None, None, case.Lq, case.Lk, device="cpu")

@@ -17,7 +17,7 @@ from qkv.cache.sequence import Sequence
 from qkv.cache.stats import Stats
 from qkv.cache.step import Step, Unfinished
 from qkv.cache.storage import Places
-from qkv.call.problem import KVLayout, KVView
+from qkv.call.keys import KVLayout, KVView
 from qkv.checks import integer, shown
 from qkv.errors import ArgumentError, PagesExhausted, describe
 

@@ -16,7 +16,7 @@ from qkv.cache.pool import PagePool
 from qkv.cache.sequence import Sequence
 from qkv.cache.step import Unfinished
 from qkv.cache.storage import Storage
-from qkv.call.problem import Clock, KVLayout
+from qkv.call.keys import Clock, KVLayout
 
 
 class Recent:

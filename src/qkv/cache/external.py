@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qkv.cache import arguments
 from qkv.cache.storage import LARGEST
-from qkv.call.problem import Clock, KVLayout, KVView
+from qkv.call.keys import Clock, KVLayout, KVView
 from qkv.checks import integers, shown
 from qkv.errors import ArgumentError, ArgumentTypeError, ShapeError, describe
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qkv.cache.sequence import Sequence
 from qkv.cache.storage import Places
-from qkv.call.problem import KVView, LayerCache
+from qkv.call.keys import KVView, LayerCache
 from qkv.checks import integer
 from qkv.errors import ArgumentError, ShapeError, describe
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from numbers import Real
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from qkv.call.problem import Inputs, Problem
+from qkv import _torch
+from qkv.call.problem import Inputs, Options, Problem
 from qkv.checks import LIMIT, integers, shown, whole
 from qkv.errors import ArgumentError, ArgumentTypeError, ShapeError, UnsupportedError, describe
 from qkv.masks import Mask, as_mask
@@ -17,18 +18,6 @@ from qkv.scores import ScoreTerm, Sizes, as_bias
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _LAYOUT = "(B, H, L, D)"
-
-
-class Options(NamedTuple):
-    """The keyword arguments of attention() and its relatives, as the user gave them."""
-
-    positions: Any = None
-    bias: Any = None
-    scale: Any = None
-    softcap: Any = None
-    sinks: Any = None
-    dropout_p: Any = 0.0
-    return_lse: Any = False
 
 
 def validate(call: str, q: Any, k: Any, v: Any, mask: Any, options: Options) -> tuple[Problem, Inputs]:
@@ -129,7 +118,7 @@ def _check_tensors(call: str, given: dict[str, Any]) -> None:
 
 def _check_storage(call: str, given: dict[str, Any]) -> None:
     for name, x in given.items():
-        if torch._C._functorch.is_functorch_wrapped_tensor(x):  # what it wraps has memory
+        if _torch.transformed(x):  # what it wraps has memory
             continue
         try:
             x.data_ptr()
@@ -184,7 +173,7 @@ def normalise_positions(
         raise ArgumentError(describe(call, 'positions must be "start" or "end"', f"positions={positions!r}", fix))
     first = whole(positions)
     if first is None:
-        if isinstance(positions, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(positions):
+        if isinstance(positions, Tensor) and _torch.transformed(positions):
             fix = "Pass the same positions for all samples, as a plain tensor or as ints"
             rule = "torch.func transforms cannot map positions"
             raise UnsupportedError(describe(call, rule, f"positions {tuple(positions.shape)} inside of one", fix))

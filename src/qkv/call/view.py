@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from qkv.call.problem import Inputs, KVView, Problem
-from qkv.call.validate import Options, named, validate
+from qkv.call.keys import KVView
+from qkv.call.problem import Inputs, Options, Problem
+from qkv.call.validate import named, validate
 from qkv.checks import shown
 from qkv.errors import ArgumentError, ArgumentTypeError, ShapeError, UnsupportedError, describe
 from qkv.masks import Mask, as_mask

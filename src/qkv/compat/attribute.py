@@ -12,9 +12,10 @@ import torch.backends.mha
 from torch import Tensor
 
 import qkv.backends.sdpa  # noqa: F401  it binds PyTorch's function when it loads: that must be before any patch of ours
+from qkv._torch import builtin_sdpa
 
 # The builtin itself and not the attribute: that one may be patched, by us or by others.
-torch_sdpa: Callable[..., Tensor] = torch._C._nn.scaled_dot_product_attention
+torch_sdpa = builtin_sdpa
 
 
 class _Level:

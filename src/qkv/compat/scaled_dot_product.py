@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.jit._trace import is_tracing  # torch.jit.is_tracing, under a name that type checkers know
 
+from qkv import _torch
 from qkv.checks import shown
 from qkv.compat import counting
 from qkv.compat.arguments import (
@@ -178,7 +178,7 @@ def _torchs(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None)
     for name, x in (("query", query), ("key", key), ("value", value), ("attn_mask", attn_mask)):
         if x is None:
             continue
-        if type(x) not in _PLAIN and not _followed(x):
+        if type(x) not in _PLAIN and not _torch.for_graph(x):
             return f"{name} is a {type(x).__name__}"
         if x.is_nested or x.layout is not torch.strided:
             return f"{name} is {'nested' if x.is_nested else str(x.layout).removeprefix('torch.')}"
@@ -186,17 +186,9 @@ def _torchs(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None)
             return f"{name} is on {x.device.type}"
         if x is not attn_mask and x.dtype not in _DTYPES:
             return f"{name} is {str(x.dtype).removeprefix('torch.')}"
-    if is_tracing() or (torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export()):
+    if _torch.jit_tracing() or (torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export()):
         return "torch.jit and ONNX know only PyTorch's own operators"
     return None
-
-
-def _followed(x: Tensor) -> bool:
-    """Whether the class of x only stands for plain tensors while a graph is made."""
-    from torch._subclasses.fake_tensor import FakeTensor
-    from torch._subclasses.functional_tensor import FunctionalTensor
-
-    return type(x) in (FakeTensor, FunctionalTensor)
 
 
 def _by_torch(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from qkv.cache import PagedCache, Step
 from qkv.cache.latent import PagedLatentCache
-from qkv.call.problem import LayerCache
+from qkv.call.keys import LayerCache
 from qkv.errors import ArgumentError, UnsupportedError, describe
 from qkv.lm.variants import ABLATIONS, AblatedAttention, SdpaAttention
 from qkv.masks import Mask, causal, sliding_window

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from qkv.call import keywords
-from qkv.call.problem import KVView, LayerCache
+from qkv.call.keys import KVView, LayerCache
 from qkv.errors import ArgumentError, ArgumentTypeError, ShapeError, describe
 from qkv.functional import attention
 from qkv.graph import eager

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from qkv.call import keywords
-from qkv.call.problem import Clock, KVLayout, KVView, LayerCache
+from qkv.call.keys import Clock, KVLayout, KVView, LayerCache
 from qkv.call.view import gathered
 from qkv.errors import ArgumentError, ArgumentTypeError, ShapeError, describe
 from qkv.functional import attention

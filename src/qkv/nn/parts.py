@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qkv import _torch
 from qkv.checks import shown, whole
 from qkv.errors import ArgumentError, ArgumentTypeError, ShapeError, UnsupportedError, describe
 from qkv.masks import Mask
@@ -123,19 +124,12 @@ def matrix_of(module: nn.Module) -> Tensor | None:
     kind = type(module)
     if (getattr(kind, "forward", None), kind.__call__) != _LINEAR or "forward" in vars(module):
         return None
-    hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
-    if any(hooks) or module.bias is not None or any(map(_changes, _every_modules_hooks())):
+    if _torch.hooks_of(module) or module.bias is not None or any(map(_changes, _torch.hooks_of_all())):
         return None
     weight: Tensor = module.weight  # read once: a parametrization computes it
     # A subclass may stand for other numbers than its own, as torchao's do; those of tracers do not.
-    plain = type(weight) in (Tensor, nn.Parameter) or type(weight).__module__.startswith("torch._subclasses")
+    plain = type(weight) in (Tensor, nn.Parameter) or _torch.for_graph(weight)
     return weight if plain else None
-
-
-def _every_modules_hooks() -> list[Any]:
-    known = nn.modules.module
-    names = ("forward_pre_hooks", "forward_hooks", "backward_pre_hooks", "backward_hooks")
-    return [hook for name in names for hook in getattr(known, f"_global_{name}").values()]
 
 
 def _changes(hook: Any) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qkv import _torch
 from qkv.errors import ArgumentTypeError, UnsupportedError, describe
 from qkv.integrations.transformers.askers import asking, say_own, takes_attention_by_name, why_eager
 from qkv.integrations.transformers.parts import (
@@ -191,7 +192,7 @@ class MaskTensor(Tensor):
 
         if name == "as_subclass":
             return func(*args, **(kwargs or {}))
-        with torch._C.DisableTorchFunctionSubclass():
+        with _torch.without_torch_function():
             found = func(*map(plain, args), **{name: plain(x) for name, x in (kwargs or {}).items()})
             return guarded(found) if name in _SHAPE or name == "to" else found
 
