@@ -11,16 +11,17 @@ from typing import Any
 import pytest
 import torch
 
-from qkv.bench import caches, caches_race, caches_rows, example, machine, memory, report, runner, sweep
+from qkv.bench import caches, machine, memory, race, report, session, sweep, training
 from qkv.bench.budget import OUT_OF_TIME, Budget
-from qkv.bench.caches_race import Bench, Line, Race
-from qkv.bench.cases import Case, build
-from qkv.bench.peers import Matmuls, Prepared, Setup
-from qkv.bench.rows import Row, Target
-from qkv.bench.runner import Runner, interleave
-from qkv.cli import bench
+from qkv.bench.caches import contest as caches_race
+from qkv.bench.caches import reading as caches_rows
+from qkv.bench.caches.contest import Bench, Line, Race
+from qkv.bench.cases import Case, Row, Target, build
+from qkv.bench.peers.base import Prepared, Setup
+from qkv.bench.peers.torch import Matmuls
+from qkv.bench.race import Runner, interleave
 from qkv.lm.decoder import Config
-from tests.kit.bench_fakes import CACHE, SMALL, FakeClock, FakeRoster, right
+from tests.kit.bench_fakes import CACHE, SMALL, FakeClock, FakeRoster, command, right
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SLOW, FAST = 0.1, 0.001  # seconds of a small product with and without an instruction for it
@@ -44,7 +45,7 @@ def _products(monkeypatch: pytest.MonkeyPatch, clock: FakeClock) -> list[torch.d
     plain = torch.mm
 
     def mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        if a.shape[0] < runner._GEMM_SIZE:
+        if a.shape[0] < race.GEMM_SIZE:
             return plain(a, b)
         seen.append(a.dtype)
         clock.call(24.0 if a.dtype == torch.bfloat16 else 0.04)()
@@ -90,13 +91,13 @@ def test_a_row_is_limited_by_the_float32_product(slow_bfloat16: None, monkeypatc
     result = Runner(roster, CACHE, clock=clock).run(row, 1.0)
     assert set(seen) == {torch.float32}
     assert clock.now() < 2.0, "a minute before"
-    assert result.limit_seconds == pytest.approx(0.04 * SMALL.flops / (2 * runner._GEMM_SIZE**3))
+    assert result.limit_seconds == pytest.approx(0.04 * SMALL.flops / (2 * race.GEMM_SIZE**3))
 
 
 def test_caches_are_limited_by_the_float32_product(slow_bfloat16: None, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = FakeClock()
     seen = _products(monkeypatch, clock)
-    monkeypatch.setattr(caches_race, "_read", lambda k, v: clock.call(0.001)())
+    monkeypatch.setattr(caches_race, "read_through", lambda k, v: clock.call(0.001)())
     calls = {"ours": clock.call(0.005), "other": clock.call(0.010)}
     race = Race(Bench(cache_bytes=1, clock=clock, seconds=0.5), calls, {}, (torch.zeros(8), torch.zeros(8)), flops=8)
     assert set(seen) == {torch.float32}
@@ -158,13 +159,15 @@ KINDS = {
 def test_the_seconds_are_kept_and_what_has_no_room_is_named(
     kind: str, seconds: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runner.gc, "collect", lambda: 0)  # after each row: half a minute of this test
+    monkeypatch.setattr(race.gc, "collect", lambda: 0)  # after each row: half a minute of this test
     clock, roster = FakeClock(), FakeRoster()
     ours, sdpa, flex = (Slow(clock, *times) for times in KINDS[kind])
     roster.ours, roster._made = ours, {"sdpa": sdpa, "flex": flex}  # type: ignore[assignment]
     rows = [Row(f"row {n}", SMALL, ("sdpa", "flex"), (Target("sdpa", 1.0),)) for n in range(40)]
     budget = Budget(seconds, len(rows), clock.now)
-    results = bench._measure(rows, Runner(roster, CACHE, clock=clock), budget, lambda text: None, lambda so_far: None)
+    results = session.measure_rows(
+        rows, Runner(roster, CACHE, clock=clock), budget, lambda text: None, lambda so_far: None
+    )
     assert clock.now() <= 1.2 * seconds
     assert [r.row.name for r in results] + budget.names == [row.name for row in rows]
     assert all(result.timings["qkv"].rounds for result in results)
@@ -203,7 +206,7 @@ def test_few_rounds_are_told() -> None:
 
 def test_caches_keep_their_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = FakeClock()
-    monkeypatch.setattr(caches_race, "_read", lambda k, v: clock.call(0.001)())
+    monkeypatch.setattr(caches_race, "read_through", lambda k, v: clock.call(0.001)())
     monkeypatch.setattr(caches.gc, "collect", lambda: 0)
 
     def contest(small: Bench) -> list[Line]:
@@ -235,8 +238,8 @@ def test_the_extras_keep_their_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     assert first.problem == OUT_OF_TIME
     assert memory.measure_all(memory.CASES, 1, None, 0.0, lambda text: None)[0].problem == OUT_OF_TIME
     assert OUT_OF_TIME in memory.summary(measured)
-    monkeypatch.setattr(example, "STEPS", ((8, 2, 1.0), (16, 1, 1.0)))
-    steps = example.measure(lambda text: None, size=Config(dim=16, layers=1, heads=2, context=8), seconds=0.0)
+    monkeypatch.setattr(training, "STEPS", ((8, 2, 1.0), (16, 1, 1.0)))
+    steps = training.measure(lambda text: None, size=Config(dim=16, layers=1, heads=2, context=8), seconds=0.0)
     assert len(steps) == 2
     assert sweep.sweep(FakeRoster(sdpa=right), seconds=-1.0) == []
     assert "200 of 200 shapes left out" in sweep.summary([], 200)
@@ -257,7 +260,7 @@ def test_each_row_is_printed_when_it_is_known(
 
     monkeypatch.setattr(Runner, "run", run)
     options = ["--only", "^tiny", "--peers", "sdpa", "--seconds", "20", "--backend", "tiled", "--threads", "1"]
-    assert bench.main(options) == 0
+    assert command(options) == 0
     assert "case" in seen[0]
     assert "tiny 1x4x32x32 f32" in seen[1]
     assert "tiny 1x4x32x32 bf16" in capsys.readouterr().out

@@ -13,14 +13,16 @@ import torch
 from torch import Tensor
 
 import qkv
-from qkv.bench import caches, caches_books, caches_race, caches_rows
-from qkv.bench.caches_race import Bench, Figure, Line, Race
+from qkv.bench import caches, results
+from qkv.bench.caches import books as caches_books
+from qkv.bench.caches import contest as caches_race
+from qkv.bench.caches import reading as caches_rows
+from qkv.bench.caches.contest import Bench, Figure, Line, Race
 from qkv.bench.cases import Case
-from qkv.bench.runner import Spread
+from qkv.bench.race import Spread
 from qkv.cache import base, prefix, storage
-from qkv.cli import bench
 from qkv.errors import ArgumentError
-from tests.kit.bench_fakes import FakeClock
+from tests.kit.bench_fakes import FakeClock, command
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CASE = Case("bf16", 1, 70, 16, B=3, Hq=4, Hkv=2)
@@ -221,7 +223,7 @@ def test_ratios_and_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = FakeClock()
     keys = torch.zeros(2, 512)  # 4,096 bytes, read in 4 ms as float32 and in 3 ms as int64
     seconds = {torch.float32: 0.004, torch.int64: 0.003}
-    monkeypatch.setattr(caches_race, "_read", lambda k, v: clock.call(seconds[k.dtype])())
+    monkeypatch.setattr(caches_race, "read_through", lambda k, v: clock.call(seconds[k.dtype])())
     calls = {"ours": clock.call(0.005), "other": clock.call(0.010), "broken": clock.call(0.001)}
     small = Bench(cache_bytes=1, clock=clock, seconds=0.0)
     race = Race(small, calls, {"broken": "relative error 1"}, (keys[0], keys[1]))
@@ -315,8 +317,8 @@ def test_the_command(
 ) -> None:
     path = tmp_path / "caches.json"
     monkeypatch.setenv("OMP_WAIT_POLICY", "active")
-    assert bench.main(["--caches", "--seconds", "20", "--threads", "1", "--json", str(path)]) == 0
-    document = json.loads(path.read_text(encoding="utf-8"))
+    assert command(["--caches", "--seconds", "20", "--threads", "1", "--json", str(path)]) == 0
+    document = results.read(path)["caches"]
     waste, lookup = document["caches"]
     assert waste["measured"] == {
         "median": 15.0, "low": 15.0, "high": 15.0, "unit": "slots", "needed": 15, "at_most": True, "verdict": "pass",
@@ -332,12 +334,12 @@ def test_the_command(
 
 
 def test_rows_by_name(toy: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
-    assert bench.main(["--caches", "--list"]) == 0
+    assert command(["--caches", "--list"]) == 0
     assert capsys.readouterr().out == "waste\nlookup\n"
-    assert bench.main(["--caches", "--only", "was"]) == 0
+    assert command(["--caches", "--only", "was"]) == 0
     assert "lookup" not in capsys.readouterr().out
     with pytest.raises(ArgumentError, match="no row has such a name"):
-        bench.main(["--caches", "--only", "nothing"])
+        command(["--caches", "--only", "nothing"])
 
 
 def test_a_row_that_fails_leaves_the_others(toy: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
@@ -346,7 +348,7 @@ def test_a_row_that_fails_leaves_the_others(toy: dict[str, Any], capsys: pytest.
 
     toy.clear()
     toy.update({"broken": fails, "waste": SMALL["waste"]})
-    assert bench.main(["--caches"]) == 1
+    assert command(["--caches"]) == 1
     out = capsys.readouterr().out
     assert "failed: RuntimeError: no memory" in out
     assert "waste, 5 sequences" in out
@@ -356,12 +358,12 @@ def test_slow_is_not_wrong(toy: dict[str, Any]) -> None:
     toy.clear()
     slow = Line("row", figure=Figure(Spread(0.5, 0.4, 0.6), needed=1.0))
     toy["slow"] = lambda bench: [slow]
-    assert bench.main(["--caches"]) == 0
+    assert command(["--caches"]) == 0
     toy["wrong"] = lambda bench: [Line("row", problem="relative error 1")]
-    assert bench.main(["--caches"]) == 1
+    assert command(["--caches"]) == 1
 
 
 @pytest.mark.parametrize("other", ["--training", "--models", "--sweep", "--no-memory", "--peers=sdpa", "--chart=x.svg"])
 def test_other_measurements_are_another_run(other: str) -> None:
     with pytest.raises(ArgumentError, match="Make two runs"):
-        bench.main(["--caches", other])
+        command(["--caches", other])

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 from typing import Any
 from xml.etree import ElementTree
 
 import pytest
 
-from qkv.bench import ggml
-from qkv.bench.peers import Roster, Setup, Unavailable
-from qkv.cli import bench
+from qkv.bench import results
+from qkv.bench.peers import Roster, ggml
+from qkv.bench.peers.base import Setup, Unavailable
 from qkv.errors import ArgumentError
+from tests.kit.bench_fakes import command
 
 # --- peers that are not there
 
@@ -25,7 +25,7 @@ def test_absent_peers_are_reported_with_the_reason(monkeypatch, tmp_path):
     with pytest.raises(Unavailable, match="llama-cpp-python"):
         roster.get("ggml")
     assert "ggml" in roster.missing
-    monkeypatch.setitem(Roster.KNOWN, "sdpa", ("qkv.bench.peers", "Sdpa", "no-such-distribution"))
+    monkeypatch.setitem(Roster.KNOWN, "sdpa", ("torch", "Sdpa", "no-such-distribution"))
     with pytest.raises(Unavailable, match="no-such-distribution is not installed"):
         roster.get("sdpa")
 
@@ -45,11 +45,11 @@ def test_ggml_is_looked_for_where_the_user_says(monkeypatch, tmp_path):
 
 def test_two_tiny_cases_run_from_start_to_end(tmp_path, capsys):
     files = {"json": tmp_path / "out.json", "chart": tmp_path / "out.svg"}
-    code = bench.main(
+    code = command(
         ["--only", "^tiny", "--peers", "sdpa", "--seconds", "20", "--backend", "tiled", "--threads", "1"]
         + [str(part) for key, path in files.items() for part in (f"--{key}", path)]
     )
-    document = json.loads(files["json"].read_text(encoding="utf-8"))
+    document = results.read(files["json"])["calls"]
     assert code == 0
     assert [row["name"] for row in document["rows"]] == ["tiny 1x4x32x32 f32", "tiny 1x4x32x32 bf16"]
     assert all(row["contenders"]["sdpa"]["rounds"] >= 3 for row in document["rows"])
@@ -61,13 +61,13 @@ def test_two_tiny_cases_run_from_start_to_end(tmp_path, capsys):
 def test_avx2_begins_anew_with_every_library_held(monkeypatch):
     seen: dict[str, Any] = {}
 
-    def fake(command: list[str], env: dict[str, str], check: bool) -> Any:
-        seen.update(command=command, env=env)
-        return subprocess.CompletedProcess(command, 3)
+    def fake(given: list[str], env: dict[str, str], check: bool) -> Any:
+        seen.update(command=given, env=env)
+        return subprocess.CompletedProcess(given, 3)
 
-    monkeypatch.setattr(bench.subprocess, "run", fake)
+    monkeypatch.setattr("qkv.cli.bench.subprocess.run", fake)
     monkeypatch.delenv("ATEN_CPU_CAPABILITY", raising=False)
-    assert bench.main(["--isa", "avx2", "--quick", "--threads", "1", "--json", "x.json", "--no-memory"]) == 3
+    assert command(["--isa", "avx2", "--quick", "--threads", "1", "--json", "x.json", "--no-memory"]) == 3
     assert {
         key: seen["env"][key] for key in ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
     } == {
@@ -75,7 +75,8 @@ def test_avx2_begins_anew_with_every_library_held(monkeypatch):
         "ONEDNN_MAX_CPU_ISA": "AVX2",
         "MKL_ENABLE_INSTRUCTIONS": "AVX2",
     }
-    options = seen["command"][3:]
+    assert seen["command"][1:4] == ["-m", "qkv.cli", "bench"]
+    options = seen["command"][4:]
     assert set(options) == {"--isa", "avx2", "--quick", "--threads", "1", "--json", "x.json", "--no-memory"}
 
 
@@ -94,9 +95,9 @@ def test_avx2_begins_anew_with_every_library_held(monkeypatch):
 )
 def test_requests_that_cannot_be_met_are_refused(options, message):
     with pytest.raises(ArgumentError, match=message):
-        bench.main(options)
+        command(options)
 
 
 def test_the_list_names_rows_and_measures_nothing(capsys):
-    assert bench.main(["--list", "--only", "mla"]) == 0
+    assert command(["--list", "--only", "mla"]) == 0
     assert capsys.readouterr().out.split()[:2] == ["mla", "128"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import pytest
@@ -10,12 +9,11 @@ import torch
 from transformers import AttentionInterface
 
 import qkv.integrations.transformers as adapter
-from qkv.bench import models
+from qkv.bench import models, results
 from qkv.bench.budget import Budget
-from qkv.cli import bench
 from qkv.errors import ArgumentError
 from tests.kit import hf_models as hf
-from tests.kit.bench_fakes import FakeClock
+from tests.kit.bench_fakes import FakeClock, command
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 hf.quiet()
@@ -99,8 +97,8 @@ def test_the_command(tmp_path: Any, monkeypatch: pytest.MonkeyPatch, capsys: pyt
         models, "measure", lambda *parts, **given: measured(*parts, **{**given, "contexts": (24,), "shape": TOY})
     )
     path = tmp_path / "models.json"
-    assert bench.main(["--models", "--quick", "--threads", "1", "--json", str(path)]) == 0
-    document = json.loads(path.read_text(encoding="utf-8"))
+    assert command(["--models", "--quick", "--threads", "1", "--json", str(path)]) == 0
+    document = results.read(path)["models"]
     assert [row["cache"] for row in document["models"]] == list(models.CACHES)
     assert "transformers" in document["versions"]
     assert "24 tokens, StaticCache" in capsys.readouterr().out
@@ -109,4 +107,4 @@ def test_the_command(tmp_path: Any, monkeypatch: pytest.MonkeyPatch, capsys: pyt
 @pytest.mark.parametrize("other", [["--training"], ["--only", "x"], ["--chart", "x.svg"], ["--isa", "avx512"]])
 def test_other_measurements_are_another_run(other: list[str]) -> None:
     with pytest.raises(ArgumentError, match="Make two runs"):
-        bench.main(["--models", *other])
+        command(["--models", *other])

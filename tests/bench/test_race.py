@@ -9,10 +9,12 @@ import pytest
 import torch
 
 from qkv.bench import report
-from qkv.bench.cases import Case, build
-from qkv.bench.peers import Matmuls, Roster, Sdpa, Setup
-from qkv.bench.rows import BEST, BEST_BUT_GGML, LIMIT, Row, Target, all_rows
-from qkv.bench.runner import Clock, Runner, Spread, interleave, judge, ratio, spread, take_turn
+from qkv.bench.calls import all_rows
+from qkv.bench.cases import BEST, BEST_BUT_GGML, LIMIT, Case, Row, Target, build
+from qkv.bench.peers import Roster
+from qkv.bench.peers.base import Setup
+from qkv.bench.peers.torch import Matmuls, Sdpa
+from qkv.bench.race import Clock, Runner, Spread, interleave, judge, ratio, spread, take_turn
 from tests.kit.bench_fakes import CACHE, SMALL, FakeClock, FakeRoster, crash, mean_of_v, naive, right, timings
 
 pytestmark = pytest.mark.usefixtures("one_thread")

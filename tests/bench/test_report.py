@@ -10,10 +10,10 @@ from xml.etree import ElementTree
 
 import pytest
 
-from qkv.bench import chart, machine, markdown, memory, report, sweep
-from qkv.bench.cases import Case
-from qkv.bench.rows import BEST, Row, Target
-from qkv.bench.runner import Spread, Timing, judge
+from qkv.bench import machine, memory, readme, report, results, sweep
+from qkv.bench.cases import BEST, Case, Row, Target
+from qkv.bench.race import Spread, Timing, judge
+from qkv.errors import ArgumentError
 from tests.kit.bench_fakes import CACHE, SMALL, timings
 
 # --- the machine
@@ -75,8 +75,35 @@ def test_the_json_has_every_median_and_no_name_of_the_machine():
     assert len(platform.node()) < 4 or platform.node() not in json.dumps(document)
 
 
+def test_a_file_of_results_is_a_row_a_line_and_keeps_other_parts(tmp_path):
+    path, document = tmp_path / "x.jsonl", written() | {"memory": [{"name": "m", "bytes": 123456789, "s": 1.23456}]}
+    for part in ("calls", "training", "calls"):
+        results.write(path, part, document)
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    assert [(line["part"], line.get("of")) for line in lines] == [
+        (part, of) for part in ("training", "calls") for of in (None, "rows", "memory")
+    ]
+    assert lines[-1] == {"part": "calls", "of": "memory", "name": "m", "bytes": 123456789, "s": 1.235}
+    read = results.read(path)
+    assert read["calls"] == read["training"] == results.rounded(document)
+    assert results.read(tmp_path / "none.jsonl") == {}
+
+
+def test_a_file_of_results_is_of_one_processor_and_instruction_set(tmp_path):
+    path, about = tmp_path / "x.jsonl", written()["machine"]
+    results.write(path, "calls", written() | {"settings": {"isa": "avx2"}})
+    results.check(path, "caches", about, "avx2")
+    results.check(path, "calls", {"cpu": "another"}, None)  # its only part will be replaced
+    for machine_now, isa in (({"cpu": "another"}, "avx2"), (about, None)):
+        with pytest.raises(ArgumentError, match="one processor and instruction set"):
+            results.check(path, "caches", machine_now, isa)
+    path.write_text('{\n "schema": 1\n}\n', encoding="utf-8")
+    with pytest.raises(ArgumentError, match="JSON lines"):
+        results.check(path, "calls", about, None)
+
+
 def test_the_chart_is_well_formed_and_knows_both_themes():
-    text = chart.svg(written())
+    text = readme.svg(written())
     root = ElementTree.fromstring(text)
     bars = [e for e in root.iter("{http://www.w3.org/2000/svg}rect")]
     assert [e.get("class") for e in bars] == ["q", "o", "o"]
@@ -88,12 +115,12 @@ def test_the_chart_is_well_formed_and_knows_both_themes():
 
 def test_the_readme_table_goes_between_its_marks(tmp_path):
     path = tmp_path / "README.md"
-    path.write_text(f"before\n{markdown.START}\nold\n{markdown.END}\nafter\n", encoding="utf-8")
+    path.write_text(f"before\n{readme.START}\nold\n{readme.END}\nafter\n", encoding="utf-8")
     for _ in range(2):
-        markdown.write(path, written())
+        readme.write(path, written())
     text = path.read_text(encoding="utf-8")
-    assert text.startswith(f"before\n{markdown.START}\n")
-    assert text.endswith(f"{markdown.END}\nafter\n")
+    assert text.startswith(f"before\n{readme.START}\n")
+    assert text.endswith(f"{readme.END}\nafter\n")
     assert "old" not in text
     assert text.count("| causal, 2,048 tokens, D 128, bfloat16 | 20.0 | 200 | 30.0 (OpenVINO) | 1.5× |") == 1
 

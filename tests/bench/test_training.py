@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -14,14 +13,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from qkv.bench import example, gradients, memory, report
-from qkv.bench.cases import TOLERANCE, Inputs, build
-from qkv.bench.peers import Prepared, Qkv, Sdpa, Setup
-from qkv.bench.rows import Row, Target, all_rows, training_rows
-from qkv.bench.runner import Runner
-from qkv.cli import bench
+from qkv.bench import gradients, memory, report, results, session, training
+from qkv.bench.calls import all_rows
+from qkv.bench.cases import TOLERANCE, Inputs, Row, Target, build
+from qkv.bench.peers.base import Prepared, Setup
+from qkv.bench.peers.torch import Qkv, Sdpa
+from qkv.bench.race import Runner
+from qkv.bench.training import training_rows
+from qkv.cli.bench.calls import seconds
 from qkv.lm.decoder import Config
-from tests.kit.bench_fakes import CACHE, SMALL, FakeRoster, naive
+from tests.kit.bench_fakes import CACHE, SMALL, FakeRoster, command, naive
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CASE = replace(SMALL, backward=True)
@@ -225,11 +226,11 @@ def test_memory_of_a_long_step_is_beyond_inputs_and_gradients(monkeypatch: pytes
         )
         assert memory.allowed(case, 2) == 10**9
     sizes = {"VmRSS": 5_000_000, "VmHWM": 9_000_000}
-    monkeypatch.setattr(memory, "_status", sizes.__getitem__)
+    monkeypatch.setattr(memory, "status", sizes.__getitem__)
     monkeypatch.setattr(memory.Path, "write_text", lambda path, text: len(text))
     taken = memory._extra(CASE, "tiled")  # the gradients of q (4 heads), k and v (2 heads each)
     assert taken == 4_000_000 - (4 + 2 + 2) * 40 * 16 * 4
-    monkeypatch.setattr("qkv.bench.peers.Qkv", lambda *_: Trainer(no_delta))
+    monkeypatch.setattr("qkv.bench.peers.torch.Qkv", lambda *_: Trainer(no_delta))
     with pytest.raises(SystemExit, match="wrong result: relative error"):
         memory._extra(CASE, None)
 
@@ -241,18 +242,21 @@ def test_the_extras_of_training_are_its_own(monkeypatch: pytest.MonkeyPatch) -> 
         asked.append(name)
         return memory.Memory(name, 0, 10**9, f"{memory.WRONG}: relative error 1.0" if len(asked) == 2 else "")
 
-    step = example.Step(256, 8, 1.0, 2.0, 1.0, (1.0, 2.0, 3.0))
+    step = training.Step(256, 8, 1.0, 2.0, 1.0, (1.0, 2.0, 3.0))
     monkeypatch.setattr(memory, "measure", measure)
-    monkeypatch.setattr(example, "measure", lambda say, seconds: [step])
+    monkeypatch.setattr(training, "measure", lambda say, seconds: [step])
     args = argparse.Namespace(training=True, no_memory=False, quick=False, only=None, sweep=False, seconds=None)
+    shares = seconds(args)
+    assert set(shares) == {"rows", "memory", "decoder"}
     shown: list[str] = []
-    progress = argparse.Namespace(say=lambda text: None, show=shown.append)
-    found = bench._extras(args, FakeRoster(), 1, None, progress, bench._shares(args))  # type: ignore[arg-type]
+    found = session.measure_extras(
+        FakeRoster(), shares, backward=True, quick=False, say=lambda text: None, show=shown.append
+    )
     assert asked == list(memory.TRAINING)
-    assert found["wrong"]
+    assert found.wrong
     text, decoder = (part.strip() for part in shown)
-    assert decoder == example.summary([step])
-    assert found["data"]["decoder"] == example.as_data([step])
+    assert decoder == training.summary([step])
+    assert found.data["decoder"] == training.as_data([step])
     assert text.startswith("Memory of forward + backward beyond inputs and gradients:")
     assert "1000.0 MB  pass" in text
 
@@ -260,8 +264,8 @@ def test_the_extras_of_training_are_its_own(monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_tiny_step_is_timed_from_start_to_end(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "out.json"
     options = ["--training", "--only", "tiny.* (f32|bf16)$", "--seconds", "20", "--backend", "tiled"]
-    assert bench.main([*options, "--threads", "1", "--json", str(path)]) == 0
-    document = json.loads(path.read_text(encoding="utf-8"))
+    assert command([*options, "--threads", "1", "--json", str(path)]) == 0
+    document = results.read(path)["training"]
     assert document["settings"]["training"] is True
     assert [row["name"] for row in document["rows"]] == ["training tiny 1x4x32x32 f32", "training tiny 1x4x32x32 bf16"]
     for row in document["rows"]:
@@ -272,21 +276,21 @@ def test_a_tiny_step_is_timed_from_start_to_end(tmp_path: Any, capsys: pytest.Ca
 
 
 def test_the_list_of_training_names_its_rows(capsys: pytest.CaptureFixture[str]) -> None:
-    assert bench.main(["--list", "--training"]) == 0
+    assert command(["--list", "--training"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(training_rows())
     assert all(line.split()[0] == "training" and line.split()[-1] == "sdpa" for line in lines)
 
 
 def test_the_example_decoder_is_timed_with_both(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(example, "STEPS", ((8, 2, 1.0), (16, 1, 1e9)))
+    monkeypatch.setattr(training, "STEPS", ((8, 2, 1.0), (16, 1, 1e9)))
     said: list[str] = []
-    steps = example.measure(said.append, rounds=3, size=Config(dim=16, layers=1, heads=2, context=8))
+    steps = training.measure(said.append, rounds=3, size=Config(dim=16, layers=1, heads=2, context=8))
     assert [(step.context, step.batch) for step in steps] == [(8, 2), (16, 1)]
     assert said == ["decoder, context 8", "decoder, context 16"]
     assert all(step.ours > 0 and step.theirs > 0 and step.ratio[0] <= step.ratio[1] <= step.ratio[2] for step in steps)
     assert steps[1].verdict == "miss"
     assert dataclasses.replace(steps[0], ratio=(0.9, 1.1, 1.2)).verdict == "pass"
     assert dataclasses.replace(steps[0], ratio=(0.9, 0.95, 1.2)).verdict == "near"
-    assert "tokens/s" in example.summary(steps)
-    assert example.as_data(steps)[0]["verdict"] == steps[0].verdict
+    assert "tokens/s" in training.summary(steps)
+    assert training.as_data(steps)[0]["verdict"] == steps[0].verdict

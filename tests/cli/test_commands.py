@@ -16,8 +16,8 @@ import torch
 
 import qkv
 from qkv.cli import doctor
+from qkv.cli.expression import CONSTRUCTORS, parse
 from qkv.cli.main import COMMANDS, main
-from qkv.cli.mask import CONSTRUCTORS, parse
 from qkv.insight import terminal
 from qkv.insight.why import TOPICS
 

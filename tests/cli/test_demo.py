@@ -14,12 +14,15 @@ import pytest
 import torch
 
 import qkv
-from qkv.cli import demo, measure
-from qkv.cli.demo import BATCH, PAGES, PROMPTS, REFERENCE_QUESTION, SYSTEM
-from qkv.cli.features import Features, count, stem
-from qkv.cli.lookup import Lookup
+from qkv.cli import demo
+from qkv.cli.demo import REFERENCE_QUESTION, measure
+from qkv.cli.demo.features import Features
+from qkv.cli.demo.lookup import Lookup
+from qkv.cli.demo.passages import LONG, Passage, Text, cut
+from qkv.cli.demo.reading import read_file, read_reference
+from qkv.cli.demo.serving import BATCH, PAGES, PROMPTS, SYSTEM, serve
+from qkv.cli.demo.words import count, stem
 from qkv.cli.main import main
-from qkv.cli.passages import LONG, Passage, Text, cut, read_file, read_reference
 from qkv.insight.terminal import cells
 from qkv.lm import serving
 from qkv.lm.generation import continue_prompt, load
@@ -232,14 +235,14 @@ def test_an_answer_that_differs_is_named(monkeypatch: pytest.MonkeyPatch, capsys
         return written[request][:-1] + (b"~" if request.length in (56, 40) else written[request][-1:])
 
     monkeypatch.setattr(serving.Server, "run", running)
-    monkeypatch.setattr(serving, "alone", otherwise)
-    demo._serve()
+    monkeypatch.setattr("qkv.cli.demo.serving.alone", otherwise)
+    serve()
     assert "\nequal to one-by-one: no, B, F differ (" in capsys.readouterr().out
 
 
 def test_without_a_model_nothing_is_served(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("qkv.lm.generation.SHIPPED", Path("nowhere"))
-    demo._serve()
+    serve()
     assert capsys.readouterr().out == ""
 
 
@@ -355,7 +358,7 @@ def test_wide_letters_keep_the_width(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 def test_a_large_file_is_read_in_part_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qkv.cli.passages.LARGEST", 2**20)
+    monkeypatch.setattr("qkv.cli.demo.reading.LARGEST", 2**20)
     file = tmp_path / "large.txt"
     file.write_text("ein kleines ä " * 90_000, encoding="utf-8")
     assert read_file(str(file)).note == "only the first 1 MB of the file were read"

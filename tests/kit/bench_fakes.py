@@ -11,11 +11,19 @@ from typing import Any
 import torch
 
 from qkv.bench.cases import Case
-from qkv.bench.peers import Prepared, Roster, Setup
-from qkv.bench.runner import Clock, Timing
+from qkv.bench.peers import Roster
+from qkv.bench.peers.base import Prepared, Setup
+from qkv.bench.race import Clock, Timing
+from qkv.cli.main import build_parser
 
 CACHE = 32 << 20
 SMALL = Case("f32", 40, 40, 16, Hq=4, Hkv=2, mask="causal")
+
+
+def command(options: list[str]) -> int:
+    """`qkv bench` with options; errors come through, as the command line's own `main` would not let them."""
+    args = build_parser("bench").parse_args(["bench", *options])
+    return int(args.run(args))
 
 
 class FakeClock(Clock):

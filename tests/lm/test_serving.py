@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from qkv.cache import PagesExhausted, Step
-from qkv.cli import pages
+from qkv.cli.demo import picture as pages
 from qkv.errors import ArgumentError, QKVError, UnsupportedError
 from qkv.insight.terminal import cells
 from qkv.lm import serving

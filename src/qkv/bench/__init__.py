@@ -1,1 +1,15 @@
-"""The parts of `qkv bench`: what is measured (cases, rows), against whom (peers), how (runner), how told (report)."""
+"""`qkv bench`: ours beside other libraries, checked first, timed in turn, told with the machine's limit.
+
+cases       a call of attention, its inputs, and the float64 answer; a row: a case, its peers, its targets
+gradients   the float64 answer of a backward pass
+peers/      the libraries that take part
+race        turns, rounds, ratios and verdicts
+budget      the seconds of a run
+machine     the processor, its caches, its rates
+memory      what a call takes beyond its inputs and output
+report      the table for people, and the run as data
+results     the files under benchmarks/results
+readme      the table and the chart of README
+calls, training, caches/, models, sweep     what is measured
+session     a run over calls or training
+"""

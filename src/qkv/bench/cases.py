@@ -19,6 +19,11 @@ DTYPES = {"f64": torch.float64, "f32": torch.float32, "bf16": torch.bfloat16, "f
 # Largest relative error (2-norm of a row) at which a contender still counts as computing attention in this type.
 TOLERANCE = {"f64": 1e-9, "f32": 1e-3, "bf16": 4e-2, "f16": 1e-2}
 _MOST_COLD_BYTES = 2 << 30
+BEST, BEST_BUT_GGML, LIMIT = (
+    "best",
+    "best but ggml",
+    "limit",
+)  # opponents of a target that are known only once all are timed
 
 
 @dataclass(frozen=True)
@@ -91,6 +96,27 @@ class Case:
         """How many distinct sets of K and V cover four times the last-level cache."""
         wanted = math.ceil(4 * cache_bytes / self.kv_bytes)
         return max(1, min(wanted, _MOST_COLD_BYTES // self.kv_bytes))
+
+
+@dataclass(frozen=True)
+class Target:
+    """`needed`: how many times as long as ours the opponent's call must take (for LIMIT: the fraction of it)."""
+
+    against: str
+    needed: float
+    slack_us: float = 0.0  # calls under 10 microseconds may be this much slower instead
+
+
+@dataclass(frozen=True)
+class Row:
+    name: str
+    case: Case
+    peers: tuple[str, ...]  # "sdpa", or "ggml f16" where the peer takes another type than the row's
+    targets: tuple[Target, ...] = ()
+    own: dict[str, Case] = field(default_factory=dict, hash=False)  # other calls of ours to compare with
+    limit: str = ""  # "gemm", "read" or nothing
+    quick: bool = False
+    avx2: tuple[Target, ...] | None = None  # targets when everybody is held to AVX2; None: not a row of that mode
 
 
 @dataclass

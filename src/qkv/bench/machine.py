@@ -5,7 +5,11 @@ from __future__ import annotations
 import os
 import platform
 import re
+import subprocess
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,26 +22,31 @@ _FLAGS = ("amx_bf16", "avx512_bf16", "avx512f", "avx2", "asimd")
 
 
 def cpu_name(cpuinfo: str | None = None) -> str:
-    """The processor's name as the system reports it."""
-    if cpuinfo is None:
-        try:
-            cpuinfo = Path("/proc/cpuinfo").read_text()
-        except OSError:
-            return platform.processor() or platform.machine()
-    found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
-    return found.group(1).strip() if found else platform.processor() or platform.machine()
+    """The processor's name as its system reports it."""
+    cpuinfo = _cpuinfo() if cpuinfo is None else cpuinfo
+    found = re.search(r"^(?:model name|Model|Hardware)\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
+    if found:
+        return found.group(1).strip()
+    if sys.platform == "darwin":
+        command = ["sysctl", "-n", "machdep.cpu.brand_string"]
+        if name := subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip():
+            return name
+    return platform.processor() or platform.machine()
 
 
 def instruction_sets(cpuinfo: str | None = None) -> list[str]:
     """Those that matter to attention, widest first."""
-    if cpuinfo is None:
-        try:
-            cpuinfo = Path("/proc/cpuinfo").read_text()
-        except OSError:
-            return []
+    cpuinfo = _cpuinfo() if cpuinfo is None else cpuinfo
     found = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
     present = set(found.group(1).split()) if found else set()
     return [flag for flag in _FLAGS if flag in present]
+
+
+def _cpuinfo() -> str:
+    try:
+        return Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
 
 
 def last_level_cache(root: Path = _CACHES) -> int:
@@ -68,6 +77,17 @@ def _size(text: str) -> int:
     return int(text[:-1]) * units[text[-1]] if text[-1] in units else int(text)
 
 
+@contextmanager
+def threads(count: int | None) -> Iterator[int]:
+    """PyTorch with so many threads for a while, None for as many as it has; gives their number."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield count or before
+    finally:
+        torch.set_num_threads(before)
+
+
 _PROBE = 256  # rows and columns of the matrices: 0.1 s where a half type has no product of its own, else far less
 
 
@@ -89,17 +109,13 @@ def product_type(dtype: torch.dtype, rows: int = _PROBE) -> torch.dtype:
 def product_seconds(dtype: torch.dtype, rows: int) -> float:
     """Seconds of a small product in one thread, the least of a few."""
     a, b = torch.ones(rows, _PROBE, dtype=dtype), torch.ones(_PROBE, _PROBE, dtype=dtype)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # threads that are not there, since others have them, would slow the faster type alone
-    try:
-        taken = []
+    taken = []
+    with threads(1):  # threads that are not there, since others have them, would slow the faster type alone
         for _ in range(4):
             start = time.perf_counter()
             torch.mm(a, b)
             taken.append(time.perf_counter() - start)
-        return min(taken[1:])
-    finally:
-        torch.set_num_threads(threads)
+    return min(taken[1:])
 
 
 def describe(threads: int, cache_bytes: int) -> dict[str, Any]:

@@ -107,7 +107,7 @@ def as_data(results: list[Memory]) -> list[dict[str, object]]:
     return [{**asdict(r), "fits": r.fits} for r in results]
 
 
-def _status(field: str) -> int:
+def status(field: str) -> int:
     """A size of this process, in bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field + ":"):
@@ -118,7 +118,8 @@ def _status(field: str) -> int:
 def _extra(case: Case, backend: str | None) -> int:
     import torch
 
-    from qkv.bench.peers import Qkv, Setup
+    from qkv.bench.peers.base import Setup
+    from qkv.bench.peers.torch import Qkv
 
     ours = Qkv(Setup(torch.get_num_threads()), backend)
     with torch.no_grad():
@@ -127,9 +128,9 @@ def _extra(case: Case, backend: str | None) -> int:
         inputs = build(case)
         ready = ours.prepare(inputs)
         Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-        before = _status("VmRSS")
+        before = status("VmRSS")
         result = ready.calls[0]()
-        peak = _status("VmHWM")
+        peak = status("VmHWM")
     error = inputs.error(ready.read(result))
     if error > TOLERANCE[case.dtype]:
         raise SystemExit(f"{WRONG}: relative error {error:.1e}")  # memory that was not used to compute says nothing

@@ -8,8 +8,6 @@ cache is filled with random keys; the prefill is not run.
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 import statistics
 import time
@@ -238,38 +236,3 @@ def measure(
 def as_data(found: Sequence[Decoding]) -> list[dict[str, object]]:
     """For the JSON report."""
     return [{**asdict(one), "needed": one.needed, "agrees": one.agrees, "verdict": one.verdict} for one in found]
-
-
-def run(args: argparse.Namespace, shape: Shape | None = None) -> int:
-    """`qkv bench --models`: the exit code is 1 if the logits of ours were wrong, else 0, fast or not."""
-    from importlib import metadata
-
-    from qkv.bench import report
-    from qkv.bench.progress import Progress
-
-    before = torch.get_num_threads()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    started = time.perf_counter()
-    try:
-        about = machine.describe(torch.get_num_threads(), machine.last_level_cache())
-        print(f"{about['cpu']}, {about['threads']} threads, torch {torch.__version__}", flush=True)
-        contexts = (512, 8192) if args.quick else CONTEXTS
-        budget = Budget(args.seconds or (QUICK_SECONDS if args.quick else SECONDS), len(contexts), time.perf_counter)
-        with Progress("qkv bench --models") as progress:
-            found = measure(
-                progress.say, progress.show, budget, contexts=contexts, rounds=3 if args.quick else 7, shape=shape
-            )
-            if budget.said():
-                progress.show(f"\n{budget.said()}")
-    finally:
-        torch.set_num_threads(before)
-    if args.json:
-        versions = {"transformers": metadata.version("transformers")}
-        settings = {"models": True, "quick": args.quick}
-        whole = report.document(
-            [], about, versions, settings, time.perf_counter() - started, {"models": as_data(found)}
-        )
-        args.json.write_text(json.dumps(whole, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        print(f"\nwrote {args.json}")
-    return 0 if all(one.agrees for one in found) else 1

@@ -4,18 +4,40 @@ from __future__ import annotations
 
 import datetime
 import platform
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from qkv.bench.columns import Columns
 from qkv.bench.peers import LEFT_OUT
-from qkv.bench.runner import OURS, Check, Result, Spread, Timing, ratio, spread
-from qkv.insight.terminal import cells
+from qkv.bench.race import OURS, Check, Result, Spread, Timing, ratio, spread
+from qkv.insight.terminal import cells, pad, paint
 
-SCHEMA = 1
+_VERDICT = re.compile(r"(?<=[×% ] )(?:pass|near|miss|wrong result)(?=\s|$)", re.MULTILINE)
+_STYLE = {"pass": "green", "near": "yellow", "miss": "red", "wrong result": "red"}
+SCHEMA = 2
 _HEAD = ["case", "qkv ms", "opponent", "ms", "ratio", "needed", "", "of limit"]
+
+
+class Columns:
+    """Columns with a name each; `sides` has "<" (text left) or ">" for each, `least` the width where it is more.
+
+    >>> columns = Columns(["case", "ms"], "<>", [8, 6])
+    >>> print(columns.head, columns.line(["full", "12.3"]), sep="\\n")
+    case          ms
+    full        12.3
+    """
+
+    def __init__(self, names: Sequence[str], sides: str, least: Sequence[int]) -> None:
+        self._sides = sides
+        self._widths = [max(cells(name), width) for name, width in zip(names, least, strict=True)]
+        self.head = self.line(names)
+
+    def line(self, texts: Sequence[str]) -> str:
+        """One line; a text that is wider than its column moves those after it. Verdicts are in colour."""
+        padded = (pad(*cell) for cell in zip(texts, self._widths, self._sides, strict=False))
+        return _VERDICT.sub(lambda found: paint(found[0], _STYLE[found[0]]), "  ".join(padded).rstrip())
 
 
 def milliseconds(seconds: float) -> str:

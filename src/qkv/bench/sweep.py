@@ -15,7 +15,7 @@ import torch
 
 from qkv.bench.cases import TOLERANCE, Case, build
 from qkv.bench.peers import Roster, describe_case
-from qkv.bench.runner import OURS, Clock, Spread, interleave, ratio, spread, within_slack
+from qkv.bench.race import OURS, Clock, Spread, interleave, ratio, spread, within_slack
 
 _SLACK_US = 3.0
 _MOST_FLOPS = 12e9

@@ -1,3 +1,6 @@
-"""The installed program: `qkv demo`, `qkv why`, `qkv mask`, `qkv doctor` and `qkv bench`."""
+"""The installed program: `qkv demo`, `qkv why`, `qkv mask`, `qkv doctor`, `qkv train` and `qkv bench`.
+
+A command is a module of this package, or a folder; it reads its arguments, calls the library and prints.
+"""
 
 from __future__ import annotations

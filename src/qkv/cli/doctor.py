@@ -5,14 +5,15 @@ from __future__ import annotations
 import argparse
 import os
 import platform
-import sys
 import warnings
 from importlib import metadata
 from pathlib import Path
 
 import torch
 
+from qkv import __version__
 from qkv.backends import base
+from qkv.bench.machine import cpu_name
 from qkv.errors import QKVError
 from qkv.insight.terminal import paint, table
 from qkv.masks import causal, sliding_window
@@ -34,8 +35,7 @@ CURE = (
     "folder of qkv: pip install --force-reinstall --no-deps ."
 )
 
-# The flags, as Linux names them, that the native kernels are built for.
-ISAS = {
+ISAS = {  # the flags, as Linux names them, that the native kernels are built for
     "avx512bf16": {"avx512_bf16", "avx512f", "avx512bw", "avx512vl", "avx512dq"},
     "avx512": {"avx512f", "avx512bw", "avx512vl", "avx512dq"},
     "avx2": {"avx2", "fma"},
@@ -52,46 +52,18 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.set_defaults(run=run)
 
 
-def run(args: argparse.Namespace) -> int:
+def run(_: argparse.Namespace) -> int:
     """Print the report; return the exit code."""
-    del args
     print(report())
     return 0
 
 
 def report() -> str:
     """Return the report as text."""
-    from qkv import __version__
-
     with warnings.catch_warnings():  # what plan() would warn of, this report says
         warnings.simplefilter("ignore")
-        rows = [
-            ["qkv", __version__],
-            ["python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"],
-            [
-                "torch",
-                f"{torch.__version__}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
-            ],
-            ["cpu", f"{cpu_name()}, {_usable()} cores usable"],
-            ["instructions", ", ".join(instruction_sets()) or "none of " + ", ".join(ISAS)],
-            ["gpu", _gpu()],
-            ["transformers", _transformers()],
-            ["native", _native()],
-        ]
-        paths = [["call", "q", "k", *(str(d).removeprefix("torch.") for d in DTYPES)]]
-        reasons: dict[str, str] = {}
-        for name, hq, hkv, lq, lk, size, mask in CALLS:
-            row = [name, f"{hq}×{lq}×{size}", f"{hkv}×{lk}×{size}"]
-            for dtype in DTYPES:
-                q, k = torch.empty(1, hq, lq, size, dtype=dtype), torch.empty(1, hkv, lk, size, dtype=dtype)
-                v = k[..., :512] if name == "latent decode" else k
-                found = plan(q, k, v, mask=mask)
-                row.append(found.backend)
-                why = dict(found.refused).get("cpu")
-                if why is not None and found.backend != "cpu":
-                    reasons.setdefault(f"{name}, {str(dtype).removeprefix('torch.')}", why)
-            paths.append(row)
-    lines = [table(rows), "", paint("which backend runs (qkv.plan)", "bold"), table(paths)]
+        facts, (paths, reasons) = table(_facts()), _paths()
+    lines = [facts, "", paint("which backend runs (qkv.plan)", "bold"), table(paths)]
     if reasons:
         lines += ["", "why not the native kernel:"]
         if len(set(reasons.values())) == 1:
@@ -101,23 +73,37 @@ def report() -> str:
     return "\n".join(lines)
 
 
-def cpu_name() -> str:
-    """Return the processor's name as its system gives it."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith(("model name", "Model", "Hardware")):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    if sys.platform == "darwin":
-        import subprocess
+def _facts() -> list[list[str]]:
+    capability, usable = torch.backends.cpu.get_cpu_capability(), os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        usable = len(os.sched_getaffinity(0))
+    return [
+        ["qkv", __version__],
+        ["python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"],
+        ["torch", f"{torch.__version__}, {torch.get_num_threads()} threads, {capability}"],
+        ["cpu", f"{cpu_name()}, {usable} cores usable"],
+        ["instructions", ", ".join(instruction_sets()) or "none of " + ", ".join(ISAS)],
+        ["gpu", torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none that this torch can use"],
+        ["transformers", _transformers()],
+        ["native", _native()],
+    ]
 
-        asked = subprocess.run(
-            ["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True, check=False
-        )
-        if asked.stdout.strip():
-            return asked.stdout.strip()
-    return platform.processor() or "unknown"
+
+def _paths() -> tuple[list[list[str]], dict[str, str]]:
+    """Which backend runs each call, by type, and why the native one does not where another does."""
+    rows = [["call", "q", "k", *(str(d).removeprefix("torch.") for d in DTYPES)]]
+    reasons: dict[str, str] = {}
+    for name, hq, hkv, lq, lk, size, mask in CALLS:
+        row = [name, f"{hq}×{lq}×{size}", f"{hkv}×{lk}×{size}"]
+        for dtype in DTYPES:
+            q, k = torch.empty(1, hq, lq, size, dtype=dtype), torch.empty(1, hkv, lk, size, dtype=dtype)
+            found = plan(q, k, k[..., :512] if name == "latent decode" else k, mask=mask)
+            row.append(found.backend)
+            why = dict(found.refused).get("cpu")
+            if why is not None and found.backend != "cpu":
+                reasons.setdefault(f"{name}, {str(dtype).removeprefix('torch.')}", why)
+        rows.append(row)
+    return rows, reasons
 
 
 def instruction_sets() -> list[str]:
@@ -131,10 +117,6 @@ def instruction_sets() -> list[str]:
     return [name for name, needed in ISAS.items() if needed <= flags]
 
 
-def _usable() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _transformers() -> str:
     """Return the version found, and what of it `attn_implementation="qkv"` can use."""
     try:
@@ -146,10 +128,6 @@ def _transformers() -> str:
     lacking = [name for name, found in features().items() if not found]
     has = f"lacks {', '.join(lacking)}" if lacking else "has what attn_implementation='qkv' needs"
     return f"{version}, {has}"
-
-
-def _gpu() -> str:
-    return torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none that this torch can use"
 
 
 def _native() -> str:

@@ -6,15 +6,20 @@ import argparse
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import torch
+
+from qkv.bench.machine import threads
+from qkv.cli.progress import Progress
 from qkv.errors import ArgumentError, describe
-
-if TYPE_CHECKING:
-    from qkv.lm.training import Run
+from qkv.insight.terminal import bar, is_terminal
+from qkv.lm import checkpoint
+from qkv.lm.data import SPLIT, read_corpus
+from qkv.lm.decoder import Config
+from qkv.lm.training import Run, Settings, configured, resumed
 
 OUT = "decoder.safetensors"
-# option -> (where it belongs, type, what --help says); the defaults are those of Config and Settings
+# option -> (where it belongs, type, help); the defaults are those of Config and Settings
 OPTIONS = {
     "attention": ("config", str, "mha, gqa, mqa, mla, window, or an ablation such as shared-qk (default mha)"),
     "op": ("config", str, "qkv, or sdpa: PyTorch's attention in its place, to compare"),
@@ -56,60 +61,44 @@ def run(args: argparse.Namespace) -> int:
     for name in ("every", "stop", "threads"):
         if (value := getattr(args, name)) is not None and value < 1:
             raise ArgumentError(describe("qkv train", f"--{name} is >= 1", f"--{name} {value}", "Leave it out"))
-    import torch
-
-    from qkv.bench.progress import Progress
-    from qkv.lm.checkpoint import check_target
-
     out = Path(args.out or args.resume or OUT)
-    check_target(out, may_exist=args.resume is not None and out == Path(args.resume))
+    checkpoint.check_target(out, may_exist=args.resume is not None and out == Path(args.resume))
     if args.export is not None:
-        check_target(Path(args.export), may_exist=False)
-    before = torch.get_num_threads()
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
-    try:
+        checkpoint.check_target(Path(args.export), may_exist=False)
+    with threads(args.threads):
         current = _prepare(args)
         print(_opening(current), file=sys.stderr)
         steps = min(args.stop or current.settings.steps, current.settings.steps)
         with Progress("qkv train") as progress:
-            current.go(steps, args.every, _Voice(progress).hear, save=out)
+            current.go(steps, args.every, _Teller(progress).hear, save=out)
         if not current.record.held:
             current.evaluate()
         print(_result(current, out))
         if args.export is not None:
             current.export(Path(args.export))
             print(f"{'weights alone':<28} {args.export}")
-    finally:
-        torch.set_num_threads(before)
     return 0
 
 
 def _prepare(args: argparse.Namespace) -> Run:
     """Begin a run as the options say, or continue one."""
-    from qkv.lm import checkpoint, training
-    from qkv.lm.data import read_corpus
-    from qkv.lm.decoder import Config
-
     given = {"config": {}, "settings": {}}  # type: dict[str, dict[str, object]]
     for name, (part, _, _) in {**OPTIONS, "tied": ("config", bool, "")}.items():
         if getattr(args, name) is not None:
             given[part][name] = getattr(args, name)
     if args.resume is None:
         config = Config(**given["config"])  # type: ignore[arg-type]
-        settings = training.Settings(**given["settings"])  # type: ignore[arg-type]
-        return training.Run(config, settings, read_corpus(args.text, config.context))
+        settings = Settings(**given["settings"])  # type: ignore[arg-type]
+        return Run(config, settings, read_corpus(args.text, config.context))
     named = [f"--{name}" for part in given.values() for name in part]
     if named:
         rule, fix = "a checkpoint brings its own settings", f"Leave out {', '.join(named)}, or begin a new run"
         raise ArgumentError(describe("qkv train", rule, f"--resume and {', '.join(named)}", fix))
     saved = checkpoint.load(args.resume)
-    return training.resumed(saved, read_corpus(args.text, training.configured(saved)[0].context))
+    return resumed(saved, read_corpus(args.text, configured(saved)[0].context))
 
 
 def _opening(current: Run) -> str:
-    from qkv.lm.data import SPLIT
-
     corpus, config = current.corpus, current.config
     weights = sum(p.numel() for p in current.model.parameters())
     begun = f", continued at step {current.step:,}" if current.step else ""
@@ -121,10 +110,7 @@ def _opening(current: Run) -> str:
 
 
 def _result(current: Run, out: Path) -> str:
-    import torch
-
-    config = current.config
-    step, bits = current.record.held[-1]
+    config, (step, bits) = current.config, current.record.held[-1]
     kept = 2 * config.cached_numbers()
     bound = f", of the last {config.window} bytes only" if config.attention == "window" else ""
     rows = [
@@ -138,34 +124,27 @@ def _result(current: Run, out: Path) -> str:
     return "\n".join(f"{name:<28} {value}" for name, value in rows)
 
 
-class _Voice:
+class _Teller:
     """Says how training goes: often on a terminal, ten times in all elsewhere."""
 
-    def __init__(self, progress: object) -> None:
+    def __init__(self, progress: Progress) -> None:
         self.progress, self.last, self.tenth = progress, 0.0, -1
 
     def hear(self, current: Run) -> None:
-        from qkv.bench.progress import Progress
-        from qkv.insight.terminal import bar, is_terminal
-
-        assert isinstance(self.progress, Progress)
-        steps = current.settings.steps
-        now, tenth = time.perf_counter(), 10 * current.step // steps
+        record, steps = current.record, current.settings.steps
+        now, tenth, drawn = time.perf_counter(), 10 * current.step // steps, ""
         if is_terminal(sys.stderr):
             if now - self.last < 0.2 and current.step < steps:
                 return
             drawn = f"▕{bar(current.step / steps, 20)}▏ "
-        else:
-            if tenth == self.tenth:
-                return
-            drawn = ""
+        elif tenth == self.tenth:
+            return
         self.last, self.tenth = now, tenth
-        recent = current.record.losses[-20:]
-        held = f", {current.record.held[-1][1]:.3f} held out" if current.record.held else ""
-        left = (steps - current.step) * current.record.step_time() / 1e3
+        recent = record.losses[-20:]
+        held = f", {record.held[-1][1]:.3f} held out" if record.held else ""
+        left = (steps - current.step) * record.step_time() / 1e3
         remaining = f", {left / 60:.0f} min left" if left >= 90 else f", {left:.0f} s left"
-        if len(current.record.milliseconds) < 5:  # the first steps set things up and say little of the rest
+        if len(record.milliseconds) < 5:  # the first steps set things up and say little of the rest
             remaining = ""
-        self.progress.say(
-            f"{drawn}step {current.step:,} of {steps:,}, {sum(recent) / len(recent):.3f} bits per byte{held}{remaining}"
-        )
+        bits = f"{sum(recent) / len(recent):.3f} bits per byte"
+        self.progress.say(f"{drawn}step {current.step:,} of {steps:,}, {bits}{held}{remaining}")

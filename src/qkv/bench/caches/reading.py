@@ -17,9 +17,9 @@ from torch.nn import functional as F
 
 import qkv
 from qkv.bench import machine
-from qkv.bench.caches_race import Bench, Line, Race
+from qkv.bench.caches.contest import Bench, Line, Race
 from qkv.bench.cases import TOLERANCE, Case, Inputs, build
-from qkv.bench.runner import spread
+from qkv.bench.race import spread
 
 PAGE = 16
 _8BIT = {torch.int8: "int8", torch.float8_e4m3fn: "float8"}

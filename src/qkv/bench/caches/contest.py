@@ -13,7 +13,7 @@ from torch import Tensor
 import qkv
 from qkv.bench import machine
 from qkv.bench.budget import OUT_OF_TIME
-from qkv.bench.runner import _GEMM_SIZE, Clock, Spread, _read, interleave, ratio, spread
+from qkv.bench.race import GEMM_SIZE, Clock, Spread, interleave, ratio, read_through, spread
 
 # Reading as PyTorch does it comes this near to what the memory can do; a call beyond it had a disturbed opponent.
 _POSSIBLE = 1.15
@@ -100,10 +100,10 @@ class Race:
         running = {name: [call] for name, call in calls.items() if name not in wrong}
         flat = [x.reshape(-1) for x in reads]
         for name, kind in READS.items():
-            running[name] = [lambda kind=kind: _read(*(x.view(kind) for x in flat))]  # type: ignore[misc]
+            running[name] = [lambda kind=kind: read_through(*(x.view(kind) for x in flat))]  # type: ignore[misc]
         if flops:
             kind = machine.product_type(torch.bfloat16)
-            a, b = (torch.randn(_GEMM_SIZE, _GEMM_SIZE).to(kind) for _ in range(2))
+            a, b = (torch.randn(GEMM_SIZE, GEMM_SIZE).to(kind) for _ in range(2))
             running["GEMM"] = [lambda: torch.mm(a, b)]
         now = bench.clock.now
         estimates = {}
@@ -158,5 +158,5 @@ class Race:
             reading = min(reads, key=lambda taken: spread(list(taken.values())).median)
             limits["read"] = {n: s * nbytes / self.read_bytes for n, s in reading.items()}
         if self.flops and self.taken["GEMM"]:
-            limits["GEMM"] = {n: s * self.flops / (2 * _GEMM_SIZE**3) for n, s in self.taken["GEMM"].items()}
+            limits["GEMM"] = {n: s * self.flops / (2 * GEMM_SIZE**3) for n, s in self.taken["GEMM"].items()}
         return max(limits.items(), key=lambda kind: spread(list(kind[1].values())).median, default=("read", {}))

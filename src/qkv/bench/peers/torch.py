@@ -1,58 +1,18 @@
-"""Who takes part: ours and PyTorch's own here, the other libraries in `external` and `ggml`.
-
-A peer turns a case into ready calls, one for each set of K and V, each the way its users would make it: in the layout
-it likes, its inputs already converted, its graph already compiled. What it cannot do it refuses with a reason.
-"""
+"""Ours, and PyTorch's own: SDPA, two matmuls, and compiled FlexAttention."""
 
 from __future__ import annotations
 
-import importlib
-import importlib.metadata
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
-from typing import Any, ClassVar, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from qkv.bench import machine
-from qkv.bench.cases import Case, Inputs
-
-LEFT_OUT = "left out"
-
-
-class Unavailable(Exception):
-    """This peer cannot run this case here; the text says why."""
-
-
-@dataclass
-class Prepared:
-    """Calls that are ready to be timed, and how to see a call's result as out (B, Hq, Lq, Dv), or out, dq, dk, dv."""
-
-    calls: Sequence[Callable[[], Any]]
-    read: Callable[[Any], Any]
-    note: str = ""
-
-
-@dataclass(frozen=True)
-class Setup:
-    threads: int
-    isa: str | None = None  # "avx2" when everybody is held to it
-
-
-class Peer(Protocol):
-    def __init__(self, setup: Setup) -> None: ...
-
-    def prepare(self, inputs: Inputs) -> Prepared: ...
-
-
-def version_of(distribution: str) -> str:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        raise Unavailable(f"{distribution} is not installed (pip install {distribution})") from None
+from qkv.bench.cases import Inputs
+from qkv.bench.peers.base import Prepared, Setup, Unavailable, first_line
 
 
 class Qkv:
@@ -156,7 +116,7 @@ class Flex:
 
             call(inputs.q, *inputs.sets[0])
         except Exception as error:  # a missing compiler surfaces as any of a dozen types
-            raise Unavailable(f"torch.compile failed: {_first_line(error)}") from None
+            raise Unavailable(f"torch.compile failed: {first_line(error)}") from None
         return _torch_calls(inputs, call)
 
 
@@ -175,74 +135,3 @@ def _with_backward(inputs: Inputs, call: Callable[[Tensor, Tensor, Tensor], Tens
             return (out.detach(), *torch.autograd.grad(out, tensors, inputs.d_out))
 
     return Prepared([both], lambda result: result, note)
-
-
-def _first_line(error: BaseException) -> str:
-    """The telling line of a message: the first, but OpenVINO begins with where in its source it was thrown."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return (lines[-1] if lines[0].startswith("Exception from") else lines[0])[:160]
-
-
-class Roster:
-    """Peers by name, made on first use; a name may end in a type, as in "ggml f16"."""
-
-    # Name -> module, class, distribution whose version is reported ("" for one without).
-    KNOWN: ClassVar[dict[str, tuple[str, str, str]]] = {
-        "sdpa": ("qkv.bench.peers", "Sdpa", "torch"),
-        "matmuls": ("qkv.bench.peers", "Matmuls", "torch"),
-        "flex": ("qkv.bench.peers", "Flex", "torch"),
-        "openvino": ("qkv.bench.external", "OpenVino", "openvino"),
-        "onnxruntime": ("qkv.bench.external", "OnnxRuntime", "onnxruntime"),
-        "jax": ("qkv.bench.external", "Jax", "jax"),
-        "ggml": ("qkv.bench.ggml", "Ggml", ""),
-    }
-
-    def __init__(self, setup: Setup, backend: str | None = None, only: set[str] | None = None) -> None:
-        self.setup, self.only = setup, only
-        self.ours = Qkv(setup, backend)
-        self.versions: dict[str, str] = {}
-        self.missing: dict[str, str] = {}
-        self._made: dict[str, Peer] = {}
-
-    def get(self, name: str) -> Peer:
-        if self.only is not None and name not in self.only:
-            raise Unavailable(LEFT_OUT)
-        if name in self.missing:
-            raise Unavailable(self.missing[name])
-        if name not in self._made:
-            module, cls, distribution = self.KNOWN[name]
-            try:
-                version = version_of(distribution) if distribution else ""
-                peer = getattr(importlib.import_module(module), cls)(self.setup)
-            except Unavailable as reason:
-                self.missing[name] = str(reason)
-                raise
-            except Exception as error:  # a broken installation must not end the run
-                self.missing[name] = f"failed to load: {_first_line(error)}"
-                raise Unavailable(self.missing[name]) from None
-            self.versions[name] = version or getattr(peer, "version", "")
-            self._made[name] = peer
-        return self._made[name]
-
-    def prepare(self, contender: str, inputs: Inputs) -> Prepared:
-        """Ready calls of "qkv", or of a peer by name; raises Unavailable with the reason."""
-        name, _, dtype = contender.partition(" ")
-        if name == "qkv":
-            return self.ours.prepare(inputs)
-        peer = self.get(name)
-        try:
-            return peer.prepare(inputs.to(dtype or inputs.case.dtype))
-        except Unavailable:
-            raise
-        except Exception as error:
-            raise Unavailable(f"failed: {_first_line(error)}") from None
-
-
-def refuse_unless(condition: bool, reason: str) -> None:
-    if not condition:
-        raise Unavailable(reason)
-
-
-def describe_case(case: Case) -> str:
-    """Shapes in one line: B Hq/Hkv Lq x Lk D/Dv."""
-    return f"B={case.B} H={case.Hq}/{case.Hkv} L={case.Lq}x{case.Lk} D={case.D}/{case.Dv} {case.dtype} {case.mask}"

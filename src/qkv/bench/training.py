@@ -1,4 +1,4 @@
-"""Training steps of the example decoder, with qkv and with PyTorch's attention in turn: tokens per second."""
+"""Training: forward and backward of the shapes of `calls`, and whole steps of the little decoder."""
 
 from __future__ import annotations
 
@@ -6,13 +6,43 @@ import math
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
+from qkv.bench import calls
+from qkv.bench.cases import Row, Target
 from qkv.lm.comparison import step_times
 from qkv.lm.decoder import Config
 
+# Shape -> type -> how many times as long PyTorch's forward + backward must take.
+_TRAINING = {
+    "causal 2048 d128": {"bf16": 2.0, "f32": 1.1},
+    "causal 512 d128": {"bf16": 2.0, "f32": 1.4},
+    "causal 512 d64": {"bf16": 2.0, "f32": 1.4},
+    "window 256 of 2048 d128": {"bf16": 4.0, "f32": 4.0},
+}
 # context, windows a step, and how many times as fast as with SDPA this project set out to be
 STEPS = ((256, 8, 1.0), (2048, 1, 1.2))
+
+
+def training_rows() -> list[Row]:
+    """Forward + backward of every shape of the forward table that has more than one query, in three types."""
+    rows = {}
+    for row in (*calls.prefill(), *calls.sparse(), *calls.rest()):
+        shape = row.name.rpartition(" ")[0]
+        for dtype in ("f32", "bf16", "f16"):
+            needed = _TRAINING.get(shape, {}).get(dtype)
+            name = f"training {shape} {dtype}"
+            rows[name] = Row(
+                name,
+                replace(row.case, dtype=dtype, backward=True),
+                ("sdpa",),  # what a PyTorch user trains with; FlexAttention has no backward pass on the CPU
+                () if needed is None else (Target("sdpa", needed),),
+                {},
+                row.limit,
+                quick=needed is not None and row.case.D == 128,
+                avx2=(),  # a row of that mode, without a promise
+            )
+    return list(rows.values())
 
 
 @dataclass(frozen=True)

@@ -1,73 +1,22 @@
-"""The rows of the benchmark: a case, who takes part, and the ratios that this project promised to reach."""
+"""The rows of forward calls: a case, who takes part, and the ratios that this project promised to reach."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
-from qkv.bench.cases import Case
-
-# Shape -> type -> how many times as long PyTorch's forward + backward must take.
-_TRAINING = {
-    "causal 2048 d128": {"bf16": 2.0, "f32": 1.1},
-    "causal 512 d128": {"bf16": 2.0, "f32": 1.4},
-    "causal 512 d64": {"bf16": 2.0, "f32": 1.4},
-    "window 256 of 2048 d128": {"bf16": 4.0, "f32": 4.0},
-}
-BEST, BEST_BUT_GGML, LIMIT = "best", "best but ggml", "limit"
-
-
-@dataclass(frozen=True)
-class Target:
-    """`needed`: how many times as long as ours the opponent's call must take (for LIMIT: the fraction of it)."""
-
-    against: str
-    needed: float
-    slack_us: float = 0.0  # calls under 10 microseconds may be this much slower instead
-
-
-@dataclass(frozen=True)
-class Row:
-    name: str
-    case: Case
-    peers: tuple[str, ...]  # "sdpa", or "ggml f16" where the peer takes another type than the row's
-    targets: tuple[Target, ...] = ()
-    own: dict[str, Case] = field(default_factory=dict, hash=False)  # other calls of ours to compare with
-    limit: str = ""  # "gemm", "read" or nothing
-    quick: bool = False
-    avx2: tuple[Target, ...] | None = None  # targets when everybody is held to AVX2; None: not a row of that mode
+from qkv.bench.cases import BEST, BEST_BUT_GGML, LIMIT, Case, Row, Target
 
 
 def all_rows(cache_bytes: int, *, more_mla: bool = False) -> list[Row]:
     """Every row, in the order they run. `cache_bytes` decides which decode rows do not fit the cache."""
-    rows = [*_prefill(), *_sparse(), *_decode(cache_bytes), *_latent(more_mla), *_rest()]
+    rows = [*prefill(), *sparse(), *decode(cache_bytes), *latent(more_mla), *rest()]
     names = [row.name for row in rows]
     assert len(names) == len(set(names))
     return rows
 
 
-def training_rows() -> list[Row]:
-    """Forward + backward of every shape of the forward table that has more than one query, in three types."""
-    rows = {}
-    for row in (*_prefill(), *_sparse(), *_rest()):
-        shape = row.name.rpartition(" ")[0]
-        for dtype in ("f32", "bf16", "f16"):
-            needed = _TRAINING.get(shape, {}).get(dtype)
-            name = f"training {shape} {dtype}"
-            rows[name] = Row(
-                name,
-                replace(row.case, dtype=dtype, backward=True),
-                ("sdpa",),  # what a PyTorch user trains with; FlexAttention has no backward pass on the CPU
-                () if needed is None else (Target("sdpa", needed),),
-                {},
-                row.limit,
-                quick=needed is not None and row.case.D == 128,
-                avx2=(),  # a row of that mode, without a promise
-            )
-    return list(rows.values())
-
-
-def _prefill() -> Iterator[Row]:
+def prefill() -> Iterator[Row]:
     # Float16 runs beside the same call in float32, whose time it may exceed by 1.3 at most.
     f16_target = (Target("qkv f32", 1 / 1.3),)
     for D in (128, 64):
@@ -105,7 +54,7 @@ def _prefill() -> Iterator[Row]:
     yield Row("full 8x512 d64 f16", case, ("sdpa",), f16_target, {"qkv f32": replace(case, dtype="f32")}, "gemm")
 
 
-def _sparse() -> Iterator[Row]:
+def sparse() -> Iterator[Row]:
     for dtype in ("f32", "bf16"):
         case = Case(dtype, 2048, 2048, Hkv=2, mask="causal")
         peers: tuple[str, ...] = ("sdpa", "onnxruntime") if dtype == "f32" else ("sdpa", "onnxruntime f16")
@@ -130,7 +79,7 @@ def _sparse() -> Iterator[Row]:
         yield Row(f"documents 256 of 4096 d64 {dtype}", case, ("sdpa", "flex"), (target,), {}, "gemm")
 
 
-def _decode(cache_bytes: int) -> Iterator[Row]:
+def decode(cache_bytes: int) -> Iterator[Row]:
     shapes = {"32/32": (1, 32, 32), "32/8": (1, 32, 8), "8x32/8": (8, 32, 8)}
     warm = {
         ("32/32", "bf16"): (Target(BEST_BUT_GGML, 6.5), Target("ggml f16", 1.0)),
@@ -166,14 +115,14 @@ def _decode(cache_bytes: int) -> Iterator[Row]:
                 )
 
 
-def _latent(more: bool) -> Iterator[Row]:
+def latent(more: bool) -> Iterator[Row]:
     for heads, keys in ((128, 4096), *(((16, 4096), (32, 4096), (64, 4096), (128, 16384)) if more else ())):
         case = Case("bf16", 1, keys, 576, Hq=heads, Hkv=1, rank=512)
         peers = ("matmuls", "ggml f16", "sdpa") if more else ("matmuls", "ggml f16")
         yield Row(f"mla {heads} heads {keys} bf16", case, peers, (Target("matmuls", 1.0),), {}, "gemm", heads == 128)
 
 
-def _rest() -> Iterator[Row]:
+def rest() -> Iterator[Row]:
     for dtype in ("f32", "bf16"):
         case = Case(dtype, 32, 32, 32, Hq=4, Hkv=4)
         yield Row(

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import qkv
-from qkv.bench.caches_race import Bench, Figure, Line
-from qkv.bench.caches_rows import PAGE, fill
-from qkv.bench.memory import _status
-from qkv.bench.runner import Spread, spread
+from qkv.bench.caches.contest import Bench, Figure, Line
+from qkv.bench.caches.reading import PAGE, fill
+from qkv.bench.memory import status
+from qkv.bench.race import Spread, spread
 
 _WIDEST = torch.complex128  # 16 bytes: as which rows are copied fastest
 
 
 def in_turn(bench: Bench, timers: Mapping[str, Callable[[], float]]) -> dict[str, dict[int, float]]:
-    """What the timers tell, round after round: as `runner.interleave`, where a call must be cleaned up after."""
+    """What the timers tell, round after round: as `race.interleave`, where a call must be cleaned up after."""
     taken: dict[str, dict[int, float]] = {name: {} for name in timers}
     start = bench.clock.now()
     for number in range(bench.rounds[1]):
@@ -71,22 +71,15 @@ def append(
                 target.index_copy_(0, place, pair[n % 2])
         return (bench.clock.now() - start) / steps
 
-    def stored(name: str) -> dict[str, str]:
-        for n, pool in enumerate(pools):
-            held = pool[table].transpose(1, 2).flatten(2, 3)[:, :, :steps]
-            if not torch.equal(held, torch.cat([pair[n % 2] for pair in rows], 2)):
-                return {name: f"layer {n // 2} does not hold what was appended"}
-        return {}
-
-    problems = stored("append")
+    problems = _not_stored("append", pools, table, rows)
     for target in targets:
         target.zero_()
     copy()
-    problems |= stored("bare copying")
+    problems += _not_stored("bare copying", pools, table, rows)
     forget()
     title = f"append, batch {batch}, {layers} layer{'s' * (layers > 1)} {heads}×{D} bf16"
     if problems:
-        return [Line(title, problem="; ".join(f"{name}: {what}" for name, what in problems.items()))]
+        return [Line(title, problem="; ".join(problems))]
 
     def appended() -> float:
         seconds = fill_up()
@@ -108,6 +101,15 @@ def append(
             f"{layers * beyond.median:.2f} a sequence and step",
         )
     ]
+
+
+def _not_stored(name: str, pools: Sequence[Tensor], table: Tensor, rows: Sequence[tuple[Tensor, ...]]) -> list[str]:
+    """What is wrong with the pools of keys and values, by layer, after `rows` were appended to the pages of `table`."""
+    for n, pool in enumerate(pools):
+        held = pool[table].transpose(1, 2).flatten(2, 3)[:, :, : len(rows)]
+        if not torch.equal(held, torch.cat([pair[n % 2] for pair in rows], 2)):
+            return [f"{name}: layer {n // 2} does not hold what was appended"]
+    return []
 
 
 def lookup(bench: Bench, *, needed: float | None, tokens: int = 50_000) -> list[Line]:
@@ -231,6 +233,6 @@ def _one_token(cache: Any) -> tuple[Tensor, ...]:
 
 def _resident() -> int:
     try:
-        return _status("VmRSS")
+        return status("VmRSS")
     except OSError:  # no /proc
         return 0

@@ -1,32 +1,24 @@
 """`qkv bench --caches`: decoding on pages against plain tensors, sharing, 8-bit storage, latents, and the books.
 
-What is compared with what is in `caches_rows` and `caches_books`; here are the rows with their sizes and targets, the
-run, and its table.
+What is compared with what is in `reading` and `books`; here are the rows with their sizes and targets, the run of them,
+and its table.
 """
 
 from __future__ import annotations
 
-import argparse
 import gc
-import json
-import os
-import re
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 
-from qkv.bench import caches_books as books
-from qkv.bench import caches_rows as rows
 from qkv.bench.budget import Budget
-from qkv.bench.caches_race import Bench, Figure, Line
+from qkv.bench.caches import books, reading
+from qkv.bench.caches.contest import Bench, Figure, Line
 from qkv.bench.cases import Case
-from qkv.bench.columns import Columns
-from qkv.bench.report import milliseconds
-from qkv.bench.runner import Spread
-from qkv.errors import ArgumentError, describe
+from qkv.bench.race import Spread
+from qkv.bench.report import Columns, milliseconds
 
 SECONDS, QUICK_SECONDS = 200.0, 45.0
 _MOST = 20.0  # a contest, however much time is left
@@ -46,20 +38,20 @@ Contest = Callable[[Bench], list[Line]]
 def contests(*, quick: bool = False) -> dict[str, Contest]:
     """The rows by name; quick: without those that have no target."""
     every: dict[str, tuple[bool, Contest]] = {
-        "paged": (True, partial(rows.paged, case=_MAIN, judged=True)),
-        "paged f32": (False, partial(rows.paged, case=Case("f32", 1, 4096, B=8, Hq=32, Hkv=8), judged=False)),
-        "paged 1 sequence": (False, partial(rows.paged, case=Case("bf16", 1, 4096, Hq=32, Hkv=8), judged=False)),
-        "paged 32/32": (False, partial(rows.paged, case=Case("bf16", 1, 1024, B=8, Hq=32, Hkv=32), judged=False)),
-        "cascade 32/32": (True, partial(rows.cascade, Hq=32, Hkv=32, needed=3.0)),
-        "cascade 32/8": (True, partial(rows.cascade, Hq=32, Hkv=8, needed=1.0)),
-        "8 bits 32/8": (True, partial(rows.quantised, case=_MAIN, kinds=_8BIT, needed=1.6)),
-        "8 bits 32/32": (True, partial(rows.quantised, case=_MANY, kinds=_8BIT, needed=1.6)),
+        "paged": (True, partial(reading.paged, case=_MAIN, judged=True)),
+        "paged f32": (False, partial(reading.paged, case=Case("f32", 1, 4096, B=8, Hq=32, Hkv=8), judged=False)),
+        "paged 1 sequence": (False, partial(reading.paged, case=Case("bf16", 1, 4096, Hq=32, Hkv=8), judged=False)),
+        "paged 32/32": (False, partial(reading.paged, case=Case("bf16", 1, 1024, B=8, Hq=32, Hkv=32), judged=False)),
+        "cascade 32/32": (True, partial(reading.cascade, Hq=32, Hkv=32, needed=3.0)),
+        "cascade 32/8": (True, partial(reading.cascade, Hq=32, Hkv=8, needed=1.0)),
+        "8 bits 32/8": (True, partial(reading.quantised, case=_MAIN, kinds=_8BIT, needed=1.6)),
+        "8 bits 32/32": (True, partial(reading.quantised, case=_MANY, kinds=_8BIT, needed=1.6)),
         "8 bits f32": (
             False,
-            partial(rows.quantised, case=Case("f32", 1, 4096, B=8, Hq=32, Hkv=8), kinds=(torch.int8,)),
+            partial(reading.quantised, case=Case("f32", 1, 4096, B=8, Hq=32, Hkv=8), kinds=(torch.int8,)),
         ),
-        "latent 1": (True, partial(rows.latent, case=_LATENT, needed=1.0)),
-        "latent 4": (True, partial(rows.latent, case=Case(**{**_LATENT.__dict__, "B": 4}), needed=1.0)),
+        "latent 1": (True, partial(reading.latent, case=_LATENT, needed=1.0)),
+        "latent 4": (True, partial(reading.latent, case=Case(**{**_LATENT.__dict__, "B": 4}), needed=1.0)),
         "append": (True, partial(books.append, layers=1, needed=2.0)),
         "append 16 layers": (True, partial(books.append, layers=16, needed=2.0)),
         "prefix lookup": (True, partial(books.lookup, needed=10.0)),
@@ -190,47 +182,3 @@ def _data(figure: Figure | None) -> dict[str, Any] | None:
         return None
     kind = {"unit": figure.unit.strip(), "needed": figure.needed, "at_most": figure.at_most}
     return {**figure.value._asdict(), **kind, "verdict": figure.verdict}
-
-
-def run(args: argparse.Namespace) -> int:
-    """`qkv bench --caches`: the exit code is 1 if a result was wrong or a row failed, else 0, fast or not."""
-    from qkv.bench import machine, report
-    from qkv.bench.progress import Progress
-
-    chosen = contests(quick=args.quick)
-    if args.only:
-        chosen = {name: contest for name, contest in chosen.items() if re.search(args.only, name)}
-    if not chosen:
-        fix = "See qkv bench --caches --list"
-        raise ArgumentError(describe("qkv bench --caches", "no row has such a name", f"--only {args.only}", fix))
-    if args.list:
-        print("\n".join(chosen))
-        return 0
-    before = torch.get_num_threads()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    started = time.perf_counter()
-    try:
-        cache_bytes = machine.last_level_cache()
-        about = machine.describe(torch.get_num_threads(), cache_bytes)
-        size = f"last-level cache {cache_bytes >> 20} MB"
-        print(f"{about['cpu']}, {about['threads']} threads, {size}, torch {torch.__version__}", flush=True)
-        bench = Bench(cache_bytes, args.backend or (f"cpu:{args.isa}" if args.isa else None))
-        seconds = args.seconds or (QUICK_SECONDS if args.quick else SECONDS)
-        with Progress("qkv bench --caches") as progress:
-            progress.show("\n" + COLUMNS.head)
-            budget = Budget(seconds, len(chosen), bench.clock.now)
-            lines, took = measure(chosen, bench, budget, progress.say, lambda line: progress.show(line_text(line)))
-    finally:
-        torch.set_num_threads(before)
-    policy = os.environ.get("OMP_WAIT_POLICY")
-    said = [summary(lines), budget.said(), waiting(policy), f"{time.perf_counter() - started:.0f} s"]
-    print("\n" + "\n\n".join(text for text in said if text))
-    if args.json:
-        settings = {"caches": True, "quick": args.quick, "only": args.only, "backend": bench.backend}
-        settings |= {"omp_wait_policy": policy, "seconds": {name: round(s, 1) for name, s in took.items()}}
-        data = {"caches": as_data(lines)}
-        whole = report.document([], about, {}, settings, time.perf_counter() - started, data)
-        args.json.write_text(json.dumps(whole, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        print(f"\nwrote {args.json}")
-    return 1 if any(line.problem for line in lines) else 0

@@ -18,13 +18,13 @@ import torch
 
 from qkv.bench import machine
 from qkv.bench.budget import OUT_OF_TIME
-from qkv.bench.cases import TOLERANCE, Inputs, build
-from qkv.bench.peers import Prepared, Roster, Unavailable
-from qkv.bench.rows import BEST, BEST_BUT_GGML, LIMIT, Row, Target
+from qkv.bench.cases import BEST, BEST_BUT_GGML, LIMIT, TOLERANCE, Inputs, Row, Target, build
+from qkv.bench.peers import Roster
+from qkv.bench.peers.base import Prepared, Unavailable
 
 OURS = "qkv"
 _LIMITS = ("gemm", "read f32", "read i64")
-_GEMM_SIZE = 1536
+GEMM_SIZE = 1536
 
 
 class Spread(NamedTuple):
@@ -278,19 +278,19 @@ class Runner:
         """The machine's own rate takes part in every round. Returns the FLOPs of its matrix product."""
         if row.limit == "gemm":
             dtype = machine.product_type(row.case.torch_dtype)
-            a = torch.randn(_GEMM_SIZE, _GEMM_SIZE).to(dtype)
-            b = torch.randn(_GEMM_SIZE, _GEMM_SIZE).to(dtype)
+            a = torch.randn(GEMM_SIZE, GEMM_SIZE).to(dtype)
+            b = torch.randn(GEMM_SIZE, GEMM_SIZE).to(dtype)
             calls["gemm"] = [lambda: torch.mm(a, b)]
         elif row.limit == "read":
             flat = [tuple(t.view(-1) for t in pair) for pair in inputs.sets]
             for name, kind in (("read f32", torch.float32), ("read i64", torch.int64)):
-                calls[name] = [partial(_read, k.view(kind), v.view(kind)) for k, v in flat]
+                calls[name] = [partial(read_through, k.view(kind), v.view(kind)) for k, v in flat]
         for name in calls.keys() & set(_LIMITS):
             estimates[name] = self._estimate(calls[name][0])
-        return 2 * _GEMM_SIZE**3
+        return 2 * GEMM_SIZE**3
 
 
-def _read(k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def read_through(k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Reads every byte of K and V once, in as many threads as PyTorch uses."""
     return torch.sum(k), torch.sum(v)
 

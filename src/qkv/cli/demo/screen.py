@@ -1,24 +1,16 @@
-"""How the demo's findings are drawn: 24 lines of 80 columns, and the details behind them."""
+"""How the demo's findings are drawn: 24 lines of 80 columns."""
 
 from __future__ import annotations
 
 import re
 import textwrap
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-import torch
-
-from qkv.cli.features import DAMPING, HEADING, LENGTH, PIECE, SHARPNESS, stem
-from qkv.cli.lookup import Found
-from qkv.cli.measure import HEADS, KEYS, KV_HEADS, SIZE, Agreement, Timing
-from qkv.cli.passages import Text
-from qkv.insight.terminal import bar, cells, fit, number, pad, paint, table
-from qkv.plans import plan
-
-if TYPE_CHECKING:
-    from qkv.cli.pages import Picture
-    from qkv.lm.serving import Server
+from qkv.cli.demo.lookup import Found
+from qkv.cli.demo.measure import HEADS, KEYS, KV_HEADS, Agreement, Timing
+from qkv.cli.demo.passages import Text
+from qkv.cli.demo.words import stem
+from qkv.insight.terminal import bar, cells, fit, pad, paint, table
 
 WIDTH, LINES = 80, 24  # the first screen fits the smallest terminal in use
 NO_KERNELS = "no native kernels here, so qkv is slow: qkv doctor says how to get them"
@@ -61,24 +53,6 @@ def first(
 def hint() -> str:
     """What to try next."""
     return paint("next: ", "dim") + 'qkv why scale · qkv demo FILE --ask "…" --full · qkv doctor'
-
-
-def serving(requests: int, hidden: int) -> str:
-    """Say what is about to be served."""
-    line = f"{requests} prompts after one system prompt of {hidden} bytes, on one paged cache:"
-    return paint(fit(line, WIDTH), "bold")
-
-
-def served(server: Server, picture: Picture, differing: list[str], seconds: float) -> str:
-    """Sum up what was served; `differing` names the sequences that differ from one-by-one generation."""
-    count, speed = len(server.jobs), sum(len(job.written) for job in server.jobs) / max(server.seconds, 1e-9)
-    equal = f"no, {', '.join(differing)} differ" if differing else "yes"
-    lines = [
-        f"{count} sequences, {server.steps} steps, {picture.shared} pages shared, waste {picture.waste:.1%}, "
-        f"{speed:,.0f} tokens/s",
-        f"equal to one-by-one: {equal} (that took {seconds:.1f} s without a cache, this {server.seconds:.1f} s)",
-    ]
-    return "\n".join(fit(line, WIDTH) for line in lines)
 
 
 def _hits(found: Found) -> list[str]:
@@ -162,88 +136,13 @@ def _timed(timings: list[Timing]) -> list[str]:
         lines.append(
             fit(
                 f"decode over {KEYS:,} keys, {HEADS}/{KV_HEADS} heads, {timing.dtype + ':':<9} "
-                f"PyTorch {_ms(theirs)}, qkv {_ms(ours)} ms, {theirs / ours:.1f}×",
+                f"PyTorch {milliseconds(theirs)}, qkv {milliseconds(ours)} ms, {theirs / ours:.1f}×",
                 WIDTH,
             )
         )
     return lines
 
 
-def _ms(value: float) -> str:
+def milliseconds(value: float) -> str:
+    """A time as the screen shows it."""
     return f"{value:.2f}" if value < 10 else f"{value:.1f}"
-
-
-def details(text: Text, found: Found, agreed: Agreement, timings: list[Timing]) -> str:
-    """Return what `--full` adds."""
-    f = found.features
-    parts = ["", paint("The passages found", "bold")]
-    for hit in found.hits:
-        heading = f" · {hit.passage.heading}" if hit.passage.heading else ""
-        parts += [f"{hit.weight:.4f}  {hit.passage.where}{heading}", textwrap.indent(hit.passage.text, "    "), ""]
-    shared = " (rarer ones share a row, by hash)" if f.shared else ""
-    parts += [
-        paint("How q, k and v are made", "bold"),
-        f"  x     counts of {f.size:,} features{shared}: stems of words (1 each) and their pieces of four letters",
-        f"        ({PIECE} each); a heading's words count {HEADING}. On the passages' side BM25's damping, k1 = "
-        f"{DAMPING}, "
-        f"b = {LENGTH}.",
-        f"  W_K   {tuple(f.w_k.shape)}: rarity of each feature × a seeded random direction; random directions are "
-        f"nearly",
-        "        orthogonal, so q·k adds up the rarities of the shared features and little else",
-        f"  W_Q   the same, × sharpness {SHARPNESS} × √D (the scale is the usual 1/√D); x of the question has length 1",
-        f"  W_V   {tuple(f.w_v.shape)}: rarity × other random directions, so that out can be read back into words",
-        "  Nothing is trained. A trained model differs in where the three matrices come from, not in what follows.",
-        "",
-        paint("Shapes and bytes", "bold"),
-        table(
-            [
-                [
-                    name,
-                    str(tuple(t.shape)),
-                    str(t.dtype).removeprefix("torch."),
-                    f"{t.numel() * t.element_size():,} bytes",
-                ]
-                for name, t in _tensors(found)
-            ],
-            "<<<>",
-        ),
-        "",
-        paint("The plan of the lookup", "bold"),
-        textwrap.indent(str(plan(found.q, f.k, f.v)), "  "),
-        "",
-        paint("Error against float64, of the largest value", "bold"),
-        table(
-            [["", *next(iter(agreed.errors.values()))]]
-            + [[name, *(f"{error:.1e}" for error in cases.values())] for name, cases in agreed.errors.items()],
-            "<>>>",
-        ),
-        *(f"  {name} did not run: {reason}" for name, reason in agreed.refused.items()),
-        "",
-        paint(f"One decode step, {KEYS:,} keys, {HEADS} query and {KV_HEADS} key/value heads of {SIZE}", "bold"),
-        table(
-            [["ms, in turn", "least", "median", "most", "runs", "results differ by"]]
-            + [
-                [f"{name} {t.dtype}", *map(_ms, (min(runs), middle, max(runs))), str(len(runs)), number(t.difference)]
-                for t in timings
-                for name, runs, middle in zip(("PyTorch", "qkv"), (t.torch, t.qkv), t.medians, strict=True)
-            ],
-            "<>>>>>",
-        ),
-        f"  torch {torch.__version__}, {torch.get_num_threads()} threads; PyTorch's is scaled_dot_product_attention("
-        "q, k, v, enable_gqa=True)",
-    ]
-    return "\n".join(parts)
-
-
-def _tensors(found: Found) -> list[tuple[str, torch.Tensor]]:
-    f = found.features
-    return [
-        ("W_Q", f.w_q),
-        ("W_K", f.w_k),
-        ("W_V", f.w_v),
-        ("q", found.q),
-        ("k", f.k),
-        ("v", f.v),
-        ("weights", found.weights),
-        ("out", found.out),
-    ]

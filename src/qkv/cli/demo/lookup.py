@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qkv.cli.features import Features, count, spellings
-from qkv.cli.passages import SENTENCE_END, Passage, Text
+from qkv.cli.demo.features import Features
+from qkv.cli.demo.passages import SENTENCE_END, Passage, Text
+from qkv.cli.demo.words import count, spellings
 from qkv.functional import attention, weights
 
 

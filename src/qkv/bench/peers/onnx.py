@@ -1,10 +1,8 @@
-"""Optional peers from PyPI: OpenVINO, ONNX Runtime and JAX, each called the way its users would."""
+"""ONNX Runtime's attention operators."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,60 +10,7 @@ import torch
 from torch import Tensor
 
 from qkv.bench.cases import Case, Inputs
-from qkv.bench.peers import Prepared, Setup, refuse_unless, version_of
-
-
-def _numpy(t: Tensor) -> np.ndarray:
-    """The tensor as a contiguous array; bfloat16 as its 16 bits, since NumPy has no such type."""
-    t = t.contiguous()
-    return (t.view(torch.int16) if t.dtype == torch.bfloat16 else t).numpy()
-
-
-class OpenVino:
-    """The operator ScaledDotProductAttention, inputs in the case's own type, computed in that type."""
-
-    def __init__(self, setup: Setup) -> None:
-        import openvino as ov
-
-        self.ov, self.core, self.threads = ov, ov.Core(), setup.threads
-
-    def prepare(self, inputs: Inputs) -> Prepared:
-        ov, case = self.ov, inputs.case
-        refuse_unless(case.Hq == case.Hkv, "the operator takes no grouped heads")
-        refuse_unless(case.mask in ("full", "causal"), "would need a dense mask")
-        refuse_unless(not case.rank and not case.backward, "no such call")
-        from openvino import opset13
-
-        element = {"f32": ov.Type.f32, "bf16": ov.Type.bf16, "f16": ov.Type.f16}[case.dtype]
-        shapes = [list(t.shape) for t in (inputs.q, *inputs.sets[0])]
-        parameters = [opset13.parameter(shape, element) for shape in shapes]
-        node = opset13.scaled_dot_product_attention(*parameters, causal=case.mask == "causal")
-        # float16 is computed in float32: the CPU plug-in's own half hint computes in bfloat16 on most processors.
-        precision = "bf16" if case.dtype == "bf16" else "f32"
-        config = {
-            "INFERENCE_PRECISION_HINT": precision,
-            "INFERENCE_NUM_THREADS": self.threads,
-            "PERFORMANCE_HINT": "LATENCY",
-        }
-        compiled = self.core.compile_model(ov.Model([opset13.result(node)], parameters), "CPU", config)
-        calls = []
-        for k, v in inputs.sets:
-            request = compiled.create_infer_request()
-            for n, t in enumerate((inputs.q, k, v)):
-                holder = ov.Tensor(element, list(t.shape))
-                holder.data.view(np.int16 if element != ov.Type.f32 else np.float32)[...] = (
-                    _numpy(t) if case.dtype != "f16" else _numpy(t).view(np.int16)
-                )
-                request.set_input_tensor(n, holder)
-            calls.append(lambda request=request: (request.infer(share_outputs=True), request)[1])
-
-        def read(request: Any) -> Tensor:
-            data = request.get_output_tensor(0).data
-            if case.dtype == "bf16":
-                return torch.from_numpy(data.view(np.int16).copy()).view(torch.bfloat16)
-            return torch.from_numpy(data.copy())
-
-        return Prepared(calls, read)
+from qkv.bench.peers.base import Prepared, Setup, as_numpy, refuse_unless, version_of
 
 
 class OnnxRuntime:
@@ -137,7 +82,7 @@ class OnnxRuntime:
         return Prepared(calls, self._reader(inputs.case))
 
     def _value(self, t: Tensor) -> Any:
-        return self.ort.OrtValue.ortvalue_from_numpy(_numpy(t))
+        return self.ort.OrtValue.ortvalue_from_numpy(as_numpy(t))
 
     def _bind(self, session: Any, feeds: dict[str, Any], outputs: list[str], shared: dict[str, Any]) -> Any:
         binding = session.io_binding()
@@ -194,41 +139,3 @@ class OnnxRuntime:
         options = self.ort.SessionOptions()
         options.intra_op_num_threads = self.threads
         return self.ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-
-
-class Jax:
-    """jax.nn.dot_product_attention under jit."""
-
-    def __init__(self, setup: Setup) -> None:
-        os.environ.setdefault("JAX_PLATFORMS", "cpu")
-        os.environ["NPROC"] = str(setup.threads)  # what XLA's CPU client sizes its thread pool by
-        if setup.isa:
-            os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_max_isa=AVX2"
-        import jax
-
-        self.jax = jax
-
-    def prepare(self, inputs: Inputs) -> Prepared:
-        jax, case = self.jax, inputs.case
-        refuse_unless(case.dtype in ("f32", "bf16"), "no float16 matrix product on the CPU")
-        refuse_unless(case.mask in ("full", "causal"), "would need a dense mask")
-        refuse_unless(not case.rank and not case.backward, "no such call")
-
-        def array(t: Tensor) -> Any:  # (B, L, H, D); copied, so that XLA owns aligned memory
-            return jax.numpy.array(jax.dlpack.from_dlpack(t.transpose(1, 2).contiguous()), copy=True)
-
-        function = jax.jit(lambda q, k, v: jax.nn.dot_product_attention(q, k, v, is_causal=case.mask == "causal"))
-
-        def wait(q: Any, k: Any, v: Any) -> Any:
-            return function(q, k, v).block_until_ready()
-
-        q = array(inputs.q)
-        calls = []
-        for k, v in inputs.sets:
-            calls.append(partial(wait, q, array(k), array(v)))
-        calls[0]()
-
-        def read(out: Any) -> Tensor:
-            return torch.from_numpy(np.array(out.astype("float32"))).transpose(1, 2)
-
-        return Prepared(calls, read)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable
 from importlib.util import find_spec
 
@@ -11,13 +10,7 @@ from qkv.errors import ArgumentError, UnsupportedError, describe
 
 REFERENCE_QUESTION = "What does break do to the else clause of a loop?"
 PROMPT = "The break statement "  # continued by the model that ships with the package
-SYSTEM = "The Python language reference describes the exact syntax and semantics of the language. "
-PROMPTS = (  # and how many bytes to write: some leave early, and others join in their place
-    ("The for statement ", 28), ("A list ", 56), ("An exception ", 50), ("If a class ", 58), ("A generator ", 46),
-    ("The else clause ", 40),
-)  # fmt: skip
 NO_MODEL = "no model and no pages here: safetensors is missing (pip install safetensors)"
-PAGES, BATCH = 40, 4  # fewer at a time than there are prompts, so that some join when others leave
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -39,10 +32,12 @@ def run(args: argparse.Namespace) -> int:
     """Run `qkv demo` and return the exit code."""
     if args.ask is not None and not any(letter.isalnum() for letter in args.ask):
         raise ArgumentError(describe("qkv demo", "the question has no words", repr(args.ask), 'Use --ask "some words"'))
-    from qkv.bench.progress import Progress
-    from qkv.cli import measure, screen
-    from qkv.cli.lookup import Lookup
-    from qkv.cli.passages import read_file, read_reference
+    from qkv.cli.demo import measure, screen
+    from qkv.cli.demo.details import details
+    from qkv.cli.demo.lookup import Lookup
+    from qkv.cli.demo.reading import read_file, read_reference
+    from qkv.cli.demo.serving import serve
+    from qkv.cli.progress import Progress
 
     plain = args.file is None and args.ask is None
     with Progress("qkv demo") as progress:
@@ -58,34 +53,11 @@ def run(args: argparse.Namespace) -> int:
     absences = [absent, screen.NO_KERNELS if "cpu" not in agreed.errors else ""]
     print(screen.first(text, found, agreed, timings, said, list(filter(None, absences)), last=not plain))
     if args.full:
-        print(screen.details(text, found, agreed, timings))
+        print(details(found, agreed, timings))
     if plain:
-        _serve()
+        serve()
         print(screen.hint())
     return 0
-
-
-def _serve() -> None:
-    """Let the shipped model answer several prompts at once, and check each answer against one by one."""
-    from qkv.bench.progress import Progress
-    from qkv.cli import pages, screen
-    from qkv.lm.generation import load
-    from qkv.lm.serving import Request, Server, alone
-
-    try:
-        model = load()
-    except UnsupportedError:
-        return  # the first screen said so
-    server = Server(model, model.cache(PAGES), batch=BATCH)
-    for n, (prompt, length) in enumerate(PROMPTS):  # half of them take the likeliest byte, half draw
-        server.submit(Request((SYSTEM + prompt).encode(), length, temperature=0.3 * (n % 2), seed=n))
-    print("\n" + screen.serving(len(PROMPTS), len(SYSTEM)))
-    picture = pages.show(server, hidden=len(SYSTEM))
-    begun = time.perf_counter()
-    with Progress("qkv demo") as progress:
-        progress.say("the same one by one, without a cache")
-        differing = [job.name for job in server.jobs if job.written != alone(model, job.request)]
-    print(screen.served(server, picture, differing, time.perf_counter() - begun))
 
 
 def _continued(say: Callable[[str], None]) -> tuple[str, str]:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from qkv.bench.cases import Inputs
-from qkv.bench.peers import Prepared, Setup, Unavailable, refuse_unless
+from qkv.bench.peers.base import Prepared, Setup, Unavailable, refuse_unless
 
 _TYPES = {"f32": 0, "f16": 1, "bf16": 30}  # enum ggml_type
 _NAMES = ("libggml-cpu.so", "libggml-cpu.dylib", "ggml-cpu.dll")

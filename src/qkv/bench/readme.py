@@ -1,21 +1,14 @@
-"""The README's chart: time per peer as bars, an SVG of its own that reads well on light and dark pages."""
+"""What README shows of a run: a table in Markdown, and a chart as SVG that reads well on light and dark pages."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import escape
 
-# Rows of the chart: name of the benchmark row, title for a reader.
-PANELS = (
-    ("full 2048 d128 bf16", "Full attention, 2,048 tokens, bfloat16"),
-    ("causal 2048 d128 f32", "Causal, 2,048 tokens, float32"),
-    ("causal 2048 d128 bf16", "Causal, 2,048 tokens, bfloat16"),
-    ("window 256 of 2048 d128 bf16", "Sliding window of 256, 2,048 tokens, bfloat16"),
-    ("decode 32/8 bf16 cold", "One new token, 4,096 keys from memory, 32/8 heads, bfloat16"),
-    ("decode 32/32 f32 cold", "One new token, 4,096 keys from memory, 32/32 heads, float32"),
-    ("mla 128 heads 4096 bf16", "Latent attention (MLA) decode, 128 heads, 4,096 keys, bfloat16"),
-)
+from qkv.bench.report import milliseconds
+
 NAMES = {
     "qkv": "qkv",
     "sdpa": "PyTorch SDPA",
@@ -26,6 +19,29 @@ NAMES = {
     "ggml": "llama.cpp ggml",
     "matmuls": "two matmuls, softmax",
 }
+START, END = "<!-- bench:start -->", "<!-- bench:end -->"
+# Row of the benchmark -> what a reader calls it. Decode by its cold figures: keys come from memory, as in use.
+ROWS = {
+    "full 2048 d128 {}": "full, 2,048 tokens, D 128",
+    "causal 2048 d128 {}": "causal, 2,048 tokens, D 128",
+    "causal 512 d64 {}": "causal, 512 tokens, D 64",
+    "window 256 of 2048 d128 {}": "sliding window of 256, 2,048 tokens, D 128",
+    "documents 256 of 4096 d64 {}": "documents of 256 in 4,096 tokens, D 64",
+    "decode 32/32 {} cold": "one token, 4,096 keys, 32/32 heads",
+    "decode 32/8 {} cold": "one token, 4,096 keys, 32/8 heads",
+    "mla 128 heads 4096 {}": "MLA decode, 4,096 keys, 128 heads",
+}
+_TYPES = {"bf16": "bfloat16", "f32": "float32"}
+# Rows of the chart: name of the benchmark row, title for a reader.
+PANELS = (
+    ("full 2048 d128 bf16", "Full attention, 2,048 tokens, bfloat16"),
+    ("causal 2048 d128 f32", "Causal, 2,048 tokens, float32"),
+    ("causal 2048 d128 bf16", "Causal, 2,048 tokens, bfloat16"),
+    ("window 256 of 2048 d128 bf16", "Sliding window of 256, 2,048 tokens, bfloat16"),
+    ("decode 32/8 bf16 cold", "One new token, 4,096 keys from memory, 32/8 heads, bfloat16"),
+    ("decode 32/32 f32 cold", "One new token, 4,096 keys from memory, 32/32 heads, float32"),
+    ("mla 128 heads 4096 bf16", "Latent attention (MLA) decode, 128 heads, 4,096 keys, bfloat16"),
+)
 _SHOWN = 4  # bars a panel: ours and the fastest others
 _LONGEST = 8.0  # times as long as ours; longer bars are cut and marked
 _WIDTH, _LABEL, _BAR, _LINE, _PANEL = 760, 190, 430, 20, 34
@@ -37,6 +53,64 @@ _STYLE = """
 @media (prefers-color-scheme:dark){
 .t,.p,.m{fill:#f0f6fc}.n{fill:#9198a1}.o{fill:#3d444d}.q{fill:#4493f8}.c{stroke:#0d1117}}
 """.strip()
+
+
+def table(document: Mapping[str, Any]) -> str:
+    """Ours against PyTorch's attention and the fastest other library, as medians of one run."""
+    rows = {row["name"]: row for row in document["rows"]}
+    lines = [_introduction(document), ""]
+    lines += [
+        "| call | qkv, ms | PyTorch SDPA, ms | fastest other, ms | it takes | of the machine's limit |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for name, title in ROWS.items():
+        for short, dtype in _TYPES.items():
+            row = rows.get(name.format(short))
+            if row and row["contenders"]["qkv"].get("seconds"):
+                lines.append(_line(row, f"{title}, {dtype}"))
+    return "\n".join(lines) + "\n"
+
+
+def _introduction(document: Mapping[str, Any]) -> str:
+    machine, versions = document["machine"], document["versions"]
+    others = [
+        f"{NAMES[key]} {versions[key]}" for key in ("openvino", "onnxruntime", "jax", "ggml") if versions.get(key)
+    ]
+    known = ", ".join([f"torch {versions['torch'].partition('+')[0]}", *others])
+    return (
+        f"{machine['cpu']}, {machine['threads']} threads, {known}; {document['date'][:10]}. "
+        "The limit is the rate of `torch.mm`, or of reading K and V from memory, measured in the same run."
+    )
+
+
+def _line(row: Mapping[str, Any], title: str) -> str:
+    contenders, best = row["contenders"], row["best_peer"]
+    cells = [title, _time(contenders["qkv"]), _time(contenders.get("sdpa", {}))]
+    if best and best != "sdpa":
+        cells += [f"{_time(contenders[best])} ({NAMES[best]})"]
+    else:
+        cells += ["the same" if best else "–"]
+    cells += [f"{row['ratio']['median']:.1f}×" if row["ratio"] else "–"]
+    reached = row["limit"]["reached"]
+    cells += [f"{reached['median']:.0%}" if reached else ""]
+    return f"| {' | '.join(cells)} |"
+
+
+def _time(contender: Mapping[str, Any]) -> str:
+    seconds = contender.get("seconds")
+    return milliseconds(seconds["median"]) if seconds else "–"
+
+
+def write(path: Path, document: Mapping[str, Any]) -> None:
+    """Replace what stands between the markers of a file that has them, else write a file of its own."""
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    if START in text and END in text:
+        before, _, rest = text.partition(START)
+        after = rest.partition(END)[2]
+        text = f"{before}{START}\n{table(document)}{END}{after}"
+    else:
+        text = table(document)
+    path.write_text(text, encoding="utf-8")
 
 
 def svg(document: Mapping[str, Any], panels: Sequence[tuple[str, str]] = PANELS) -> str:
@@ -98,14 +172,9 @@ def _bar(bar: tuple[str, float, float], bars: Sequence[tuple[str, float, float]]
         f"{escape(NAMES[contender])}</text>",
         f'<rect class="{colour}" x="{_LABEL + 8}" y="{y}" width="{length:.1f}" height="14" rx="2"/>',
         f'<text class="m" x="{_LABEL + 14 + length:.1f}" y="{y + 11}" xml:space="preserve">'
-        f"{_ms(seconds)}{times}</text>",
+        f"{milliseconds(seconds)}{times}</text>",
     ]
     if seconds > longest:
         x = _LABEL + length - 6
         parts.append(f'<path class="c" fill="none" d="M{x:.1f} {y + 16}l5 -18m3 0l-5 18"/>')
     return parts
-
-
-def _ms(seconds: float) -> str:
-    ms = seconds * 1e3
-    return f"{ms:.2f}" if ms < 10 else f"{ms:.1f}" if ms < 100 else f"{ms:,.0f}"

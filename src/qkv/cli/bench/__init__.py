@@ -1,0 +1,43 @@
+"""`qkv bench`: ours against the fastest other libraries on this machine: checked, interleaved, told with the limit."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from importlib import import_module
+
+from qkv.cli.bench import options
+
+_AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add `qkv bench` to the command line."""
+    parser = subparsers.add_parser(
+        "bench", help="time qkv against the other libraries on this machine", description=options.DESCRIPTION
+    )
+    options.add(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run `qkv bench`; the exit code is 1 if a result of ours was wrong, else 0, fast or not."""
+    if args.isa == "avx2" and any(os.environ.get(key) != value for key, value in _AVX2.items()):
+        return _again_as_avx2(args)
+    options.check(args)
+    kind = options.kind(args)
+    module = import_module(f"qkv.cli.bench.{'calls' if kind == 'training' else kind}")
+    return int(module.run(args))
+
+
+def _again_as_avx2(args: argparse.Namespace) -> int:
+    """The libraries read these variables when they load, so the run begins anew with them set."""
+    given: list[str] = []
+    for key, value in vars(args).items():
+        if key in ("run", "command") or value in (None, False):
+            continue
+        given += [f"--{key.replace('_', '-')}", *([] if value is True else [str(value)])]
+    command = [sys.executable, "-m", "qkv.cli", "bench", *given]
+    return subprocess.run(command, env={**os.environ, **_AVX2}, check=False).returncode
