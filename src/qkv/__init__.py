@@ -13,46 +13,56 @@ from typing import TYPE_CHECKING, Any
 
 from qkv import _torch  # noqa: F401  first: it says which torch is needed, before anything fails for want of it
 from qkv.errors import (
-    ArgumentError,
-    ArgumentTypeError,
-    PagesExhausted,
-    QKVError,
-    ShapeError,
-    UnsupportedError,
-    VersionError,
+    ArgumentError as ArgumentError,
 )
-from qkv.functional import attention, weights
-from qkv.masks import (
-    Mask,
-    bigbird,
-    blocks,
-    causal,
-    chunked,
-    dense,
-    dilated,
-    documents,
-    global_tokens,
-    longformer,
-    mask_mod,
-    padding,
-    per_head,
-    prefix,
-    random_blocks,
-    sliding_window,
-    strided,
-    window,
+from qkv.errors import (
+    ArgumentTypeError as ArgumentTypeError,
 )
-from qkv.merging import merge
-from qkv.plans import plan
-from qkv.scores import alibi, relative, score_mod
+from qkv.errors import (
+    PagesExhausted as PagesExhausted,
+)
+from qkv.errors import (
+    QKVError as QKVError,
+)
+from qkv.errors import (
+    ShapeError as ShapeError,
+)
+from qkv.errors import (
+    UnsupportedError as UnsupportedError,
+)
+from qkv.errors import (
+    VersionError as VersionError,
+)
+from qkv.functional import attention as attention
+from qkv.functional import weights as weights
+from qkv.masks import Mask as Mask
+from qkv.masks import constructors as _constructors
+from qkv.masks.constructors import *
+from qkv.merging import merge as merge
+from qkv.plans import plan as plan
+from qkv.scores import alibi as alibi
+from qkv.scores import relative as relative
+from qkv.scores import score_mod as score_mod
 
 if TYPE_CHECKING:  # what `__getattr__` below gives, so that type checkers and editors know it
-    from qkv import cache as cache
-    from qkv import compat as compat
-    from qkv import insight as insight
-    from qkv import integrations as integrations
-    from qkv import nn as nn
-    from qkv import rotary as rotary
+    from qkv import (
+        cache as cache,
+    )
+    from qkv import (
+        compat as compat,
+    )
+    from qkv import (
+        insight as insight,
+    )
+    from qkv import (
+        integrations as integrations,
+    )
+    from qkv import (
+        nn as nn,
+    )
+    from qkv import (
+        rotary as rotary,
+    )
     from qkv.insight.why import why as why
 
 __version__ = "0.1.0"
@@ -68,48 +78,13 @@ _LAZY = {
     "insight": ("qkv.insight", None),
 }
 
-__all__ = [
-    "ArgumentError",
-    "ArgumentTypeError",
-    "Mask",
-    "PagesExhausted",
-    "QKVError",
-    "ShapeError",
-    "UnsupportedError",
-    "VersionError",
-    "alibi",
-    "attention",
-    "bigbird",
-    "blocks",
-    "cache",
-    "causal",
-    "chunked",
-    "compat",
-    "dense",
-    "dilated",
-    "documents",
-    "global_tokens",
-    "longformer",
-    "mask_mod",
-    "merge",
-    "nn",
-    "padding",
-    "per_head",
-    "plan",
-    "prefix",
-    "random_blocks",
-    "relative",
-    "rotary",
-    "score_mod",
-    "sliding_window",
-    "strided",
-    "weights",
-    "why",
-    "window",
-]
-
-
-if not TYPE_CHECKING:  # a checker that saw it would take every misspelt name for Any
+if not TYPE_CHECKING:  # a checker takes what is written "as" above, and would take every misspelt name for Any
+    __all__ = [
+        *("ArgumentError", "ArgumentTypeError", "PagesExhausted", "QKVError", "ShapeError", "UnsupportedError"),
+        *("VersionError", "Mask", "alibi", "attention", "cache", "compat", "merge", "nn", "plan", "relative", "rotary"),
+        *("score_mod", "weights", "why", *(name for name in vars(_constructors) if not name.startswith("_"))),
+    ]
+    __all__.sort()
 
     def __getattr__(name: str) -> Any:
         if name in _LAZY:
@@ -121,6 +96,5 @@ if not TYPE_CHECKING:  # a checker that saw it would take every misspelt name fo
             return value
         raise AttributeError(f"module 'qkv' has no attribute {name!r}")
 
-
-def __dir__() -> list[str]:
-    return sorted({*__all__, *_LAZY, "__version__"})
+    def __dir__() -> list[str]:
+        return sorted({*__all__, *_LAZY, "__version__"})

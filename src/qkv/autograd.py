@@ -32,8 +32,9 @@ from qkv.backends.tiled import backward as tiled_backward
 from qkv.backends.tiled.second import along, curved
 from qkv.call.problem import Inputs, Output, Problem, join_batch
 from qkv.errors import UnsupportedError, describe
+from qkv.masks import Tile
 from qkv.masks.portable import decode
-from qkv.scores import ScoreMod, ScoreTerm, Tile
+from qkv.scores import ScoreMod, ScoreTerm
 
 _FIXED = 5  # q, k, v, sinks and positions come first in `given`; the last two may be None
 

@@ -24,9 +24,9 @@ from qkv import _torch, flops
 from qkv.call.problem import Inputs, Options, Output, empty_output, join_batch
 from qkv.call.validate import check_metadata, check_sinks, drawn_positions, refuse_positions
 from qkv.errors import ArgumentTypeError, UnsupportedError, describe
-from qkv.masks import Mask, as_mask
-from qkv.masks.portable import DENSE, decode, depends_on_position, encode
-from qkv.scores import Alibi, Relative, ScoreTerm, Sizes, Sum, TensorBias, as_bias
+from qkv.masks import Mask, Sizes, as_mask
+from qkv.masks.portable import decode, depends_on_position, encode
+from qkv.scores import Alibi, Relative, ScoreTerm, Sum, TensorBias, as_bias
 
 if TYPE_CHECKING:
     from qkv.autograd import Call
@@ -109,11 +109,8 @@ def traced(
         check_metadata(CALL, q, k, v)  # says how to pack them
     words: list[int] = []
     operands: list[Tensor] = []
-    if isinstance(mask, Tensor) and mask.dtype == torch.bool:
-        words += [DENSE]
-        operands += [mask]
-    elif mask is not None:
-        known = as_mask(mask, CALL)
+    if mask is not None:
+        known = mask if isinstance(mask, Tensor) and mask.dtype == torch.bool else as_mask(mask, CALL)
         assert known is not None
         encode(CALL, known, words, operands)
     kinds: list[int] = []

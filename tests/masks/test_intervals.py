@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 import qkv
-from qkv.masks import Intervals
+from qkv import masks
+from qkv.masks import Intervals, Tile
 from tests.kit.mask_specs import EXACT_KINDS, KINDS, Sizes, Spec, draw_sizes, drawn, expression, leaf, seeds
 
 
@@ -207,7 +208,7 @@ def test_long_sequences_cost_in_proportion_to_tiles(mask: qkv.Mask, L: int) -> N
 def check_tile(mask: qkv.Mask, found: Intervals, t: int, first: int, last: int, L: int) -> None:
     at = torch.arange(first, last + 1)[:, None]
     zero = torch.zeros(1, 1, dtype=torch.int64)
-    seen = mask.visible(zero, zero, at, at, torch.arange(L), B=1, Hq=1, Lq=L, Lk=L)
+    seen = mask.visible(Tile.pairs(zero, zero, at, at, torch.arange(L)), masks.Sizes(1, 1, L, L))
     for name, start, stop, count in (("any", *found[:3]), ("all", *found[3:])):
         ranges = torch.zeros(L, dtype=torch.bool)
         for r in range(int(count[t])):

@@ -6,12 +6,15 @@ Every case is named by its seed: `pytest tests/masks/test_programs.py -k seed17`
 from __future__ import annotations
 
 import random
+import re
+from pathlib import Path
 
 import pytest
 import torch
 
 import qkv
-from qkv.masks import Program
+from qkv.masks import Op, Program
+from qkv.masks.rule import Rule
 from tests.kit.mask_specs import KINDS, Sizes, Spec, draw_positions, draw_sizes, drawn, drawn_blocks, leaf, seeds
 
 
@@ -98,7 +101,7 @@ def run_program(program: Program, s: Sizes, b: int, h: int, i: int, p: int, j: i
 
 
 def check_program(spec: Spec, s: Sizes, rng: random.Random) -> None:
-    program = spec.mask.program(B=s.B, Hq=s.Hq, Lq=s.Lq, Lk=s.Lk)
+    program = spec.mask.program()
     assert (program is not None) == spec.lowers, spec.text
     if program is None:
         return
@@ -128,7 +131,6 @@ def test_programs_of_compositions_are_the_mask(seed: int) -> None:
 
 
 def test_the_words_are_the_table() -> None:
-    sizes = {"B": 2, "Hq": 2, "Lq": 4, "Lk": 4}
     t = torch.ones(1, 2, 1, 4, dtype=torch.bool)
     for mask, words in [
         (qkv.window(None, None), [0]),
@@ -143,6 +145,16 @@ def test_the_words_are_the_table() -> None:
         (qkv.dense(t), [12, 0, 0, 4, 0, 1]),
         (qkv.causal() & qkv.prefix(1) & qkv.prefix(2), [1, -1, 0, 2, 1, -1, 13, 2, 2, -1, 13]),
     ]:
-        program = mask.program(**sizes)
+        program = mask.program()
         assert program is not None
         assert program.words == words, mask
+
+
+def test_the_kernels_and_the_masks_have_one_table_of_opcodes() -> None:
+    sources = "".join(path.read_text() for path in sorted((Path(__file__).parents[2] / "csrc").rglob("*.h")))
+    (members,) = re.findall(r"enum MaskOp : int64_t \{(.*?)\};", sources, re.DOTALL)
+    theirs = {name.upper(): int(number) for name, number in re.findall(r"kMask(\w+) = (\d+)", members)}
+    assert theirs == {op.name.replace("_", ""): op.value for op in Op}
+    for op, kind in Rule.kinds.items():
+        assert kind.op == op
+    assert set(Rule.kinds) == set(Op) - {Op.ALL}  # a window without sides, for a kernel

@@ -70,7 +70,7 @@ def test_repr_is_the_constructor_call() -> None:
         "dilated(2, 3) | global_tokens([0, 9]) | random_blocks(1, 8, 0)",
         "per_head([causal(), sliding_window(2)])",
     ]:
-        mask = eval(text, {name: getattr(qkv.masks, name) for name in qkv.masks.__all__})
+        mask = eval(text, dict(vars(qkv.masks)))
         assert repr(mask) == text
         assert len(repr(qkv.documents(range(1000)))) < 60
 
@@ -108,8 +108,8 @@ def test_a_dense_tensor_is_held_and_guarded() -> None:
     for use in (
         lambda: mask.tensor(4, 4),
         lambda: other.tensor(4, 4),
-        lambda: mask.program(B=1, Hq=1, Lq=4, Lk=4),
-        lambda: mask.check("f()", B=1, Hq=1, Lq=4, Lk=4, device="cpu"),
+        lambda: mask.program(),
+        lambda: mask.check("f()", qkv.masks.Sizes(1, 1, 4, 4)),
     ):
         with pytest.raises(qkv.ArgumentError, match="changed in place"):
             use()

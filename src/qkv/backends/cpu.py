@@ -66,7 +66,7 @@ class CpuBackend:
         if any(term.kind == "score_mod" for term in p.bias):
             return "score_mod is a Python function"
         if p.mask is not None:
-            program = p.mask.program(B=p.B, Hq=p.Hq, Lq=p.Lq, Lk=p.Lk)
+            program = p.mask.program()
             if program is None:
                 return "mask_mod is a Python function"
             if not module.program_fits(program.words, len(program.operands)):
@@ -118,7 +118,7 @@ class CpuBackend:
         words: list[int] = []
         operands: tuple[Tensor, ...] = ()
         if p.mask is not None:
-            program = p.mask.program(B=p.B, Hq=p.Hq, Lq=p.Lq, Lk=p.Lk)
+            program = p.mask.program()
             assert program is not None
             words, operands = program.words, program.operands
         terms = inputs.bias.tensors() if inputs.bias is not None else ()
@@ -147,7 +147,7 @@ class CpuBackend:
         words: list[int] = []
         operands: tuple[Tensor, ...] = ()
         if p.mask is not None:
-            program = p.mask.program(B=p.B, Hq=p.Hq, Lq=p.Lq, Lk=p.Lk)
+            program = p.mask.program()
             assert program is not None
             words, operands = program.words, program.operands
         scales = (0, 0, 0) if view.k_scale is None else view.k_scale.stride()

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from qkv.call.problem import Inputs, Output, Problem, empty_output, query_positions
+from qkv.masks import Tile
 from qkv.numerics import dropout_keep, finite, no_autocast, softcap, steady_matmul
-from qkv.scores import ScoreMod, TensorBias, Tile
+from qkv.scores import ScoreMod, TensorBias
 
 
 def definition(
@@ -30,8 +31,7 @@ def definition(
     terms = inputs.bias.terms if inputs.bias is not None else ()
     visible = torch.ones(*q.shape[:3], problem.Lk, dtype=torch.bool, device=q.device)
     if problem.mask is not None:
-        sizes = dict(B=problem.B, Hq=problem.Hq, Lq=problem.Lq, Lk=problem.Lk)
-        visible = visible & problem.mask.visible(at.b, at.h, at.i, at.p, at.j, **sizes)
+        visible = visible & problem.mask.visible(at, problem.sizes)
     for term in terms:
         if isinstance(term, TensorBias):  # -inf hides
             visible = visible & (term.tile(at, q.dtype) != -torch.inf)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from qkv.masks import Mask
+from qkv.masks import Mask, Sizes
 from qkv.scores import ScoreTerm, TermSpec
 
 
@@ -49,6 +49,11 @@ class Problem:
     needs_grad: bool
     needs_lse: bool
     needs_state: bool = False  # whoever asks will call the backend's own backward pass
+
+    @property
+    def sizes(self) -> Sizes:
+        """What the mask is asked with."""
+        return Sizes(self.B, self.Hq, self.Lq, self.Lk, self.dtype)
 
     @property
     def group(self) -> int:

@@ -13,8 +13,8 @@ from qkv import _torch
 from qkv.call.problem import Inputs, Options, Problem
 from qkv.checks import LIMIT, integers, shown, whole
 from qkv.errors import ArgumentError, ArgumentTypeError, ShapeError, UnsupportedError, describe
-from qkv.masks import Mask, as_mask
-from qkv.scores import ScoreTerm, Sizes, as_bias
+from qkv.masks import Mask, Sizes, as_mask
+from qkv.scores import ScoreTerm, as_bias
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _LAYOUT = "(B, H, L, D)"
@@ -31,7 +31,7 @@ def validate(call: str, q: Any, k: Any, v: Any, mask: Any, options: Options) -> 
 
     known = as_mask(mask, call)
     if known is not None:
-        known.check(call, B=B, Hq=Hq, Lq=Lq, Lk=Lk, device=q.device)
+        known.check(call, sizes)
     bias = as_bias(options.bias, call)
     if bias is not None:
         bias.check(call, sizes)
@@ -197,7 +197,7 @@ def normalise_positions(
 
 def _require_positions(call: str, mask: Mask | None, bias: ScoreTerm | None, sizes: Sizes) -> None:
     if mask is not None and mask.depends_on_position:
-        refuse_positions(call, f"mask {mask!r}", mask.both_readings(sizes.Lq, sizes.Lk, B=sizes.B, Hq=sizes.Hq), sizes)
+        refuse_positions(call, f"mask {mask!r}", mask.both_readings(sizes), sizes)
     elif bias is not None and bias.depends_on_position:
         refuse_positions(call, f"bias {bias!r}", drawn_positions(sizes.Lq, sizes.Lk), sizes)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -10,18 +11,15 @@ import torch
 
 from qkv import masks
 from qkv.errors import ArgumentError, QKVError, describe
+from qkv.masks import constructors
 
 CALL = "qkv mask"
 LONGEST = 2000  # letters of an expression; Python's parser is not meant for endless nesting
 
 # What an expression may call. `mask_mod` takes a function, which an expression cannot hold.
 CONSTRUCTORS: dict[str, Callable[..., Any]] = {
-    name: getattr(masks, name)
-    for name in (
-        "bigbird", "blocks", "causal", "chunked", "dense", "dilated", "documents", "global_tokens", "longformer",
-        "padding", "per_head", "prefix", "random_blocks", "sliding_window", "strided", "window",
-    )
-}  # fmt: skip
+    name: make for name, make in vars(constructors).items() if inspect.isfunction(make) and name != "mask_mod"
+}
 _TENSORS = {"blocks": "map", "dense": "t"}  # constructors whose first argument is a tensor: write a nested list
 
 

@@ -10,40 +10,15 @@ documents([3, 5]) & causal()
 
 from __future__ import annotations
 
-from qkv.masks.base import And, Mask, Not, Or
-from qkv.masks.intervals import Intervals
-from qkv.masks.positions import resolve_positions
-from qkv.masks.program import Op, Program
-from qkv.masks.segments import documents, padding
-from qkv.masks.shapes import causal, chunked, dilated, global_tokens, prefix, sliding_window, strided, window
-from qkv.masks.sparse import bigbird, blocks, longformer, per_head, random_blocks
-from qkv.masks.tensor import as_mask, dense, mask_mod
-
-__all__ = [
-    "And",
-    "Intervals",
-    "Mask",
-    "Not",
-    "Op",
-    "Or",
-    "Program",
-    "as_mask",
-    "bigbird",
-    "blocks",
-    "causal",
-    "chunked",
-    "dense",
-    "dilated",
-    "documents",
-    "global_tokens",
-    "longformer",
-    "mask_mod",
-    "padding",
-    "per_head",
-    "prefix",
-    "random_blocks",
-    "resolve_positions",
-    "sliding_window",
-    "strided",
-    "window",
-]
+from qkv.masks.base import And as And
+from qkv.masks.base import Mask as Mask
+from qkv.masks.base import Not as Not
+from qkv.masks.base import Or as Or
+from qkv.masks.base import as_mask as as_mask
+from qkv.masks.constructors import *
+from qkv.masks.intervals import Intervals as Intervals
+from qkv.masks.opcodes import Op as Op
+from qkv.masks.positions import resolve_positions as resolve_positions
+from qkv.masks.program import Program as Program
+from qkv.masks.tile import Sizes as Sizes
+from qkv.masks.tile import Tile as Tile

@@ -1,28 +1,32 @@
-"""The mask as a value: what all masks share, and the three ways to combine them."""
+"""The mask as a value that combines: & | ~, with bool tensors too, drawn and written out."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import reduce
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from qkv.checks import integer
-from qkv.errors import ArgumentError, ArgumentTypeError, describe
-from qkv.masks.intervals import Cuts, Intervals, Rows, Spans, anything, compute
+from qkv.checks import integer, readable, shown
+from qkv.errors import ArgumentError, ArgumentTypeError, ShapeError, describe
+from qkv.masks.opcodes import Op
 from qkv.masks.picture import draw
 from qkv.masks.positions import resolve_positions
-from qkv.masks.program import Builder, Op, Program
+from qkv.masks.program import Builder
+from qkv.masks.rule import CPU, Rule
+from qkv.masks.tile import Sizes, Tile
+
+__all__ = ["dense"]
 
 # The most query-key pairs a picture looks at, and the most an error draws.
 _PICTURE_PAIRS = 2**28
 _ERROR_PAIRS = 2**22
 
 
-class Mask:
+class Mask(Rule):
     """Which keys each query may attend to (True = may), for any lengths: an immutable, hashable value.
 
     Masks combine: ``a & b`` (both allow), ``a | b`` (either allows), ``~a`` (among the keys that exist). A bool tensor
@@ -41,108 +45,75 @@ class Mask:
       3 ■ · ■ ■
     """
 
-    @property
-    def depends_on_position(self) -> bool:
-        """Whether the visible keys depend on where the queries stand."""
-        return False
-
-    @property
-    def varies_by_batch(self) -> bool:
-        """Whether batch rows may differ."""
-        return False
-
-    @property
-    def varies_by_head(self) -> bool:
-        """Whether query heads may differ."""
-        return False
-
-    @property
-    def fits_any_length(self) -> bool:
-        """Whether its check and its program are the same for all numbers of queries and keys."""
-        return False
-
-    def check(self, call: str, *, B: int, Hq: int, Lq: int, Lk: int, device: torch.device | str) -> None:
-        """Raise a typed error, as of `call`, unless the mask fits these sizes and this device."""
-
-    def visible(
-        self, b: Tensor, h: Tensor, i: Tensor, p: Tensor, j: Tensor, *, B: int, Hq: int, Lq: int, Lk: int
-    ) -> Tensor:
-        """The definition: may query i, at position p, of batch row b and query head h attend to key j?
-
-        All five are int64 tensors that broadcast, with 0 <= j < Lk; p may be any integer. The result is bool and
-        broadcasts with them: a mask that does not look at b and h returns a result without these dimensions' sizes.
-        """
-        raise NotImplementedError
-
-    def intervals(
-        self, first: Tensor, last: Tensor, *, b: int = 0, h: int = 0, Lk: int, Lq: int, i_first: Tensor | None = None
-    ) -> Intervals:
-        """The key ranges that tiles of queries see, for batch row b and query head h.
-
-        Parameters
-        ----------
-        first, last : int64 (T,), the positions of each tile's first and last query, consecutive in between
-        i_first : int64 (T,), the index of each tile's first query; the same as `first` unless given
-
-        Cost: O(T + documents + cuts between tiles) time and memory, never anything a row. Exact for every composition
-        of causal, sliding_window, window, prefix, padding, documents and chunked; otherwise the visible ranges may be
-        too wide and the full ones too narrow, never the reverse.
-
-        >>> import torch, qkv
-        >>> found = qkv.sliding_window(100).intervals(torch.tensor([0, 640]), torch.tensor([63, 703]), Lq=999, Lk=999)
-        >>> found.visible_start.tolist(), found.visible_stop.tolist()
-        ([[0], [541]], [[64], [704]])
-        >>> found.full_start.tolist(), found.full_stop.tolist()
-        ([[0], [604]], [[1], [641]])
-        """
-        first, last = (x.detach().to("cpu", torch.int64) for x in (first, last))
-        i_first = first if i_first is None else i_first.detach().to("cpu", torch.int64)
-        return compute(self, first, last, i_first, b=b, h=h, Lq=Lq, Lk=Lk)
-
-    def program(self, *, B: int, Hq: int, Lq: int, Lk: int) -> Program | None:
-        """The mask lowered for a compiled kernel, or None where it calls a Python function."""
-        builder = Builder(B=B, Hq=Hq, Lq=Lq, Lk=Lk)
-        self._lower(builder)
-        return builder.finish()
-
     def tensor(self, Lq: int, Lk: int, positions: Any = None, B: int = 1, Hq: int = 1) -> Tensor:
-        """The mask as a bool tensor (B, Hq, Lq, Lk), True where the query may attend.
+        """The mask as a bool tensor, True where the query may attend.
 
         Parameters
         ----------
-        Lq, Lk : the numbers of queries and keys
-        positions : "start" (p = i), "end" (p = i + Lk - Lq), an int, B ints, or an integer tensor (B or 1, Lq)
-        B, Hq : batch rows and query heads
+        Lq, Lk : int
+            The numbers of queries and keys.
+        positions : "start", "end", int, B ints or int Tensor (B or 1, Lq)
+            "start" is p = i, "end" p = i + Lk - Lq, an int the position of query 0.
+        B, Hq : int
+            Batch rows and query heads.
 
-        Raises ArgumentError where Lq != Lk, the mask depends on position and `positions` is left out.
+        Returns
+        -------
+        Tensor, bool, shape (B, Hq, Lq, Lk)
+
+        Raises
+        ------
+        ArgumentError
+            Lq != Lk, the mask depends on position and `positions` is left out.
+
+        Notes
+        -----
         Cost: B Hq Lq Lk bytes. Meant for small sizes, tests and other libraries; attention() never needs it.
 
+        Examples
+        --------
         >>> import qkv
         >>> qkv.causal().tensor(2, 3, positions="end").int()
         tensor([[[[1, 1, 0],
                   [1, 1, 1]]]], dtype=torch.int32)
         """
-        call = "Mask.tensor()"
+        call, device = "Mask.tensor()", self._device()
         Lq, Lk, B, Hq = (integer(call, n, x) for n, x in (("Lq", Lq), ("Lk", Lk), ("B", B), ("Hq", Hq)))
-        device = self._device()
-        self.check(call, B=B, Hq=Hq, Lq=Lq, Lk=Lk, device=device)
-        p = self._positions(call, positions, B=B, Hq=Hq, Lq=Lq, Lk=Lk).to(device)
-        b, h, i, j = (torch.arange(n, device=device) for n in (B, Hq, Lq, Lk))
-        seen = self.visible(
-            b.view(-1, 1, 1, 1), h.view(-1, 1, 1), i.view(-1, 1), p[:, None, :, None], j, B=B, Hq=Hq, Lq=Lq, Lk=Lk
-        )
-        return seen.expand(B, Hq, Lq, Lk).clone(memory_format=torch.contiguous_format)
+        sizes = Sizes(B, Hq, Lq, Lk, device=device)
+        self.check(call, sizes)
+        p = self._positions(call, positions, sizes).to(device)
+        b, h, i, j = (torch.arange(n, device=device) for n in sizes[:4])
+        at = Tile.pairs(b.view(-1, 1, 1, 1), h.view(-1, 1, 1), i.view(-1, 1), p[:, None, :, None], j)
+        return self.visible(at, sizes).expand(sizes[:4]).clone(memory_format=torch.contiguous_format)
 
     def picture(
         self, Lq: int, Lk: int, positions: Any = None, *, B: int = 1, Hq: int = 1, b: int = 0, h: int = 0
     ) -> str:
         """The mask of one batch row and head as text: ■ visible, · hidden, a row for each query, a column for each key.
 
-        Longer sides than 48 are drawn in blocks, ▒ where only some of a block is visible.
-        Parameters as for `tensor`; b and h choose the batch row and query head of B and Hq.
+        Parameters
+        ----------
+        Lq, Lk, positions, B, Hq
+            As for `tensor`.
+        b, h : int
+            Which batch row and query head of B and Hq is drawn.
 
+        Returns
+        -------
+        str
+            Longer sides than 48 are drawn in blocks, ▒ where only some of a block is visible.
+
+        Raises
+        ------
+        ArgumentError
+            As `tensor`, and for more than 2**28 pairs.
+
+        Notes
+        -----
         Cost: looks at every pair of query and key, a block of rows at a time.
 
+        Examples
+        --------
         >>> import qkv
         >>> print(qkv.sliding_window(2).picture(2, 4, positions="end"))
         p/j 0 1 2 3
@@ -156,64 +127,43 @@ class Mask:
         if Lq * Lk > _PICTURE_PAIRS:
             fix = "Draw a shorter piece"
             raise ArgumentError(describe(call, f"Lq * Lk must be at most {_PICTURE_PAIRS}", f"Lq={Lq}, Lk={Lk}", fix))
-        self.check(call, B=B, Hq=Hq, Lq=Lq, Lk=Lk, device=self._device())
-        return self._draw(self._positions(call, positions, B=B, Hq=Hq, Lq=Lq, Lk=Lk), B=B, Hq=Hq, Lk=Lk, b=b, h=h)
+        sizes = Sizes(B, Hq, Lq, Lk, device=self._device())
+        self.check(call, sizes)
+        return self._draw(self._positions(call, positions, sizes), sizes, b, h)
 
-    def both_readings(self, Lq: int, Lk: int, *, B: int = 1, Hq: int = 1) -> str:
+    def both_readings(self, sizes: Sizes) -> str:
         """The two pictures an error shows where `positions` was left out and matters."""
+        Lq, Lk = sizes.Lq, sizes.Lk
         drawn = []
         for name, rule in (("start", "p = i"), ("end", f"p = i {'+' if Lk >= Lq else '-'} {abs(Lk - Lq)}")):
             title = f'positions="{name}" ({rule})'
             if Lq * Lk <= _ERROR_PAIRS:
-                p = resolve_positions("", name, B=B, Lq=Lq, Lk=Lk)
-                title += ":\n" + self._draw(p, B=B, Hq=Hq, Lk=Lk, b=0, h=0, cells=12)
+                p = resolve_positions("", name, B=sizes.B, Lq=Lq, Lk=Lk)
+                title += ":\n" + self._draw(p, sizes, 0, 0, cells=12)
             drawn.append(title)
         return "\n".join(drawn)
 
-    def _positions(self, call: str, positions: Any, *, B: int, Hq: int, Lq: int, Lk: int) -> Tensor:
+    def _positions(self, call: str, positions: Any, sizes: Sizes) -> Tensor:
+        B, _, Lq, Lk = sizes[:4]
         if positions is None and Lq != Lk and self.depends_on_position:
             rule = "positions= must say where the queries stand when Lq != Lk and the mask depends on position"
             fix = 'Pass positions="start" or "end", drawn below, or the positions themselves'
             message = describe(call, rule, f"Lq={Lq}, Lk={Lk} and {self!r}", fix)
-            raise ArgumentError(f"{message}\n{self.both_readings(Lq, Lk, B=B, Hq=Hq)}")
+            raise ArgumentError(f"{message}\n{self.both_readings(sizes)}")
         return resolve_positions(call, positions, B=B, Lq=Lq, Lk=Lk)
 
-    def _draw(self, p: Tensor, *, B: int, Hq: int, Lk: int, b: int, h: int, cells: int = 48) -> str:
+    def _draw(self, p: Tensor, sizes: Sizes, b: int, h: int, cells: int = 48) -> str:
         device = self._device()
         line = (p[b] if p.shape[0] > 1 else p[0]).to(device)
-        j = torch.arange(Lk, device=device)
+        j = torch.arange(sizes.Lk, device=device)
         at_b, at_h = (torch.full((1, 1), n, dtype=torch.int64, device=device) for n in (b, h))
 
         def rows(start: int, stop: int) -> Tensor:
             i = torch.arange(start, stop, device=device)[:, None]
-            seen = self.visible(at_b, at_h, i, line[start:stop, None], j, B=B, Hq=Hq, Lq=line.numel(), Lk=Lk)
-            return seen.expand(stop - start, Lk).cpu()
+            seen = self.visible(Tile.pairs(at_b, at_h, i, line[start:stop, None], j), sizes)
+            return seen.expand(stop - start, sizes.Lk).cpu()
 
-        return draw(rows, line.tolist(), Lk, cells)
-
-    def _device(self) -> torch.device:
-        """Where `tensor` and `picture` compute: the CPU, unless a tensor held by reference is elsewhere."""
-        return torch.device("cpu")
-
-    # What a leaf of an expression tells the two lowerings. `_cuts` and `_spans` are explained in intervals.py.
-    def _cuts(self, b: int) -> Cuts | None:
-        return None
-
-    def _spans(self, rows: Rows) -> Spans:
-        return anything()
-
-    def _leaves(self, h: int) -> list[Mask]:
-        return [self]
-
-    def _decide(self, h: int, known: dict[Mask, tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        return known[self]
-
-    def _lower(self, builder: Builder) -> None:
-        raise NotImplementedError
-
-    def _for_head(self, h: int) -> Mask:
-        """The mask that head h sees, without per_head."""
-        return self
+        return draw(rows, line.tolist(), sizes.Lk, cells)
 
     # Composition. A bool tensor may stand on either side.
     def __and__(self, other: Any) -> Mask:
@@ -245,37 +195,10 @@ class Mask:
         fix = "Write & | ~ where you wrote and, or, not; test for a mask with `is None`"
         raise ArgumentTypeError(describe("bool(mask)", "a mask is neither true nor false", repr(self), fix))
 
-    # A value: equal where constructor and arguments are equal. Subclasses are frozen dataclasses that keep these
-    # three methods (eq=False, repr=False); names that begin with _ are caches.
-    def _key(self) -> tuple[Any, ...]:
-        return tuple(value for name, value in self.__dict__.items() if not name.startswith("_"))
 
-    def __eq__(self, other: object) -> bool:
-        if self is other:
-            return True
-        if type(self) is not type(other) or hash(self) != hash(other):
-            return NotImplemented if not isinstance(other, Mask) else False
-        return self._key() == other._key()  # type: ignore[attr-defined]
+class Composed(Mask):
+    """A mask made of other masks, `parts`."""
 
-    def __hash__(self) -> int:
-        found: int | None = self.__dict__.get("_hash")
-        if found is None:
-            found = hash((type(self), self._key()))
-            object.__setattr__(self, "_hash", found)
-        return found
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if not name.startswith("_")}
-
-    def __copy__(self) -> Mask:
-        return self
-
-    def __deepcopy__(self, memo: Any) -> Mask:
-        return self
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class _Several(Mask):
     parts: tuple[Mask, ...]
 
     @property
@@ -294,127 +217,123 @@ class _Several(Mask):
     def fits_any_length(self) -> bool:
         return all(part.fits_any_length for part in self.parts)
 
-    def check(self, call: str, *, B: int, Hq: int, Lq: int, Lk: int, device: torch.device | str) -> None:
+    @property
+    def _reads_position(self) -> bool:
+        return any(part._reads_position for part in self.parts)
+
+    def check(self, call: str, sizes: Sizes) -> None:
         for part in self.parts:
-            part.check(call, B=B, Hq=Hq, Lq=Lq, Lk=Lk, device=device)
+            part.check(call, sizes)
 
     def _device(self) -> torch.device:
-        return next((d for d in (part._device() for part in self.parts) if d.type != "cpu"), torch.device("cpu"))
+        return next((d for d in (part._device() for part in self.parts) if d.type != "cpu"), CPU)
 
-    def _leaves(self, h: int) -> list[Mask]:
+    def _leaves(self, h: int) -> list[Rule]:
         return [leaf for part in self.parts for leaf in part._leaves(h)]
 
-    def _lower_with(self, builder: Builder, op: Op) -> None:
+    def _numbers(self) -> tuple[int, ...]:
+        return (len(self.parts),)
+
+    def _encode(self, call: str, words: list[int], tensors: list[Tensor]) -> None:
+        words += [self.op, *self._numbers()]
+        for part in self.parts:
+            part._encode(call, words, tensors)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class _Joined(Composed):
+    """Parts joined by a sign."""
+
+    parts: tuple[Mask, ...]
+
+    sign: ClassVar[str]
+    join: ClassVar[Callable[[Tensor, Tensor], Tensor]]
+
+    def visible(self, at: Tile, sizes: Sizes) -> Tensor:
+        return reduce(type(self).join, (part.visible(at, sizes) for part in self.parts))
+
+    def _decide(self, h: int, leaves: dict[Rule, tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        may, must = zip(*(part._decide(h, leaves) for part in self.parts), strict=True)
+        return reduce(type(self).join, may), reduce(type(self).join, must)
+
+    def _lower(self, builder: Builder) -> None:
         for index, part in enumerate(self.parts):
             part._lower(builder)
             if index:
-                builder.emit(op)
+                builder.emit(self.op)
 
-    def _joined(self, sign: str) -> str:
-        return sign.join(f"({part!r})" if isinstance(part, _Several) else repr(part) for part in self.parts)
+    @classmethod
+    def _decode(cls, words: Iterator[int], tensors: Iterator[Tensor]) -> Rule:
+        return cls(decoded_parts(words, tensors))
+
+    def _for_head(self, h: int) -> Rule:
+        return type(self)(tuple(part._for_head(h) for part in self.parts))  # type: ignore[misc]
+
+    def __repr__(self) -> str:
+        return self.sign.join(f"({part!r})" if isinstance(part, _Joined) else repr(part) for part in self.parts)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class And(_Several):
+class And(_Joined, op=Op.AND):
     """Visible where every part allows it."""
 
-    def visible(
-        self, b: Tensor, h: Tensor, i: Tensor, p: Tensor, j: Tensor, *, B: int, Hq: int, Lq: int, Lk: int
-    ) -> Tensor:
-        return reduce(torch.bitwise_and, (m.visible(b, h, i, p, j, B=B, Hq=Hq, Lq=Lq, Lk=Lk) for m in self.parts))
-
-    def _decide(self, h: int, known: dict[Mask, tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        may, must = self.parts[0]._decide(h, known)
-        for part in self.parts[1:]:
-            more = part._decide(h, known)
-            may, must = may & more[0], must & more[1]
-        return may, must
-
-    def _lower(self, builder: Builder) -> None:
-        self._lower_with(builder, Op.AND)
-
-    def _for_head(self, h: int) -> Mask:
-        return And(tuple(part._for_head(h) for part in self.parts))
-
-    def __repr__(self) -> str:
-        return self._joined(" & ")
+    sign = " & "
+    join = torch.bitwise_and
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Or(_Several):
+class Or(_Joined, op=Op.OR):
     """Visible where any part allows it."""
 
-    def visible(
-        self, b: Tensor, h: Tensor, i: Tensor, p: Tensor, j: Tensor, *, B: int, Hq: int, Lq: int, Lk: int
-    ) -> Tensor:
-        return reduce(torch.bitwise_or, (m.visible(b, h, i, p, j, B=B, Hq=Hq, Lq=Lq, Lk=Lk) for m in self.parts))
-
-    def _decide(self, h: int, known: dict[Mask, tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        may, must = self.parts[0]._decide(h, known)
-        for part in self.parts[1:]:
-            more = part._decide(h, known)
-            may, must = may | more[0], must | more[1]
-        return may, must
-
-    def _lower(self, builder: Builder) -> None:
-        self._lower_with(builder, Op.OR)
-
-    def _for_head(self, h: int) -> Mask:
-        return Or(tuple(part._for_head(h) for part in self.parts))
-
-    def __repr__(self) -> str:
-        return self._joined(" | ")
+    sign = " | "
+    join = torch.bitwise_or
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Not(Mask):
+class Not(Composed, op=Op.NOT):
     """Visible where the part does not allow it, among the keys that exist."""
 
     part: Mask
 
     @property
-    def depends_on_position(self) -> bool:
-        return self.part.depends_on_position
+    def parts(self) -> tuple[Mask, ...]:  # type: ignore[override]
+        return (self.part,)
 
-    @property
-    def varies_by_batch(self) -> bool:
-        return self.part.varies_by_batch
+    def visible(self, at: Tile, sizes: Sizes) -> Tensor:
+        return ~self.part.visible(at, sizes)
 
-    @property
-    def varies_by_head(self) -> bool:
-        return self.part.varies_by_head
-
-    @property
-    def fits_any_length(self) -> bool:
-        return self.part.fits_any_length
-
-    def check(self, call: str, *, B: int, Hq: int, Lq: int, Lk: int, device: torch.device | str) -> None:
-        self.part.check(call, B=B, Hq=Hq, Lq=Lq, Lk=Lk, device=device)
-
-    def visible(
-        self, b: Tensor, h: Tensor, i: Tensor, p: Tensor, j: Tensor, *, B: int, Hq: int, Lq: int, Lk: int
-    ) -> Tensor:
-        return ~self.part.visible(b, h, i, p, j, B=B, Hq=Hq, Lq=Lq, Lk=Lk)
-
-    def _device(self) -> torch.device:
-        return self.part._device()
-
-    def _leaves(self, h: int) -> list[Mask]:
-        return self.part._leaves(h)
-
-    def _decide(self, h: int, known: dict[Mask, tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        may, must = self.part._decide(h, known)
+    def _decide(self, h: int, leaves: dict[Rule, tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        may, must = self.part._decide(h, leaves)
         return ~must, ~may
 
     def _lower(self, builder: Builder) -> None:
         self.part._lower(builder)
-        builder.emit(Op.NOT)
+        builder.emit(self.op)
 
-    def _for_head(self, h: int) -> Mask:
-        return Not(self.part._for_head(h))
+    def _numbers(self) -> tuple[int, ...]:
+        return ()
+
+    @classmethod
+    def _decode(cls, words: Iterator[int], tensors: Iterator[Tensor]) -> Rule:
+        return ~decoded(words, tensors)
+
+    def _for_head(self, h: int) -> Rule:
+        return Not(self.part._for_head(h))  # type: ignore[arg-type]
 
     def __repr__(self) -> str:
-        return f"~({self.part!r})" if isinstance(self.part, _Several) else f"~{self.part!r}"
+        return f"~({self.part!r})" if isinstance(self.part, _Joined) else f"~{self.part!r}"
+
+
+def decoded(words: Iterator[int], tensors: Iterator[Tensor]) -> Mask:
+    """The next mask of a graph form."""
+    mask = Rule.kinds[next(words)]._decode(words, tensors)
+    assert isinstance(mask, Mask)
+    return mask
+
+
+def decoded_parts(words: Iterator[int], tensors: Iterator[Tensor]) -> tuple[Mask, ...]:
+    """The next number, and as many masks."""
+    return tuple(decoded(words, tensors) for _ in range(next(words)))
 
 
 _TENSOR_OPERATORS: dict[Any, type[And] | type[Or]] = {
@@ -426,8 +345,6 @@ _TENSOR_OPERATORS: dict[Any, type[And] | type[Or]] = {
 
 
 def _combine(combination: type[And] | type[Or], left: Any, right: Any) -> Mask:
-    from qkv.masks.tensor import as_mask  # dense masks are masks: their file needs this one
-
     call = "mask & mask" if combination is And else "mask | mask"
     parts: list[Mask] = []
     for side in (left, right):
@@ -438,3 +355,134 @@ def _combine(combination: type[And] | type[Or], left: Any, right: Any) -> Mask:
         # Flat, so that (a & b) & c equals a & (b & c).
         parts += mask.parts if isinstance(mask, combination) else (mask,)
     return combination(tuple(parts))
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Dense(Mask, op=Op.DENSE):
+    """A bool tensor as a mask; made by `dense`."""
+
+    t: Tensor
+    version: int | None
+
+    @property
+    def varies_by_batch(self) -> bool:
+        return self.t.ndim == 4 and self.t.shape[0] > 1
+
+    @property
+    def varies_by_head(self) -> bool:
+        return self.t.ndim == 4 and self.t.shape[1] > 1
+
+    def check(self, call: str, sizes: Sizes) -> None:
+        self._unchanged(call)
+        full = sizes[:4][-self.t.ndim :]
+        if any(have not in (1, want) for have, want in zip(self.t.shape, full, strict=True)):
+            names = ("B", "Hq", "Lq", "Lk")[-self.t.ndim :]
+            want = ", ".join(f"{name}={size}" for name, size in zip(names, full, strict=True))
+            rule = f"a mask tensor must broadcast to ({', '.join(names)})"
+            fix = f"Pass a bool tensor of shape {full}, with 1 where it is shared"
+            raise ShapeError(describe(call, rule, f"mask {tuple(self.t.shape)} and {want}", fix))
+        device, mine = sizes.device, self.t.device
+        if mine.type != device.type or (None not in (mine.index, device.index) and mine.index != device.index):
+            rule = "a mask tensor must be on the device of the queries"
+            raise ArgumentError(describe(call, rule, f"a mask on {mine} and queries on {device}", "Move it with .to()"))
+
+    def visible(self, at: Tile, sizes: Sizes) -> Tensor:
+        self._unchanged("dense()")
+        index = (at.b, at.h, at.i, at.j)[-self.t.ndim :]
+        if self.t.numel() == 0:
+            return torch.zeros(
+                torch.broadcast_shapes(*(x.shape for x in index)), dtype=torch.bool, device=self.t.device
+            )
+        return self.t[tuple(torch.zeros_like(x) if n == 1 else x for x, n in zip(index, self.t.shape, strict=True))]
+
+    def _unchanged(self, call: str) -> None:
+        if self.version is not None and self.t._version != self.version:
+            rule = "a mask tensor must not be changed in place after the mask was made"
+            given = f"{self!r} changed {self.t._version - self.version} time(s)"
+            raise ArgumentError(describe(call, rule, given, "Make a new mask from it with dense(t), or pass a copy"))
+
+    def _device(self) -> torch.device:
+        return self.t.device
+
+    def _lower(self, builder: Builder) -> None:
+        self._unchanged("dense()")
+        strides = [0 if n == 1 else s for n, s in zip(self.t.shape, self.t.stride(), strict=True)]
+        builder.emit(self.op, builder.operand(self.t), *([0] * (4 - self.t.ndim)), *strides)
+
+    def _encode(self, call: str, words: list[int], tensors: list[Tensor]) -> None:
+        words += [self.op]
+        tensors += [self.t]
+
+    @classmethod
+    def _decode(cls, words: Iterator[int], tensors: Iterator[Tensor]) -> Rule:
+        return dense(next(tensors))
+
+    def _key(self) -> tuple[Any, ...]:
+        # The tensor is held, so its id is not given to another one while this mask lives.
+        return id(self.t), self.version
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return dense, (self.t,)
+
+    def __repr__(self) -> str:
+        return f"dense({shown(self.t).split(' ', 1)[1]})"
+
+
+def dense(t: Tensor) -> Dense:
+    """A bool tensor as a mask: query i sees key j where t[b, h, i, j], by index and whatever the positions.
+
+    Parameters
+    ----------
+    t : bool tensor of shape (Lq, Lk) or (B, Hq, Lq, Lk), each size 1 or the full one. It is held by reference and not
+        copied: changing it in place afterwards is an error at the next use.
+
+    Raises ArgumentTypeError for other types (a float mask is a `bias=`), ShapeError for other numbers of dimensions.
+    Cost: Lq Lk bytes are read; nothing is skipped unless another mask says so.
+
+    >>> import torch, qkv
+    >>> t = torch.eye(3, dtype=torch.bool)
+    >>> print((qkv.dense(t) | qkv.prefix(1)).picture(3, 3))
+    p/j 0 1 2
+      0 ■ · ·
+      1 ■ ■ ·
+      2 ■ · ■
+    """
+    call = "qkv.dense()"
+    if not isinstance(t, Tensor) or t.dtype != torch.bool:
+        given = shown(t) if isinstance(t, Tensor) else f"{shown(t)} ({type(t).__name__})"
+        fix = "Write t != 0 or t.bool(); a float mask that is added to the scores is bias="
+        raise ArgumentTypeError(describe(call, "a mask tensor must be a bool tensor, True = may attend", given, fix))
+    if t.ndim not in (2, 4):
+        rule = "a mask tensor must be (Lq, Lk) or (B, Hq, Lq, Lk)"
+        raise ShapeError(describe(call, rule, shown(t), "Add dimensions of size 1, e.g. t[:, None] for (B, Lq, Lk)"))
+    if t.is_meta or t.layout != torch.strided:
+        given = f"{shown(t)} on {t.device}, {t.layout}"
+        raise ArgumentError(describe(call, "a mask tensor must hold its values in a strided tensor", given, "Fill it"))
+    # A tensor made in inference mode keeps no version; its changes cannot be noticed.
+    return Dense(t, None if not readable(t) or t.is_inference() else t._version)
+
+
+def as_mask(x: Any, call: str = "qkv.attention()") -> Mask | None:
+    """What a user may write for `mask=` as a mask: a mask, a bool tensor, or None for none.
+
+    >>> import torch
+    >>> as_mask(torch.ones(2, 2, dtype=torch.bool))
+    dense(bool tensor of shape (2, 2))
+    """
+    if x is None or isinstance(x, Mask):
+        return x
+    rule = "a mask must be a qkv mask or a bool tensor, True = may attend"
+    if isinstance(x, Tensor):
+        if x.dtype == torch.bool:
+            return dense(x)
+        if x.is_floating_point():
+            fix = "Pass it as bias=, which is added to the scores; or write t == 0 if it holds 0 and -inf"
+        else:
+            fix = "Write t != 0 if 1 means may attend"
+        raise ArgumentTypeError(describe(call, rule, shown(x), fix))
+    fix = "Write qkv.causal(), qkv.sliding_window(n), ...; make an array a tensor with torch.from_numpy(x)"
+    if callable(x):
+        fix = "Wrap the function: qkv.mask_mod(fn), or call the constructor: qkv.causal()"
+    elif isinstance(x, str):
+        fix = f"Write it as a call, e.g. qkv.{x}()" if x.isidentifier() else "Write qkv.causal(), ..."
+    raise ArgumentTypeError(describe(call, rule, f"{shown(x)} ({type(x).__name__})", fix))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -12,12 +13,17 @@ from qkv.checks import Operand, integers, lookup, shown
 from qkv.errors import ArgumentError, ArgumentTypeError, ShapeError, describe
 from qkv.masks.base import Mask
 from qkv.masks.intervals import INFINITE, Cuts, Rows, Spans, column, groups
-from qkv.masks.program import Builder, Op
+from qkv.masks.opcodes import Op
+from qkv.masks.program import Builder
+from qkv.masks.rule import Rule
 from qkv.masks.shapes import check_batch
+from qkv.masks.tile import Sizes, Tile
+
+__all__ = ["documents", "padding"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Padding(Mask):
+class Padding(Mask, op=Op.PADDING):
     """j is one of the row's real keys; made by `padding`."""
 
     lengths: Operand
@@ -27,18 +33,16 @@ class Padding(Mask):
     def varies_by_batch(self) -> bool:
         return self.lengths.tensor.numel() > 1
 
-    def check(self, call: str, *, B: int, Hq: int, Lq: int, Lk: int, device: torch.device | str) -> None:
-        check_batch(call, "padding(lengths)", self.lengths, B)
-        longest = int(self.lengths.tensor.max()) if B else 0
-        if longest > Lk:
+    def check(self, call: str, sizes: Sizes) -> None:
+        check_batch(call, "padding(lengths)", self.lengths, sizes.B)
+        longest = int(self.lengths.tensor.max()) if sizes.B else 0
+        if longest > sizes.Lk:
             rule = "padding(lengths) must be at most the number of keys"
-            raise ShapeError(describe(call, rule, f"a length of {longest} and Lk={Lk}", "Pass lengths in 0..Lk"))
+            raise ShapeError(describe(call, rule, f"a length of {longest} and Lk={sizes.Lk}", "Pass lengths in 0..Lk"))
 
-    def visible(
-        self, b: Tensor, h: Tensor, i: Tensor, p: Tensor, j: Tensor, *, B: int, Hq: int, Lq: int, Lk: int
-    ) -> Tensor:
-        length = self.lengths.on(b.device)[b]
-        return j < length if self.side == "right" else j >= Lk - length
+    def visible(self, at: Tile, sizes: Sizes) -> Tensor:
+        length = self.lengths.on(at.b.device)[at.b]
+        return at.j < length if self.side == "right" else at.j >= sizes.Lk - length
 
     def _spans(self, rows: Rows) -> Spans:
         length = int(self.lengths.tensor[rows.b])
@@ -47,7 +51,15 @@ class Padding(Mask):
         return Spans(column(rows.Lk - length), column(INFINITE))
 
     def _lower(self, builder: Builder) -> None:
-        builder.emit(Op.PADDING, builder.operand(self.lengths.tensor), int(self.side == "left"))
+        builder.emit(self.op, builder.operand(self.lengths.tensor), int(self.side == "left"))
+
+    def _encode(self, call: str, words: list[int], tensors: list[Tensor]) -> None:
+        words += [self.op, int(self.side == "left")]
+        tensors += [self.lengths.tensor]
+
+    @classmethod
+    def _decode(cls, words: Iterator[int], tensors: Iterator[Tensor]) -> Rule:
+        return padding(next(tensors), side="left" if next(words) else "right")
 
     def __repr__(self) -> str:
         return f"padding({self.lengths!r}{', side=' + repr(self.side) if self.side != 'right' else ''})"
@@ -100,17 +112,20 @@ class Axis:
     def size(self) -> int:
         if self.ids is not None:
             return self.ids.tensor.shape[1]
-        return int(self._lengths().sum())
+        return int(self.given.sum())
 
-    def _lengths(self) -> Tensor:
-        assert self.lengths is not None
-        return self.lengths.tensor
+    @property
+    def given(self) -> Tensor:
+        """The lengths or the ids, whichever they were given by."""
+        operand = self.lengths if self.ids is None else self.ids
+        assert operand is not None
+        return operand.tensor
 
     def id_of(self, row: Tensor, at: Tensor) -> Tensor:
         """The document of each token; -1 for none and outside the row."""
         if self.ids is not None:
             return lookup(self.ids.on(at.device), row, at, -1)
-        ends = self._lengths().cumsum(0).to(at.device)
+        ends = self.given.cumsum(0).to(at.device)
         found = torch.searchsorted(ends, at.contiguous(), right=True)
         return torch.where((at >= 0) & (found < ends.numel()), found, -1)
 
@@ -123,7 +138,7 @@ class Axis:
                 ids, size = torch.unique_consecutive(self.ids.tensor[row], return_counts=True)
                 real = ids >= 0
             else:
-                size = self._lengths()
+                size = self.given
                 ids, real = torch.arange(size.numel(), device="cpu"), size > 0
             stop = size.cumsum(0)
             kept[row] = Runs((stop - size)[real], stop[real], ids[real])
@@ -148,7 +163,7 @@ class Axis:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Documents(Mask):
+class Documents(Mask, op=Op.DOCUMENTS):
     """The query's document is the key's; made by `documents`."""
 
     queries: Axis
@@ -163,8 +178,8 @@ class Documents(Mask):
     def varies_by_batch(self) -> bool:
         return max(self.queries.rows, self.keys.rows) > 1
 
-    def check(self, call: str, *, B: int, Hq: int, Lq: int, Lk: int, device: torch.device | str) -> None:
-        for side, axis, name, want in (("queries", self.queries, "Lq", Lq), ("keys", self.keys, "Lk", Lk)):
+    def check(self, call: str, sizes: Sizes) -> None:
+        for side, axis, name, want in (("queries", self.queries, "Lq", sizes.Lq), ("keys", self.keys, "Lk", sizes.Lk)):
             if side == "queries" and not self.by_index:
                 continue
             if axis.size != want:
@@ -177,16 +192,14 @@ class Documents(Mask):
                 if axis.ids is None and not self.by_index:
                     fix += "; for queries of another packing pass documents(lengths, k_lengths)"
                 raise ShapeError(describe(call, f"documents: {whose}{what} {name}", given, fix))
-            if axis.rows not in (1, B):
+            if axis.rows not in (1, sizes.B):
                 rule = "documents: ids of two dimensions must be (B, L)"
-                given = f"ids of {axis.rows} rows and B={B}"
-                raise ShapeError(describe(call, rule, given, f"Pass {B} rows, or one row for all"))
+                given = f"ids of {axis.rows} rows and B={sizes.B}"
+                raise ShapeError(describe(call, rule, given, f"Pass {sizes.B} rows, or one row for all"))
 
-    def visible(
-        self, b: Tensor, h: Tensor, i: Tensor, p: Tensor, j: Tensor, *, B: int, Hq: int, Lq: int, Lk: int
-    ) -> Tensor:
-        mine = self.queries.id_of(b, i if self.by_index else p)
-        return (mine == self.keys.id_of(b, j)) & (mine >= 0)
+    def visible(self, at: Tile, sizes: Sizes) -> Tensor:
+        mine = self.queries.id_of(at.b, at.i if self.by_index else at.p)
+        return (mine == self.keys.id_of(at.b, at.j)) & (mine >= 0)
 
     def positions(self, align: str) -> Tensor:
         """The position of every query, (1, Lq), that stands its document on the keys of the same document.
@@ -268,7 +281,17 @@ class Documents(Mask):
             mine = self._table(self.queries).expand(rows, -1).contiguous()
             theirs = self._table(self.keys)
             ids = (builder.operand(mine), builder.operand(theirs), theirs.shape[0])
-        builder.emit(Op.DOCUMENTS, int(self.by_index), int(contiguous), *ranges, rows, size, *ids)
+        builder.emit(self.op, int(self.by_index), int(contiguous), *ranges, rows, size, *ids)
+
+    def _encode(self, call: str, words: list[int], tensors: list[Tensor]) -> None:
+        words += [self.op, int(self.queries.ids is not None), int(self.by_index)]
+        tensors += [axis.given for axis in ((self.queries, self.keys) if self.by_index else (self.queries,))]
+
+    @classmethod
+    def _decode(cls, words: Iterator[int], tensors: Iterator[Tensor]) -> Rule:
+        by_ids, own_keys = next(words), next(words)
+        queries, keys = next(tensors), next(tensors) if own_keys else None
+        return documents(segment_ids=queries, k_segment_ids=keys) if by_ids else documents(queries, keys)
 
     @staticmethod
     def _tokens(runs: Runs) -> Tensor:
@@ -281,7 +304,7 @@ class Documents(Mask):
     def _table(axis: Axis) -> Tensor:
         if axis.ids is not None:
             return axis.ids.tensor
-        lengths = axis._lengths()
+        lengths = axis.given
         return torch.arange(lengths.numel(), device="cpu").repeat_interleave(lengths)[None]
 
     def __repr__(self) -> str:
@@ -336,7 +359,7 @@ def documents(
         if k_lengths is None:
             return Documents(queries, queries, by_index=False)
         keys = Axis(_lengths(call, "k_lengths", k_lengths), None)
-        counts = queries._lengths().numel(), keys._lengths().numel()
+        counts = queries.given.numel(), keys.given.numel()
         if counts[0] != counts[1]:
             rule = "lengths and k_lengths must name the same documents"
             given = f"{counts[0]} lengths and {counts[1]} k_lengths"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -13,11 +14,25 @@ from qkv.checks import LIMIT, Operand, integer, integers, whole
 from qkv.errors import ArgumentError, ShapeError, describe
 from qkv.masks.base import Mask
 from qkv.masks.intervals import INFINITE, Cuts, Rows, Spans, column, groups
-from qkv.masks.program import Builder, Op
+from qkv.masks.opcodes import Op
+from qkv.masks.program import Builder
+from qkv.masks.rule import Rule
+from qkv.masks.tile import Sizes, Tile
+
+__all__ = [
+    "causal",
+    "chunked",
+    "dilated",
+    "global_tokens",
+    "prefix",
+    "sliding_window",
+    "strided",
+    "window",
+]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Window(Mask):
+class Window(Mask, op=Op.WINDOW):
     """p - left <= j <= p + right, None = unbounded; made by `causal`, `sliding_window` and `window`."""
 
     left: int | None
@@ -32,13 +47,11 @@ class Window(Mask):
     def fits_any_length(self) -> bool:
         return True
 
-    def visible(
-        self, b: Tensor, h: Tensor, i: Tensor, p: Tensor, j: Tensor, *, B: int, Hq: int, Lq: int, Lk: int
-    ) -> Tensor:
+    def visible(self, at: Tile, sizes: Sizes) -> Tensor:
         if self.left is None:
-            return j <= p + self.right if self.right is not None else torch.ones_like(j, dtype=torch.bool)
-        seen = j >= p - self.left
-        return seen if self.right is None else seen & (j <= p + self.right)
+            return at.j <= at.p + self.right if self.right is not None else torch.ones_like(at.j, dtype=torch.bool)
+        seen = at.j >= at.p - self.left
+        return seen if self.right is None else seen & (at.j <= at.p + self.right)
 
     def _spans(self, rows: Rows) -> Spans:
         lo = column(-INFINITE) if self.left is None else rows.p[:, None] - self.left
@@ -46,10 +59,20 @@ class Window(Mask):
         return Spans(lo, hi, self.left is not None, self.right is not None)
 
     def _lower(self, builder: Builder) -> None:
-        if not self.depends_on_position:
-            builder.emit(Op.ALL)
+        if self.depends_on_position:
+            super()._lower(builder)
         else:
-            builder.emit(Op.WINDOW, *(-1 if n is None else n for n in (self.left, self.right)))
+            builder.emit(Op.ALL)
+
+    def _numbers(self) -> tuple[int, ...]:
+        return -1 if self.left is None else self.left, -1 if self.right is None else self.right
+
+    @classmethod
+    def _decode(cls, words: Iterator[int], tensors: Iterator[Tensor]) -> Rule:
+        left, right = next(words), next(words)
+        if right == 0:  # by the constructors that people use: a message or a plan then names what they wrote
+            return causal() if left < 0 else sliding_window(left + 1)
+        return window(None if left < 0 else left, None if right < 0 else right)
 
     def __repr__(self) -> str:
         return self.text
@@ -126,7 +149,7 @@ def window(left: int | None, right: int | None) -> Window:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Prefix(Mask):
+class Prefix(Mask, op=Op.PREFIX):
     """j < n; made by `prefix`."""
 
     n: int | Operand
@@ -135,17 +158,15 @@ class Prefix(Mask):
     def varies_by_batch(self) -> bool:
         return isinstance(self.n, Operand) and self.n.tensor.numel() > 1
 
-    def check(self, call: str, *, B: int, Hq: int, Lq: int, Lk: int, device: torch.device | str) -> None:
-        check_batch(call, "prefix(n)", self.n, B)
+    def check(self, call: str, sizes: Sizes) -> None:
+        check_batch(call, "prefix(n)", self.n, sizes.B)
 
     @property
     def fits_any_length(self) -> bool:
         return True
 
-    def visible(
-        self, b: Tensor, h: Tensor, i: Tensor, p: Tensor, j: Tensor, *, B: int, Hq: int, Lq: int, Lk: int
-    ) -> Tensor:
-        return j < (self.n.on(b.device)[b] if isinstance(self.n, Operand) else self.n)
+    def visible(self, at: Tile, sizes: Sizes) -> Tensor:
+        return at.j < (self.n.on(at.b.device)[at.b] if isinstance(self.n, Operand) else self.n)
 
     def _spans(self, rows: Rows) -> Spans:
         n = int(self.n.tensor[rows.b]) if isinstance(self.n, Operand) else self.n
@@ -153,9 +174,21 @@ class Prefix(Mask):
 
     def _lower(self, builder: Builder) -> None:
         if isinstance(self.n, Operand):
-            builder.emit(Op.PREFIX, 0, builder.operand(self.n.tensor))
+            builder.emit(self.op, 0, builder.operand(self.n.tensor))
         else:
-            builder.emit(Op.PREFIX, self.n, -1)
+            builder.emit(self.op, self.n, -1)
+
+    def _encode(self, call: str, words: list[int], tensors: list[Tensor]) -> None:
+        if isinstance(self.n, Operand):
+            words += [self.op, -1]
+            tensors += [self.n.tensor]
+        else:
+            words += [self.op, self.n]
+
+    @classmethod
+    def _decode(cls, words: Iterator[int], tensors: Iterator[Tensor]) -> Rule:
+        n = next(words)
+        return prefix(next(tensors) if n < 0 else n)
 
     def __repr__(self) -> str:
         return f"prefix({self.n!r})"
@@ -196,7 +229,7 @@ def prefix(n: Any) -> Prefix:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Chunked(Mask):
+class Chunked(Mask, op=Op.CHUNKED):
     """p // n == j // n; made by `chunked`."""
 
     n: int
@@ -209,10 +242,8 @@ class Chunked(Mask):
     def fits_any_length(self) -> bool:
         return True
 
-    def visible(
-        self, b: Tensor, h: Tensor, i: Tensor, p: Tensor, j: Tensor, *, B: int, Hq: int, Lq: int, Lk: int
-    ) -> Tensor:
-        return floor(p, self.n) == floor(j, self.n)
+    def visible(self, at: Tile, sizes: Sizes) -> Tensor:
+        return floor(at.p, self.n) == floor(at.j, self.n)
 
     def _cuts(self, b: int) -> Cuts | None:
         return Cuts(period=self.n) if self.n > 1 else None
@@ -223,8 +254,12 @@ class Chunked(Mask):
         lo = floor(rows.p, self.n)[:, None] * self.n
         return Spans(lo, lo + self.n)
 
-    def _lower(self, builder: Builder) -> None:
-        builder.emit(Op.CHUNKED, self.n)
+    def _numbers(self) -> tuple[int, ...]:
+        return (self.n,)
+
+    @classmethod
+    def _decode(cls, words: Iterator[int], tensors: Iterator[Tensor]) -> Rule:
+        return chunked(next(words))
 
     def __repr__(self) -> str:
         return f"chunked({self.n})"
@@ -257,7 +292,7 @@ def chunked(n: int) -> Chunked:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Strided(Mask):
+class Strided(Mask, op=Op.STRIDED):
     """(p - j - offset) % n == 0; made by `strided`."""
 
     n: int
@@ -271,16 +306,18 @@ class Strided(Mask):
     def fits_any_length(self) -> bool:
         return True
 
-    def visible(
-        self, b: Tensor, h: Tensor, i: Tensor, p: Tensor, j: Tensor, *, B: int, Hq: int, Lq: int, Lk: int
-    ) -> Tensor:
-        return (p - j - self.offset) % self.n == 0
+    def visible(self, at: Tile, sizes: Sizes) -> Tensor:
+        return (at.p - at.j - self.offset) % self.n == 0
 
     def _spans(self, rows: Rows) -> Spans:
         return Spans(column(-INFINITE), column(INFINITE), exact=self.n == 1)
 
-    def _lower(self, builder: Builder) -> None:
-        builder.emit(Op.STRIDED, self.n, self.offset)
+    def _numbers(self) -> tuple[int, ...]:
+        return self.n, self.offset
+
+    @classmethod
+    def _decode(cls, words: Iterator[int], tensors: Iterator[Tensor]) -> Rule:
+        return strided(next(words), next(words))
 
     def __repr__(self) -> str:
         return f"strided({self.n})" if self.offset == 0 else f"strided({self.n}, {self.offset})"
@@ -312,7 +349,7 @@ def strided(n: int, offset: int = 0) -> Strided:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Dilated(Mask):
+class Dilated(Mask, op=Op.DILATED):
     """|p - j| <= window * step and (p - j) % step == 0; made by `dilated`."""
 
     window: int
@@ -326,18 +363,20 @@ class Dilated(Mask):
     def fits_any_length(self) -> bool:
         return True
 
-    def visible(
-        self, b: Tensor, h: Tensor, i: Tensor, p: Tensor, j: Tensor, *, B: int, Hq: int, Lq: int, Lk: int
-    ) -> Tensor:
-        distance = p - j
+    def visible(self, at: Tile, sizes: Sizes) -> Tensor:
+        distance = at.p - at.j
         return (distance.abs() <= self.window * self.step) & (distance % self.step == 0)
 
     def _spans(self, rows: Rows) -> Spans:
         reach, p = self.window * self.step, rows.p[:, None]
         return Spans(p - reach, p + (reach + 1), True, True, exact=self.step == 1)
 
-    def _lower(self, builder: Builder) -> None:
-        builder.emit(Op.DILATED, self.window, self.step)
+    def _numbers(self) -> tuple[int, ...]:
+        return self.window, self.step
+
+    @classmethod
+    def _decode(cls, words: Iterator[int], tensors: Iterator[Tensor]) -> Rule:
+        return dilated(next(words), next(words))
 
     def __repr__(self) -> str:
         return f"dilated({self.window}, {self.step})"
@@ -376,7 +415,7 @@ def dilated(window: int, step: int) -> Dilated:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class GlobalTokens(Mask):
+class GlobalTokens(Mask, op=Op.GLOBAL):
     """p or j is in indices; made by `global_tokens`."""
 
     indices: Operand
@@ -389,22 +428,20 @@ class GlobalTokens(Mask):
     def fits_any_length(self) -> bool:
         return True
 
-    def visible(
-        self, b: Tensor, h: Tensor, i: Tensor, p: Tensor, j: Tensor, *, B: int, Hq: int, Lq: int, Lk: int
-    ) -> Tensor:
-        chosen = self.indices.on(j.device)
-        return torch.isin(p, chosen) | torch.isin(j, chosen)
+    def visible(self, at: Tile, sizes: Sizes) -> Tensor:
+        chosen = self.indices.on(at.j.device)
+        return torch.isin(at.p, chosen) | torch.isin(at.j, chosen)
 
     def _runs(self) -> Tensor:
         """(2, R): the consecutive indices as ranges [start, stop)."""
-        found: Tensor | None = self.__dict__.get("_found")
-        if found is None:
+        runs: Tensor | None = self.__dict__.get("_ranges")
+        if runs is None:
             at = self.indices.tensor
             inside = at[1:] != at[:-1] + 1
             edge = torch.ones(min(1, at.numel()), dtype=torch.bool, device="cpu")
-            found = torch.stack([at[torch.cat([edge, inside])], at[torch.cat([inside, edge])] + 1])
-            object.__setattr__(self, "_found", found)
-        return found
+            runs = torch.stack([at[torch.cat([edge, inside])], at[torch.cat([inside, edge])] + 1])
+            object.__setattr__(self, "_ranges", runs)
+        return runs
 
     def _cuts(self, b: int) -> Cuts | None:
         return Cuts(at=self._runs().T.reshape(-1).contiguous())
@@ -424,7 +461,19 @@ class GlobalTokens(Mask):
         return Spans(lo, hi, exact=seen.exact if seen.exact is True else everything)
 
     def _lower(self, builder: Builder) -> None:
-        builder.emit(Op.GLOBAL, builder.operand(self.indices.tensor))
+        builder.emit(self.op, builder.operand(self.indices.tensor))
+
+    def _encode(self, call: str, words: list[int], tensors: list[Tensor]) -> None:
+        words += [self.op]
+        tensors += [self.indices.tensor]
+
+    @classmethod
+    def _decode(cls, words: Iterator[int], tensors: Iterator[Tensor]) -> Rule:
+        return global_tokens(next(tensors))
+
+    @property
+    def _reads_position(self) -> bool:
+        return True
 
     def __repr__(self) -> str:
         return f"global_tokens({self.indices!r})"

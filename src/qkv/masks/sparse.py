@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,11 +11,16 @@ from torch import Tensor
 
 from qkv.checks import Operand, integer, integers, shown
 from qkv.errors import ArgumentError, ArgumentTypeError, ShapeError, describe
-from qkv.masks.base import Mask, Or
+from qkv.masks.base import Composed, Mask, Or, as_mask, decoded_parts
 from qkv.masks.intervals import Cuts, Rows, Spans, column, groups
-from qkv.masks.program import Builder, Op
+from qkv.masks.opcodes import Op
+from qkv.masks.program import Builder
+from qkv.masks.rule import Rule
 from qkv.masks.shapes import dilated, floor, global_tokens
 from qkv.masks.shapes import window as window_mask
+from qkv.masks.tile import Sizes, Tile
+
+__all__ = ["bigbird", "blocks", "longformer", "per_head", "random_blocks"]
 
 
 def _signed(x: int) -> int:
@@ -48,7 +53,7 @@ def _modulo(x: Tensor, n: int) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class RandomBlocks(Mask):
+class RandomBlocks(Mask, op=Op.RANDOM):
     """j // block is one of the blocks drawn for p // block; made by `random_blocks`."""
 
     per_row: int
@@ -74,14 +79,12 @@ class RandomBlocks(Mask):
     def fits_any_length(self) -> bool:
         return True
 
-    def visible(
-        self, b: Tensor, h: Tensor, i: Tensor, p: Tensor, j: Tensor, *, B: int, Hq: int, Lq: int, Lk: int
-    ) -> Tensor:
-        key = floor(j, self.block)
-        if self.per_row * self.block >= Lk and self.per_row:
-            return torch.ones_like(j, dtype=torch.bool)
-        seen = torch.zeros(torch.broadcast_shapes(p.shape, j.shape), dtype=torch.bool, device=j.device)
-        for chosen in self.drawn(floor(p, self.block), Lk).unbind(-1):
+    def visible(self, at: Tile, sizes: Sizes) -> Tensor:
+        key = floor(at.j, self.block)
+        if self.per_row * self.block >= sizes.Lk and self.per_row:
+            return torch.ones_like(at.j, dtype=torch.bool)
+        seen = torch.zeros(torch.broadcast_shapes(at.p.shape, at.j.shape), dtype=torch.bool, device=at.j.device)
+        for chosen in self.drawn(floor(at.p, self.block), sizes.Lk).unbind(-1):
             seen |= chosen == key
         return seen
 
@@ -92,8 +95,12 @@ class RandomBlocks(Mask):
         start = self.drawn(floor(rows.p, self.block), rows.Lk).sort(-1).values * self.block
         return Spans(start, start + self.block) if start.shape[1] else Spans(column(0), column(0))
 
-    def _lower(self, builder: Builder) -> None:
-        builder.emit(Op.RANDOM, self.per_row, self.block, self.seed)
+    def _numbers(self) -> tuple[int, ...]:
+        return self.per_row, self.block, self.seed
+
+    @classmethod
+    def _decode(cls, words: Iterator[int], tensors: Iterator[Tensor]) -> Rule:
+        return random_blocks(next(words), next(words), next(words))
 
     def __repr__(self) -> str:
         return f"random_blocks({self.per_row}, {self.block}, {self.seed})"
@@ -125,7 +132,7 @@ def random_blocks(per_row: int, block: int, seed: int) -> RandomBlocks:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Blocks(Mask):
+class Blocks(Mask, op=Op.BLOCKS):
     """map[..., p // block, j // block]; made by `blocks`."""
 
     map: Operand  # bool (rows_b, rows_h, nq, nk)
@@ -143,16 +150,16 @@ class Blocks(Mask):
     def varies_by_head(self) -> bool:
         return self.map.tensor.shape[1] > 1
 
-    def check(self, call: str, *, B: int, Hq: int, Lq: int, Lk: int, device: torch.device | str) -> None:
+    def check(self, call: str, sizes: Sizes) -> None:
         rows_b, rows_h, nq, nk = self.map.tensor.shape
         given = f"map {tuple(self.map.tensor.shape)} of blocks of {self.block}"
-        if rows_b not in (1, B) or rows_h not in (1, Hq):
+        if rows_b not in (1, sizes.B) or rows_h not in (1, sizes.Hq):
             rule, fix = (
                 "blocks: the map must be (B or 1, Hq or 1, nq, nk)",
                 "Give it one entry for each, or one for all",
             )
-            raise ShapeError(describe(call, rule, f"{given}, B={B} and Hq={Hq}", fix))
-        for name, size, have in (("Lq", Lq, nq), ("Lk", Lk, nk)):
+            raise ShapeError(describe(call, rule, f"{given}, B={sizes.B} and Hq={sizes.Hq}", fix))
+        for name, size, have in (("Lq", sizes.Lq, nq), ("Lk", sizes.Lk, nk)):
             if have * self.block < size:
                 need = -(-size // self.block)
                 rule = f"blocks: the map must cover {name}"
@@ -161,16 +168,14 @@ class Blocks(Mask):
                     describe(call, rule, f"{given}, which covers {have * self.block}, and {name}={size}", fix)
                 )
 
-    def visible(
-        self, b: Tensor, h: Tensor, i: Tensor, p: Tensor, j: Tensor, *, B: int, Hq: int, Lq: int, Lk: int
-    ) -> Tensor:
-        table = self.map.on(j.device)
+    def visible(self, at: Tile, sizes: Sizes) -> Tensor:
+        table = self.map.on(at.j.device)
         rows_b, rows_h, nq, nk = table.shape
-        row, key = floor(p, self.block), floor(j, self.block)
+        row, key = floor(at.p, self.block), floor(at.j, self.block)
         inside = (row >= 0) & (row < nq) & (key >= 0) & (key < nk)
         if not table.numel():
             return torch.zeros_like(inside)
-        at_b, at_h = (x if n > 1 else torch.zeros_like(x) for x, n in ((b, rows_b), (h, rows_h)))
+        at_b, at_h = (x if n > 1 else torch.zeros_like(x) for x, n in ((at.b, rows_b), (at.h, rows_h)))
         return table[at_b, at_h, row.clamp(0, nq - 1), key.clamp(0, nk - 1)] & inside
 
     def _cuts(self, b: int) -> Cuts | None:
@@ -192,7 +197,15 @@ class Blocks(Mask):
 
     def _lower(self, builder: Builder) -> None:
         table = self.map.tensor
-        builder.emit(Op.BLOCKS, builder.operand(table.view(torch.uint8)), *table.shape, self.block)
+        builder.emit(self.op, builder.operand(table.view(torch.uint8)), *table.shape, self.block)
+
+    def _encode(self, call: str, words: list[int], tensors: list[Tensor]) -> None:
+        words += [self.op, self.block]
+        tensors += [self.map.tensor]
+
+    @classmethod
+    def _decode(cls, words: Iterator[int], tensors: Iterator[Tensor]) -> Rule:
+        return blocks(next(tensors), next(words))
 
     def __repr__(self) -> str:
         return f"blocks(<map {tuple(self.map.tensor.shape)}>, {self.block})"
@@ -234,69 +247,56 @@ def blocks(map: Tensor, block: int) -> Blocks:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class PerHead(Mask):
-    """Head h sees by masks[h]; made by `per_head`."""
+class PerHead(Composed, op=Op.PER_HEAD):
+    """Head h sees by parts[h]; made by `per_head`."""
 
-    masks: tuple[Mask, ...]
-
-    @property
-    def depends_on_position(self) -> bool:
-        return any(mask.depends_on_position for mask in self.masks)
-
-    @property
-    def varies_by_batch(self) -> bool:
-        return any(mask.varies_by_batch for mask in self.masks)
+    parts: tuple[Mask, ...]
 
     @property
     def varies_by_head(self) -> bool:
-        return len(set(self.masks)) > 1 or any(mask.varies_by_head for mask in self.masks)
+        return len(set(self.parts)) > 1 or any(part.varies_by_head for part in self.parts)
 
-    @property
-    def fits_any_length(self) -> bool:
-        return all(mask.fits_any_length for mask in self.masks)
+    def check(self, call: str, sizes: Sizes) -> None:
+        if len(self.parts) != sizes.Hq:
+            rule, given = "per_head needs one mask for each query head", f"{len(self.parts)} masks and Hq={sizes.Hq}"
+            raise ShapeError(describe(call, rule, given, f"Pass {sizes.Hq} masks"))
+        for part in dict.fromkeys(self.parts):
+            part.check(call, sizes)
 
-    def check(self, call: str, *, B: int, Hq: int, Lq: int, Lk: int, device: torch.device | str) -> None:
-        if len(self.masks) != Hq:
-            rule = "per_head needs one mask for each query head"
-            raise ShapeError(describe(call, rule, f"{len(self.masks)} masks and Hq={Hq}", f"Pass {Hq} masks"))
-        for mask in dict.fromkeys(self.masks):
-            mask.check(call, B=B, Hq=Hq, Lq=Lq, Lk=Lk, device=device)
-
-    def visible(
-        self, b: Tensor, h: Tensor, i: Tensor, p: Tensor, j: Tensor, *, B: int, Hq: int, Lq: int, Lk: int
-    ) -> Tensor:
+    def visible(self, at: Tile, sizes: Sizes) -> Tensor:
         heads: dict[Mask, list[int]] = {}
-        for head in h.unique().tolist():
-            heads.setdefault(self.masks[head], []).append(head)
-        seen = torch.zeros((1,) * max(h.ndim, 1), dtype=torch.bool, device=j.device)
-        for mask, mine in heads.items():
-            one = mask.visible(b, h, i, p, j, B=B, Hq=Hq, Lq=Lq, Lk=Lk)
-            seen = one if len(heads) == 1 else torch.where(torch.isin(h, h.new_tensor(mine)), one, seen)
+        for head in at.h.unique().tolist():
+            heads.setdefault(self.parts[head], []).append(head)
+        seen = torch.zeros((1,) * max(at.h.ndim, 1), dtype=torch.bool, device=at.j.device)
+        for part, mine in heads.items():
+            one = part.visible(at, sizes)
+            seen = one if len(heads) == 1 else torch.where(torch.isin(at.h, at.h.new_tensor(mine)), one, seen)
         return seen
 
-    def _device(self) -> torch.device:
-        return next((d for d in (mask._device() for mask in self.masks) if d.type != "cpu"), torch.device("cpu"))
+    def _leaves(self, h: int) -> list[Rule]:
+        return self.parts[h]._leaves(h)
 
-    def _leaves(self, h: int) -> list[Mask]:
-        return self.masks[h]._leaves(h)
-
-    def _decide(self, h: int, known: dict[Mask, tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        return self.masks[h]._decide(h, known)
+    def _decide(self, h: int, leaves: dict[Rule, tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        return self.parts[h]._decide(h, leaves)
 
     def _lower(self, builder: Builder) -> None:
         outer = builder.words
-        outer += [int(Op.PER_HEAD), len(self.masks)]
-        for head, mask in enumerate(self.masks):
+        outer += [self.op, len(self.parts)]
+        for head, part in enumerate(self.parts):
             builder.words = []
-            mask._for_head(head)._lower(builder)
+            part._for_head(head)._lower(builder)
             outer += [len(builder.words), *builder.words]
         builder.words = outer
 
-    def _for_head(self, h: int) -> Mask:
-        return self.masks[h]._for_head(h)
+    @classmethod
+    def _decode(cls, words: Iterator[int], tensors: Iterator[Tensor]) -> Rule:
+        return per_head(decoded_parts(words, tensors))
+
+    def _for_head(self, h: int) -> Rule:
+        return self.parts[h]._for_head(h)
 
     def __repr__(self) -> str:
-        return f"per_head([{', '.join(map(repr, self.masks))}])"
+        return f"per_head([{', '.join(map(repr, self.parts))}])"
 
 
 def per_head(masks: Sequence[Mask | Tensor]) -> PerHead:
@@ -318,20 +318,18 @@ def per_head(masks: Sequence[Mask | Tensor]) -> PerHead:
              [[1, 0],
               [0, 1]]]], dtype=torch.int32)
     """
-    from qkv.masks.tensor import as_mask
-
     call = "qkv.per_head()"
     if isinstance(masks, (Mask, Tensor, str, dict, set)) or not hasattr(masks, "__iter__"):
         given = f"{shown(masks)} ({type(masks).__name__})"
         raise ArgumentTypeError(describe(call, "masks must be a list of masks", given, "Pass one mask a query head"))
-    found = []
+    parts = []
     for head, mask in enumerate(masks):
-        entry = as_mask(mask, call)
-        if entry is None:
+        part = as_mask(mask, call)
+        if part is None:
             fix = "Use window(None, None) for a head that sees everything"
             raise ArgumentTypeError(describe(call, "every head needs a mask", f"None for head {head}", fix))
-        found.append(entry)
-    return PerHead(tuple(found))
+        parts.append(part)
+    return PerHead(tuple(parts))
 
 
 def bigbird(block: int, window_blocks: int = 3, global_blocks: int = 2, random_blocks: int = 3, seed: int = 0) -> Mask:

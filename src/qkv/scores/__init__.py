@@ -19,22 +19,9 @@ import torch
 from torch import Tensor
 
 from qkv.errors import ArgumentError, ArgumentTypeError, QKVError, ShapeError, describe, from_function
+from qkv.masks import Sizes, Tile
 
 _FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
-
-class Tile(NamedTuple):
-    """Where a tile lies: the selection of each axis, and its indices as int64 tensors that broadcast to 4-D."""
-
-    batch: slice
-    heads: slice | Tensor
-    rows: slice | Tensor
-    keys: slice
-    b: Tensor
-    h: Tensor
-    i: Tensor
-    p: Tensor
-    j: Tensor
 
 
 class TermSpec(NamedTuple):
@@ -44,17 +31,6 @@ class TermSpec(NamedTuple):
     shape: tuple[int, ...] = ()
     stride: tuple[int, ...] = ()
     dtype: torch.dtype | None = None
-
-
-class Sizes(NamedTuple):
-    """The call a term is checked against."""
-
-    B: int
-    Hq: int
-    Lq: int
-    Lk: int
-    dtype: torch.dtype
-    device: torch.device
 
 
 class ScoreTerm:

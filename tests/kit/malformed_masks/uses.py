@@ -334,7 +334,8 @@ CASES: list[tuple[str, type[qkv.QKVError], str]] = [
         "j.",
     ),
     (
-        'qkv.dense(torch.ones(2, 2, dtype=torch.bool)).check("f()", B=1, Hq=1, Lq=2, Lk=2, device="cuda")',
+        "qkv.dense(torch.ones(2, 2, dtype=torch.bool))"
+        '.check("f()", qkv.masks.Sizes(1, 1, 2, 2, device=torch.device("cuda")))',
         qkv.ArgumentError,
         "f(): a mask tensor must be on the device of the queries. Got a mask on cpu and queries on "
         "cuda. Move it with .to().",

@@ -25,8 +25,9 @@ from qkv.backends.base import Gradients
 from qkv.backends.tiled.forward import Block, Scores, Walk, product, step
 from qkv.backends.tiled.schedule import KeyTile
 from qkv.call.problem import Inputs, Problem
+from qkv.masks import Tile
 from qkv.numerics import finite, no_autocast, softcap_slope, steady_matmul
-from qkv.scores import ScoreMod, Tile
+from qkv.scores import ScoreMod
 
 
 def backward(problem: Problem, inputs: Inputs, d_out: Tensor, d_lse: Tensor) -> Gradients:

@@ -23,8 +23,9 @@ from torch import Tensor
 
 from qkv.backends.tiled.schedule import KeyTile, Schedule, View
 from qkv.call.problem import Inputs, Output, Problem, empty_output, query_positions
+from qkv.masks import Tile
 from qkv.numerics import dropout_keep, no_autocast, softcap, steady_matmul
-from qkv.scores import ScoreMod, ScoreTerm, TensorBias, Tile
+from qkv.scores import ScoreMod, ScoreTerm, TensorBias
 
 # A block of heads is chosen so that one tile of scores stays in the second-level cache on a CPU.
 _SCORES_PER_BLOCK = {"cpu": 1 << 18}
@@ -153,7 +154,7 @@ class Walk:
             s = self.unfold(s)
             if not key.full:
                 assert p.mask is not None
-                seen = p.mask.visible(at.b, at.h, at.i, at.p, at.j, B=p.B, Hq=p.Hq, Lq=p.Lq, Lk=p.Lk)
+                seen = p.mask.visible(at, p.sizes)
             for index, term in enumerate(self.terms):
                 if isinstance(term, ScoreMod):
                     before[index] = s

@@ -35,8 +35,9 @@ from qkv.backends.tiled.backward import Rows, kept
 from qkv.backends.tiled.forward import Block, Walk, product
 from qkv.backends.tiled.schedule import KeyTile
 from qkv.call.problem import Inputs, Problem
+from qkv.masks import Tile
 from qkv.numerics import finite, no_autocast, softcap_slope, steady_matmul
-from qkv.scores import ScoreMod, ScoreTerm, Tile
+from qkv.scores import ScoreMod, ScoreTerm
 
 Tangents = Gradients
 """Directions in the shapes and dtypes of the inputs; bias has one entry a tensor of the bias."""
