@@ -3,11 +3,12 @@
     python benchmarks/train_tables.py variants [TEXT] [--seeds 0 1 2] [--threads 1] [--part 1/2]
     python benchmarks/train_tables.py ablations [--seeds 0 1 2] [--threads 1] [--part 1/2]
     python benchmarks/train_tables.py steps [--threads 2]
-    python benchmarks/train_tables.py report [--json benchmarks/results/models.json] [--why FILE]
+    python benchmarks/train_tables.py report [--json benchmarks/results/decoders.jsonl] [--why FILE]
     python benchmarks/train_tables.py card CHECKPOINT > src/qkv/lm/model/README.md
 
 Every run leaves a JSON file in --results as it ends, and one that is there is not made again: stop and start at will,
-and let two processes do `--part 1/2` and `--part 2/2`. `report` prints the tables from the files.
+and let two processes do `--part 1/2` and `--part 2/2`. `report` prints the tables from the files, or from the one file
+of `--results FILE` that `--json` gathered: a run a line, with seven digits, since small differences of bits are told.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any
 
 import torch
 
+from qkv.bench.results import rounded
 from qkv.lm import checkpoint
 from qkv.lm.comparison import step_times
 from qkv.lm.data import Corpus, read_corpus
@@ -87,17 +89,31 @@ def write(path: Path, value: Result) -> None:
     beside.replace(path)
 
 
+def read(results: Path) -> tuple[list[Result], list[Result]]:
+    """The runs and the timings of a folder with a file for each, or of one file with a line for each."""
+    if results.is_dir():
+        found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(results.glob("*.json"))]
+    else:
+        found = [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()]
+    return [f for f in found if "bits" in f], [f for f in found if "ms" in f]
+
+
 def report(args: argparse.Namespace) -> None:
     """Print every table that the files hold; with --json, gather the files into one."""
-    found = [json.loads(path.read_text()) for path in sorted(args.results.glob("*.json"))]
-    runs, timings = [f for f in found if "bits" in f], [f for f in found if "ms" in f]
-    for text in dict.fromkeys(run["text"] for run in runs):
-        print("\n".join(variants_table([run for run in runs if run["text"] == text])), end="\n\n")
-    print("\n".join([*ablations_table(runs), "", *steps_table(timings)]))
+    runs, timings = read(args.results)
+    print(tables(runs, timings))
     if args.json is not None:
-        args.json.write_text(json.dumps({"runs": runs, "steps": timings}, indent=1) + "\n")
+        found = rounded([*runs, *timings], 7)
+        args.json.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in found), encoding="utf-8")
     if args.why is not None:
         args.why.write_text(json.dumps(told(runs), indent=1, ensure_ascii=False) + "\n")
+
+
+def tables(runs: list[Result], timings: list[Result]) -> str:
+    """The tables of docs/training.md."""
+    texts = dict.fromkeys(run["text"] for run in runs)
+    parts = [variants_table([run for run in runs if run["text"] == text]) for text in texts]
+    return "\n\n".join("\n".join(part) for part in [*parts, ablations_table(runs), steps_table(timings)])
 
 
 def card(args: argparse.Namespace) -> None:

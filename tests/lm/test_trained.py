@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import qkv
 from qkv.insight.trained import TOPICS, results, trained
 
 ROOT = Path(__file__).resolve().parents[2]
+RUNS = ROOT / "benchmarks" / "results" / "decoders.jsonl"
 
 
 def _tables() -> Any:
@@ -25,7 +25,7 @@ def _tables() -> Any:
 
 
 def test_the_numbers_are_those_of_the_runs() -> None:
-    runs = json.loads((ROOT / "benchmarks" / "results" / "models.json").read_text(encoding="utf-8"))["runs"]
+    runs, _ = _tables().read(RUNS)
     assert _tables().told(runs) == results()
 
 
@@ -50,6 +50,9 @@ def test_a_difference_within_the_seeds_is_called_none() -> None:
 
 def test_the_document_holds_the_tables() -> None:
     document = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    shown = document.partition("<!-- tables:start -->\n")[2].partition("<!-- tables:end -->")[0]
+    tables = _tables()
+    assert shown.strip() == tables.tables(*tables.read(RUNS))
     for row in results()["ablations"].values():
-        assert f"| {row['what']} |" in document
-        assert f"{row['cost'][0]:+.4f}" in document
+        assert f"| {row['what']} |" in shown
+        assert f"{row['cost'][0]:+.4f}" in shown

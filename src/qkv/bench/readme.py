@@ -20,17 +20,21 @@ NAMES = {
     "matmuls": "two matmuls, softmax",
 }
 START, END = "<!-- bench:start -->", "<!-- bench:end -->"
-# Row of the benchmark -> what a reader calls it. Decode by its cold figures: keys come from memory, as in use.
+# Row of the benchmark -> what a reader calls it, and in which types: float32, too, where another library comes close.
+# Decode by its cold figures: keys come from memory, as in use. docs/speed.md has all rows.
 ROWS = {
-    "full 2048 d128 {}": "full, 2,048 tokens, D 128",
-    "causal 2048 d128 {}": "causal, 2,048 tokens, D 128",
-    "causal 512 d64 {}": "causal, 512 tokens, D 64",
-    "window 256 of 2048 d128 {}": "sliding window of 256, 2,048 tokens, D 128",
-    "documents 256 of 4096 d64 {}": "documents of 256 in 4,096 tokens, D 64",
-    "decode 32/32 {} cold": "one token, 4,096 keys, 32/32 heads",
-    "decode 32/8 {} cold": "one token, 4,096 keys, 32/8 heads",
-    "mla 128 heads 4096 {}": "MLA decode, 4,096 keys, 128 heads",
+    "full 2048 d128 {}": ("full, 2,048 tokens, D 128", ("bf16", "f32")),
+    "causal 2048 d128 {}": ("causal, 2,048 tokens, D 128", ("bf16", "f32")),
+    "causal 512 d64 {}": ("causal, 512 tokens, D 64", ("bf16",)),
+    "window 256 of 2048 d128 {}": ("sliding window of 256, 2,048 tokens, D 128", ("bf16",)),
+    "documents 256 of 4096 d64 {}": ("documents of 256 in 4,096 tokens, D 64", ("bf16",)),
+    "decode 32/32 {} cold": ("one token, 4,096 keys, 32/32 heads", ("bf16", "f32")),
+    "decode 32/8 {} cold": ("one token, 4,096 keys, 32/8 heads", ("bf16",)),
+    "mla 128 heads 4096 {}": ("MLA decode, 4,096 keys, 128 heads", ("bf16",)),
 }
+HEAD = """\
+| call | qkv, ms | PyTorch SDPA, ms | fastest other, ms | it takes | of `torch.mm`, or of reading |
+|---|---:|---:|---:|---:|---:|"""
 _TYPES = {"bf16": "bfloat16", "f32": "float32"}
 # Rows of the chart: name of the benchmark row, title for a reader.
 PANELS = (
@@ -59,15 +63,12 @@ def table(document: Mapping[str, Any]) -> str:
     """Ours against PyTorch's attention and the fastest other library, as medians of one run."""
     rows = {row["name"]: row for row in document["rows"]}
     lines = [_introduction(document), ""]
-    lines += [
-        "| call | qkv, ms | PyTorch SDPA, ms | fastest other, ms | it takes | of the machine's limit |",
-        "|---|---:|---:|---:|---:|---:|",
-    ]
-    for name, title in ROWS.items():
-        for short, dtype in _TYPES.items():
+    lines += [HEAD]
+    for name, (title, types) in ROWS.items():
+        for short in types:
             row = rows.get(name.format(short))
             if row and row["contenders"]["qkv"].get("seconds"):
-                lines.append(_line(row, f"{title}, {dtype}"))
+                lines.append(line(row, f"{title}, {_TYPES[short]}"))
     return "\n".join(lines) + "\n"
 
 
@@ -79,24 +80,30 @@ def _introduction(document: Mapping[str, Any]) -> str:
     known = ", ".join([f"torch {versions['torch'].partition('+')[0]}", *others])
     return (
         f"{machine['cpu']}, {machine['threads']} threads, {known}; {document['date'][:10]}. "
-        "The limit is the rate of `torch.mm`, or of reading K and V from memory, measured in the same run."
+        "Last column: the part of the rate of `torch.mm` (mm), or of reading K and V (read), in the same run."
     )
 
 
-def _line(row: Mapping[str, Any], title: str) -> str:
+def line(row: Mapping[str, Any], title: str) -> str:
+    """A line of the table whose head is HEAD."""
     contenders, best = row["contenders"], row["best_peer"]
-    cells = [title, _time(contenders["qkv"]), _time(contenders.get("sdpa", {}))]
+    cells = [title, milliseconds_of(contenders["qkv"]), milliseconds_of(contenders.get("sdpa", {}))]
     if best and best != "sdpa":
-        cells += [f"{_time(contenders[best])} ({NAMES[best]})"]
+        cells += [f"{milliseconds_of(contenders[best])} ({NAMES[best]})"]
     else:
         cells += ["the same" if best else "–"]
-    cells += [f"{row['ratio']['median']:.1f}×" if row["ratio"] else "–"]
-    reached = row["limit"]["reached"]
-    cells += [f"{reached['median']:.0%}" if reached else ""]
+    cells += [f"{row['ratio']['median']:.1f}×" if row["ratio"] else "–", reached(row)]
     return f"| {' | '.join(cells)} |"
 
 
-def _time(contender: Mapping[str, Any]) -> str:
+def reached(row: Mapping[str, Any]) -> str:
+    """The part of the machine's own rate that ours reaches, and of which."""
+    part, kind = row["limit"]["reached"], {"gemm": "mm", "read": "read"}.get(row["limit"]["kind"])
+    return f"{part['median']:.0%} of {kind}" if part else ""
+
+
+def milliseconds_of(contender: Mapping[str, Any]) -> str:
+    """The median of a contender, or a dash where it was not timed."""
     seconds = contender.get("seconds")
     return milliseconds(seconds["median"]) if seconds else "–"
 
