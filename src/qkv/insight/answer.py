@@ -74,6 +74,16 @@ class Answer:
         return "\n\n".join(part for part in parts if part)
 
 
+def prose(text: str) -> str:
+    """A paragraph, of a text that is written over several lines.
+
+    >>> prose('''One sentence.
+    ...     And another.''')
+    'One sentence. And another.'
+    """
+    return " ".join(text.split())
+
+
 def _numbers(numbers: Mapping[str, Measured]) -> str:
     """Lay the numbers out: runs of series with one length share a table, single numbers a list."""
     blocks: list[list[list[str]]] = []

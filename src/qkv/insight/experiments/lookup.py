@@ -7,7 +7,7 @@ import math
 import torch
 
 from qkv.functional import attention, weights
-from qkv.insight.answer import Answer
+from qkv.insight.answer import Answer, prose
 from qkv.insight.terminal import bar, number
 
 ENTRIES = 16
@@ -47,20 +47,17 @@ def run(seed: int) -> Answer:
     }
     lines = [f"sharpness {number(s):>5}  {bar(w, 40)} {number(w)}" for s, w in zip(SHARPNESS, hit, strict=True)]
     best = max(range(len(SHARPNESS)), key=slope.__getitem__)
-    verdict = (
-        f"Attention is a dictionary lookup with a soft ==. The query is compared with every key; softmax turns the "
-        f"{ENTRIES} scores into weights that sum to 1; out is the weighted mean of the values. At sharpness 0 the "
-        f"weights "
-        f"are equal and out is the plain mean (distance {number(spread[0])}); at {number(SHARPNESS[-1])} out is the "
-        f"stored "
-        f"value to within {number(error[-1])}, as d[key] would give. A query that equals no key still finds the "
-        f"nearest one "
-        f"(weight {number(hit_misspelt[-1])} at {number(SHARPNESS[-1])}), where a dictionary has nothing to say. "
-        f"What softness buys is a slope to learn from: it is largest at sharpness {number(SHARPNESS[best])} "
-        f"({number(slope[best])}), and is {number(slope[0])} for the mean and {number(slope[-1])} for the almost "
-        f"exact "
-        f"lookup, so neither extreme can be trained."
-    )
+    verdict = prose(f"""
+        Attention is a dictionary lookup with a soft ==. The query is compared with every key;
+        softmax turns the {ENTRIES} scores into weights that sum to 1; out is the weighted mean of the values.
+        At sharpness 0 the weights are equal and out is the plain mean (distance {number(spread[0])});
+        at {number(SHARPNESS[-1])} out is the stored value to within {number(error[-1])}, as d[key] would give.
+        A query that equals no key still finds the nearest one
+        (weight {number(hit_misspelt[-1])} at {number(SHARPNESS[-1])}), where a dictionary has nothing to say.
+        What softness buys is a slope to learn from: it is largest at sharpness {number(SHARPNESS[best])}
+        ({number(slope[best])}), and is {number(slope[0])} for the mean
+        and {number(slope[-1])} for the almost exact lookup, so neither extreme can be trained.
+        """)
     sources = (
         "Vaswani et al. 2017, Attention Is All You Need, section 3.2: an output is a weighted sum of values, "
         "arxiv.org/abs/1706.03762",

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from qkv.functional import attention, weights
-from qkv.insight.answer import Answer, Measured
+from qkv.insight.answer import Answer, Measured, prose
 from qkv.insight.terminal import heatmap, number, table
 
 # The concept behind each word; both languages share the concepts, each adds its own noise. Nothing is learned.
 ENGLISH = (("the", 0), ("black", 2), ("cat", 1), ("sleeps", 3), ("now", 4))
 FRENCH = (("le", 0), ("chat", 1), ("noir", 2), ("dort", 3))
-SIZE = 16
+SIZE, SHARP = 16, 8.0
+QUESTION = "Which one is Q, which is K, which is V?"
+SOURCES = (
+    "Bahdanau, Cho, Bengio 2014, Neural Machine Translation by Jointly Learning to Align and Translate, "
+    "arxiv.org/abs/1409.0473",
+    "Vaswani et al. 2017, section 3.2.3 (self- and cross-attention), arxiv.org/abs/1706.03762",
+    "The question itself: stats.stackexchange.com/questions/421935",
+)
 
 WORDS = (
     ("", "Q asks", "K is matched", "V is returned"),
@@ -31,25 +39,17 @@ def run(seed: int) -> Answer:
     english = _sentence(ENGLISH, concepts, rng)
     french = _sentence(FRENCH, concepts, rng)
     values = torch.randn(1, 1, len(FRENCH), 3, generator=rng, dtype=torch.float64)  # Dv = 3, unlike D = 16
-    scale = 8.0
 
-    written = weights(english, french, scale=scale)[0, 0]  # English is being written: it asks the French
-    swapped = weights(french, english, scale=scale)[0, 0]
-    out = attention(english, french, values, scale=scale)
-    itself = attention(english, english, english, scale=scale)
-    back = attention(french, english, english, scale=scale)
-
-    order_q = torch.randperm(len(ENGLISH), generator=rng)
-    order_k = torch.arange(len(FRENCH)).roll(1)  # a shuffle that leaves nothing in place
-    moved_q = attention(english[:, :, order_q], french, values, scale=scale)
-    moved_kv = attention(english, french[:, :, order_k], values[:, :, order_k], scale=scale)
-    moved_v = attention(english, french, values[:, :, order_k], scale=scale)
+    written = weights(english, french, scale=SHARP)[0, 0]  # English is being written: it asks the French
+    swapped = weights(french, english, scale=SHARP)[0, 0]
+    out = attention(english, french, values, scale=SHARP)
+    itself = attention(english, english, english, scale=SHARP)
+    back = attention(french, english, english, scale=SHARP)
+    moved = _reordered(english, french, values, out, rng)
 
     shared = [row for row, (_, concept) in enumerate(ENGLISH) if concept in [c for _, c in FRENCH]]
     right = [FRENCH[written[row].argmax()][1] == ENGLISH[row][1] for row in shared]
     rest = written[[row for row in range(len(ENGLISH)) if row not in shared]].max().item()
-
-    together, alone = ((moved - out).abs().max().item() for moved in (moved_kv, moved_v))
     numbers: dict[str, Measured] = {
         "self: tokens asking, tokens offered, rows of out": (len(ENGLISH), len(ENGLISH), itself.shape[2]),
         "cross: English asks French": (len(ENGLISH), len(FRENCH), out.shape[2]),
@@ -57,56 +57,58 @@ def run(seed: int) -> Answer:
         "columns of q, of k, of v, of out": (SIZE, SIZE, values.shape[3], out.shape[3]),
         "words that found their translation": sum(right) / len(right),
         'largest weight of "now", which has none': rest,
-        "q reordered: out, put back in order, changes by": (moved_q - out[:, :, order_q]).abs().max().item(),
-        "k and v reordered together: out changes by": together,
-        "v reordered alone: out changes by": alone,
+        **moved,
     }
-    names_e, names_f = [w for w, _ in ENGLISH], [w for w, _ in FRENCH]
-    picture = "\n".join(
-        [
-            table(WORDS),
-            "",
-            "English asks French (rows ask, columns are K and V):",
-            heatmap(written.tolist(), names_e, names_f),
-            "",
-            "roles swapped, French asks English:",
-            heatmap(swapped.tolist(), names_f, names_e),
-        ]
-    )
-    paired = together < 1e-9 < alone
-    verdict = (
-        f"Q is the side that asks: out has one row for each query ({out.shape[2]} English words ask {len(FRENCH)} "
-        f"French ones, "
-        f"out has {out.shape[2]} rows; swapped, {back.shape[2]}), in the queries' order. "
-        + (
-            "K and V are two faces of the same entries: reorder both and nothing changes "
-            f"({number(together)}), reorder V alone and out changes by "
-            f"{number(alone)}. "
-            if paired
-            else "Reordering k and v together changed out, which must not happen. "
-        )
-        + f"q and k are compared, so they share a width ({SIZE}); v is only averaged, so its width "
-        f"({values.shape[3]}) is free "
-        f"and becomes out's. Self-attention is the case where one sequence plays all three parts; cross-attention "
-        f"takes K and V "
-        f"from another. Bahdanau's translation of 2014 is cross-attention with K = V: c_i = Σ_j a_ij h_j, the query "
-        f"is the state "
-        f"of the writer, the h_j are both keys and values. {sum(right)} of {len(right)} words with a translation "
-        f"found it; "
-        f'"now" has none, yet its weights must sum to 1, so {number(rest)} goes to a word that is merely nearest. '
-        f"The words' vectors share concepts by construction; nothing here was learned."
-    )
-    sources = (
-        "Bahdanau, Cho, Bengio 2014, Neural Machine Translation by Jointly Learning to Align and Translate, "
-        "arxiv.org/abs/1409.0473",
-        "Vaswani et al. 2017, section 3.2.3 (self- and cross-attention), arxiv.org/abs/1706.03762",
-        "The question itself: stats.stackexchange.com/questions/421935",
-    )
-    return Answer("names", "Which one is Q, which is K, which is V?", numbers, picture, verdict, sources)
+    verdict = _verdict(out.shape[2], back.shape[2], values.shape[3], [*moved.values()][1:], right, rest)
+    return Answer("names", QUESTION, numbers, _picture(written, swapped), verdict, SOURCES)
 
 
-def _sentence(words: tuple[tuple[str, int], ...], concepts: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
+def _reordered(english: Tensor, french: Tensor, values: Tensor, out: Tensor, rng: torch.Generator) -> dict[str, float]:
+    """By how much out changes when q, k and v together, or v alone, are put in another order."""
+    order_q = torch.randperm(len(ENGLISH), generator=rng)
+    order_k = torch.arange(len(FRENCH)).roll(1)  # a shuffle that leaves nothing in place
+    q = attention(english[:, :, order_q], french, values, scale=SHARP)
+    kv = attention(english, french[:, :, order_k], values[:, :, order_k], scale=SHARP)
+    v = attention(english, french, values[:, :, order_k], scale=SHARP)
+    return {
+        "q reordered: out, put back in order, changes by": (q - out[:, :, order_q]).abs().max().item(),
+        "k and v reordered together: out changes by": (kv - out).abs().max().item(),
+        "v reordered alone: out changes by": (v - out).abs().max().item(),
+    }
+
+
+def _picture(written: Tensor, swapped: Tensor) -> str:
+    english, french = [word for word, _ in ENGLISH], [word for word, _ in FRENCH]
+    asks = f"English asks French (rows ask, columns are K and V):\n{heatmap(written.tolist(), english, french)}"
+    back = f"roles swapped, French asks English:\n{heatmap(swapped.tolist(), french, english)}"
+    return f"{table(WORDS)}\n\n{asks}\n\n{back}"
+
+
+def _verdict(rows: int, back: int, width: int, moved: list[float], right: list[bool], rest: float) -> str:
+    together, alone = moved
+    paired = "Reordering k and v together changed out, which must not happen."
+    if together < 1e-9 < alone:
+        paired = f"""
+            K and V are two faces of the same entries: reorder both and nothing changes ({number(together)}),
+            reorder V alone and out changes by {number(alone)}."""
+    return prose(f"""
+        Q is the side that asks: out has one row for each query ({rows} English words ask {len(FRENCH)} French ones,
+        out has {rows} rows; swapped, {back}), in the queries' order.
+        {paired}
+        q and k are compared, so they share a width ({SIZE});
+        v is only averaged, so its width ({width}) is free and becomes out's.
+        Self-attention is the case where one sequence plays all three parts;
+        cross-attention takes K and V from another.
+        Bahdanau's translation of 2014 is cross-attention with K = V: c_i = Σ_j a_ij h_j,
+        the query is the state of the writer, the h_j are both keys and values.
+        {sum(right)} of {len(right)} words with a translation found it; "now" has none, yet its weights must sum to 1,
+        so {number(rest)} goes to a word that is merely nearest.
+        The words' vectors share concepts by construction; nothing here was learned.
+        """)
+
+
+def _sentence(words: tuple[tuple[str, int], ...], concepts: Tensor, rng: torch.Generator) -> Tensor:
     noise = torch.randn(len(words), SIZE, generator=rng, dtype=torch.float64)
     rows = torch.stack([concepts[concept] for _, concept in words])
-    noisy: torch.Tensor = rows + 0.3 * noise / noise.norm(dim=-1, keepdim=True)
+    noisy: Tensor = rows + 0.3 * noise / noise.norm(dim=-1, keepdim=True)
     return noisy[None, None]  # (1, 1, L, SIZE)

@@ -2,27 +2,60 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 import torch
 
 from qkv.functional import attention, weights
-from qkv.insight.answer import Answer
+from qkv.insight.answer import Answer, Measured, prose
 from qkv.insight.terminal import bar, number
 
 PART, TOKENS = 32, 24  # a token is [wants | is | carries], three parts of 32 numbers
 WIDTH, HEAD, HEADS = 512, 64, 8  # the layer whose folding is priced
 RANKS = (8, 32, 64, 128)
+SOURCES = (
+    "Vaswani et al. 2017, section 3.2.2, arxiv.org/abs/1706.03762",
+    "DeepSeek-AI 2024, DeepSeek-V2 (latent attention absorbs its projections), arxiv.org/abs/2405.04434",
+    "Karbevski, Mijoski 2025 (abstract): W_Q can be left out under stated assumptions, arxiv.org/abs/2510.23912",
+)
 
 
 def run(seed: int) -> Answer:
     """Leave out one projection at a time on a task that needs all three, then fold them."""
     rng = torch.Generator().manual_seed(seed)
+    found = _without(rng)
+    fold = _fold(rng)
+    numbers: dict[str, Measured] = {f"tokens found, {name}": value for name, value in found.hits.items()}
+    numbers["tokens that find themselves, neither"] = found.itself
+    numbers["error of out, all three"] = found.error
+    numbers |= {f"share of out that is the load, {name}": found.loads[name] for name in ("all three", "no W_V")}
+    numbers |= fold
+    numbers[f"rank of the scores, W_Q and W_K {', '.join(map(str, RANKS))} wide"] = _ranks(rng)
+    wide = max(map(len, found.hits))
+    lines = [f"  {name:<{wide}}  {bar(value, 30)} {value:.0%}" for name, value in found.hits.items()]
+    picture = "\n".join(["tokens that found their partner", *lines])
+    question = "What do W_Q, W_K and W_V each buy, and what does folding them cost?"
+    return Answer("projections", question, numbers, picture, _verdict(found, fold), SOURCES)
+
+
+@dataclass
+class _Found:
+    """By case, which projections there are: tokens that found their partner, the load's share of out, out's width."""
+
+    hits: dict[str, float] = field(default_factory=dict)
+    loads: dict[str, float] = field(default_factory=dict)
+    widths: dict[str, int] = field(default_factory=dict)
+    itself: float = 0.0  # tokens that find themselves, without W_Q and W_K
+    error: float = 0.0  # of out against the partner's load, with all three
+
+
+def _without(rng: torch.Generator) -> _Found:
     x, wanted = _tokens(rng)
     carried = x[:, 2 * PART :]
     zero, one = torch.zeros(PART, PART, dtype=torch.float64), torch.eye(PART, dtype=torch.float64)
     wants, is_, carries = (torch.cat([one if i == part else zero for i in range(3)]) for part in range(3))
     identity = torch.eye(3 * PART, dtype=torch.float64)
     widen = torch.cat([one, zero, zero], 1)  # puts a part's numbers back where the identity would look for them
-
     cases = {
         "all three": (wants, is_, carries),
         "no W_Q": (identity, is_ @ torch.cat([zero, one, zero], 1), carries),
@@ -31,69 +64,46 @@ def run(seed: int) -> Answer:
         "no W_Q, W_K refitted": (identity, is_ @ widen, carries),
         "no W_V": (wants, is_, identity),
     }
-    hits, loads, widths = {}, {}, {}
+    result = _Found()
     for name, (w_q, w_k, w_v) in cases.items():
         q, k, v = ((x @ w)[None, None] for w in (w_q, w_k, w_v))
         found = weights(q, k, scale=16.0)[0, 0].argmax(-1)
         out = attention(q, k, v, scale=16.0)[0, 0]
-        hits[name] = (found == wanted).double().mean().item()
-        loads[name] = (out[:, -PART:].square().sum() / out.square().sum()).item()  # the load stands last in any out
-        widths[name] = out.shape[1]
+        result.hits[name] = (found == wanted).double().mean().item()
+        load = out[:, -PART:].square().sum() / out.square().sum()  # the load stands last in any out
+        result.loads[name], result.widths[name] = load.item(), out.shape[1]
         if name == "neither":
-            itself = (found == torch.arange(TOKENS)).double().mean().item()
+            result.itself = (found == torch.arange(TOKENS)).double().mean().item()
         if name == "all three":
-            error = ((out - carried[wanted]).norm() / carried.norm()).item()
+            result.error = ((out - carried[wanted]).norm() / carried.norm()).item()
+    return result
 
-    fold = _fold(rng)
-    numbers: dict[str, float | tuple[float, ...]] = {f"tokens found, {name}": value for name, value in hits.items()}
-    numbers["tokens that find themselves, neither"] = itself
-    numbers["error of out, all three"] = error
-    numbers |= {f"share of out that is the load, {name}": loads[name] for name in ("all three", "no W_V")}
-    numbers |= fold
-    numbers[f"rank of the scores, W_Q and W_K {', '.join(map(str, RANKS))} wide"] = _ranks(rng)
-    verdict = (
-        f"Each token wants something, is something and carries something. W_Q reads what it wants, W_K what it is, "
-        f"W_V what it "
-        f"carries; with all three {hits['all three']:.0%} of the tokens find their partner and out is the partner's "
-        f"load (error "
-        f"{number(error)}). With neither W_Q nor W_K {hits['neither']:.0%} do, and {itself:.0%} find themselves. "
-        f"Dropping one alone leaves {hits['no W_Q']:.0%} and {hits['no W_K']:.0%}, but refit W_K and W_Q is not "
-        f"missed "
-        f"({hits['no W_Q, W_K refitted']:.0%}): only the product W_Q W_Kᵀ matters (for W_V and the output projection "
-        f"it is "
-        f"the same). Without W_V {hits['no W_V']:.0%} are found but out is all of the partner: {widths['no W_V']} "
-        f"numbers "
-        f"instead of {widths['all three']}, {loads['no W_V']:.0%} of it load. So why two matrices and not their "
-        f"product? "
-        f"Folding is exact (weights differ by {number(fold['fold: largest difference of the weights'])}), but the "
-        f"product is "
-        f"{WIDTH} wide and of rank {HEAD}: {number(fold['parameters, folded'])} parameters instead of "
-        f"{number(fold['parameters, two thin matrices'])} for {HEADS} heads, {number(fold['FLOPs a score, folded'])} "
-        f"operations "
-        f"a score instead of {number(fold['FLOPs a score, thin'])}. What it saves is cache: x itself "
-        f"({number(fold['cached numbers a token, folded'])} numbers a token) instead of every head's k and v "
-        f"({number(fold['cached numbers a token, thin'])}); latent attention (MLA) folds into a narrow latent to have "
-        f"both. "
-        f"A rotation between the two (RoPE) stops it: the product then depends on the distance, and changes by "
-        f"{fold['fold under a rotation: the product changes by']:.0%} from one step to the next."
-    )
-    wide = max(map(len, hits))
-    picture = "tokens that found their partner\n" + "\n".join(
-        f"  {name:<{wide}}  {bar(value, 30)} {value:.0%}" for name, value in hits.items()
-    )
-    sources = (
-        "Vaswani et al. 2017, section 3.2.2, arxiv.org/abs/1706.03762",
-        "DeepSeek-AI 2024, DeepSeek-V2 (latent attention absorbs its projections), arxiv.org/abs/2405.04434",
-        "Karbevski, Mijoski 2025 (abstract): W_Q can be left out under stated assumptions, arxiv.org/abs/2510.23912",
-    )
-    return Answer(
-        "projections",
-        "What do W_Q, W_K and W_V each buy, and what does folding them cost?",
-        numbers,
-        picture,
-        verdict,
-        sources,
-    )
+
+def _verdict(found: _Found, fold: dict[str, float]) -> str:
+    hits, widths = found.hits, found.widths
+    cost = {name: number(value) for name, value in fold.items()}
+    return prose(f"""
+        Each token wants something, is something and carries something.
+        W_Q reads what it wants, W_K what it is, W_V what it carries;
+        with all three {hits["all three"]:.0%} of the tokens find their partner
+        and out is the partner's load (error {number(found.error)}).
+        With neither W_Q nor W_K {hits["neither"]:.0%} do, and {found.itself:.0%} find themselves.
+        Dropping one alone leaves {hits["no W_Q"]:.0%} and {hits["no W_K"]:.0%}, but refit W_K and W_Q is not missed
+        ({hits["no W_Q, W_K refitted"]:.0%}): only the product W_Q W_Kᵀ matters
+        (for W_V and the output projection it is the same).
+        Without W_V {hits["no W_V"]:.0%} are found but out is all of the partner: {widths["no W_V"]} numbers
+        instead of {widths["all three"]}, {found.loads["no W_V"]:.0%} of it load.
+        So why two matrices and not their product?
+        Folding is exact (weights differ by {cost["fold: largest difference of the weights"]}), but the product
+        is {WIDTH} wide and of rank {HEAD}: {cost["parameters, folded"]} parameters
+        instead of {cost["parameters, two thin matrices"]} for {HEADS} heads,
+        {cost["FLOPs a score, folded"]} operations a score instead of {cost["FLOPs a score, thin"]}.
+        What it saves is cache: x itself ({cost["cached numbers a token, folded"]} numbers a token)
+        instead of every head's k and v ({cost["cached numbers a token, thin"]});
+        latent attention (MLA) folds into a narrow latent to have both.
+        A rotation between the two (RoPE) stops it: the product then depends on the distance,
+        and changes by {fold["fold under a rotation: the product changes by"]:.0%} from one step to the next.
+        """)
 
 
 def _tokens(rng: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
