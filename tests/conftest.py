@@ -7,13 +7,12 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from tests.gates import gate
-from tests.kit import private
+from tests.kit import backends, private
 from tests.kit.skips import pytest_make_collect_report, pytest_runtest_makereport  # noqa: F401 (hooks)
 
 
 def pytest_report_header() -> str:
-    return f"qkv backends: {', '.join(gate.backends())}"
+    return f"qkv backends: {', '.join(backends.available())}"
 
 
 @pytest.fixture

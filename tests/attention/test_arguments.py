@@ -12,9 +12,8 @@ import pytest
 import torch
 
 import qkv
-from tests.gates import gate
-from tests.gates.gate import Question
-from tests.kit import judge
+from tests.gates.calls import CALLS, Question
+from tests.kit import backends, judge
 from tests.kit.cases import Config
 from tests.kit.inputs import materialise
 from tests.kit.oracle import visible
@@ -91,24 +90,24 @@ def question(change: str, dtype: str) -> Question:
         built.leaves[name] = tensor
         setattr(built.oracle, name, judge.numbers(tensor).astype(built.oracle.q.dtype))
     built.hidden[:] = False
-    return Question.of(config, built)
+    return CALLS.question(config, built)
 
 
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
 @pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("backend", gate.backends())
+@pytest.mark.parametrize("backend", backends.available())
 def test_argument_matters_or_raises(backend: str, change: str, dtype: str) -> None:
     base, changed = question(_PAIRS.get(change, ""), dtype), question(change, dtype)
     different = abs(base.truth.out - changed.truth.out).max()
     assert different > 0.05, "by the oracle the argument does nothing: the test would prove nothing"
-    outcome = gate.ask(changed, backend)
+    outcome = CALLS.ask(changed, backend)
     if not outcome.refused:
         assert not outcome.faults, outcome.faults
     else:
-        assert gate.may_refuse(backend, changed.config), outcome.refused
+        assert backends.may_refuse(backend, changed.config), outcome.refused
 
 
-@pytest.mark.parametrize("backend", gate.backends())
+@pytest.mark.parametrize("backend", backends.available())
 def test_tensors_matter(backend: str) -> None:
     """q, k and v themselves, element by element of a row, key and value."""
     torch.manual_seed(0)
@@ -125,7 +124,7 @@ def test_tensors_matter(backend: str) -> None:
             assert same, f"{name}[..., {dim}]"
 
 
-@pytest.mark.parametrize("backend", gate.backends())
+@pytest.mark.parametrize("backend", backends.available())
 def test_return_lse_matters_or_raises(backend: str) -> None:
     q, k, v = (torch.randn(1, 2, 5, 8) for _ in range(3))
     assert isinstance(qkv.attention(q, k, v, backend=backend), torch.Tensor)
@@ -138,7 +137,7 @@ def test_return_lse_matters_or_raises(backend: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("backend", gate.backends())
+@pytest.mark.parametrize("backend", backends.available())
 def test_dropout_matters_or_raises(backend: str, dtype: torch.dtype) -> None:
     """Values are unit vectors, so `out` shows every weight: dropped, or kept and grown, as the oracle's are."""
     rate, length = 0.3, 96
@@ -188,7 +187,7 @@ def test_weights_take_the_same_arguments(change: str) -> None:
         torch.testing.assert_close(qkv.weights(**call, rows=rows), p[:, :, rows], rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.parametrize("backend", gate.backends())
+@pytest.mark.parametrize("backend", backends.available())
 def test_plan_says_what_attention_does(backend: str) -> None:
     def outcome(function: Callable[..., Any], call: dict[str, Any]) -> str:
         try:

@@ -1,4 +1,4 @@
-"""attention() against an independent row-by-row computation in NumPy: outputs, lse, gradients, edge cases."""
+"""attention() against the oracle: outputs, lse, gradients, edge cases."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import qkv
-from tests.kit.rowwise import BACKENDS, DTYPES, Oracle, inputs, run
+from tests.kit.sharp import BACKENDS, DTYPES, inputs, run
+from tests.kit.truth import Truth
 
 CASES: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -83,12 +84,11 @@ def test_against_the_oracle(case: str, backend: str, dtype: torch.dtype) -> None
     elif mask is not None:
         seen = mask.tensor(Lq, Lk, positions=extra.get("positions", "start"), B=B, Hq=Hq)
     numbers = {name: extra[name] for name in ("scale", "softcap") if name in extra}
-    oracle = Oracle(q, k, v, seen, extra.get("bias"), sinks=extra.get("sinks"), d_out=d_out, d_lse=d_lse, **numbers)
-    oracle.check(out, lse)
-    for name, t in (("q", q), ("k", k), ("v", v), *((n, extra[n]) for n in ("bias", "sinks") if n in extra)):
-        assert t.grad.dtype == t.dtype
-        assert t.grad.shape == t.shape
-        oracle.check_gradient(name, t.grad)
+    truth = Truth(q, k, v, seen, extra.get("bias"), sinks=extra.get("sinks"), d_out=d_out, d_lse=d_lse, **numbers)
+    truth.check(out, lse)
+    leaves = {"q": q, "k": k, "v": v} | {name: extra[name] for name in ("bias", "sinks") if name in extra}
+    assert all(t.grad.dtype == t.dtype for t in leaves.values())
+    truth.check_gradients(**{name: t.grad for name, t in leaves.items()})
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -97,7 +97,7 @@ def test_large_and_small_magnitudes(backend: str, magnitude: float) -> None:
     q, k, v = inputs(Lq=5, Lk=6)
     q, v = q * magnitude, v * magnitude
     out, lse = qkv.attention(q, k, v, return_lse=True, backend=backend)
-    Oracle(q, k, v).check(out, lse)
+    Truth(q, k, v).check(out, lse)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -108,7 +108,7 @@ def test_scores_far_from_zero(backend: str, shift: float) -> None:
     bias = torch.full((4, 6), shift)
     mask = qkv.causal()
     out = qkv.attention(q, k, v, mask=mask, positions="end", bias=bias, backend=backend)
-    Oracle(q, k, v, mask.tensor(4, 6, positions="end"), bias).check(out)
+    Truth(q, k, v, mask.tensor(4, 6, positions="end"), bias).check(out)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -12,7 +12,7 @@ import qkv
 from qkv.backends import base
 from qkv.errors import UnsupportedError
 from tests.kit import private
-from tests.kit.rowwise import inputs
+from tests.kit.sharp import inputs
 
 
 def test_plan_says_what_runs() -> None:

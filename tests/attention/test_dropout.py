@@ -11,8 +11,8 @@ import torch
 import qkv
 from qkv.backends import base
 from qkv.call.problem import Inputs
-from tests.gates import gate
-from tests.kit.rowwise import BACKENDS, inputs
+from tests.kit import backends
+from tests.kit.sharp import BACKENDS, inputs
 
 
 def test_dropout_is_one_mask_for_every_tiling() -> None:
@@ -33,7 +33,7 @@ def test_dropout_is_one_mask_for_every_tiling() -> None:
     assert torch.allclose(results[0][1], qkv.attention(q, k, v, return_lse=True)[1], atol=1e-5)
 
 
-@pytest.mark.parametrize("backend", [name for name in gate.backends() if name != "sdpa"])
+@pytest.mark.parametrize("backend", backends.promising())
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("Lq", "Lk"), [(1, 83), (3, 530), (70, 131)])
 def test_every_backend_drops_the_weights_that_the_hash_names(

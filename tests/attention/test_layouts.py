@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import qkv
-from tests.kit.rowwise import BACKENDS, inputs
+from tests.kit.sharp import BACKENDS, inputs
 
 
 def layouts(x: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -1,6 +1,6 @@
 """Finite scores of any magnitude: what people's masks and features make of them, on every backend.
 
-The gates have the exact cases under the error rule (`tests/wide.py`). Here stand the ways that lead there: additive
+The gates have the exact cases under the error rule (`tests/kit/wide.py`). Here stand the ways that lead there: additive
 masks of -1e12 and lower on padded rows, raw features as queries and keys, a large scale, and training that saturates.
 """
 
@@ -16,11 +16,10 @@ from torch import Tensor
 import qkv
 import qkv.compat
 import qkv.nn
-from tests.gates import gate
-from tests.kit import saturated
+from tests.kit import backends, saturated
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-BACKENDS = tuple(name for name in gate.backends() if name != "sdpa")
+BACKENDS = backends.promising()
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 TOP = torch.finfo(torch.float32).max
 LARGE = (-1e9, -1e10, -1e12, -1e15, -1e18, -1e25, -1e32, 1e10, 1e12, -TOP / 2, -TOP, TOP / 2)

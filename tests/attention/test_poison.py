@@ -13,15 +13,16 @@ import pytest
 import torch
 
 import qkv
-from tests.gates import gate
-from tests.kit import skips
+from tests.gates.calls import run
+from tests.kit import backends, skips
+from tests.kit.bits import exact
 from tests.kit.cases import Config
 from tests.kit.inputs import Inputs, materialise
 
 DTYPES = ("f32", "bf16", "f16", "f64")
 POISONS = ("nan", "inf", "huge", "magnet")
 pytestmark = pytest.mark.usefixtures("one_thread")
-PROMISING = [name for name in gate.backends() if name != "sdpa"]
+PROMISING = backends.promising()
 
 _SIZES = {"B": 2, "Hq": 4, "Hkv": 2, "Lq": 19, "Lk": 70, "D": 16, "Dv": 24, "positions": ("end",)}
 _STRIDED = {"q": "padded", "k": "step_rows", "v": "padded", "dout": "step_dim", "mask": "step_dim"}
@@ -50,19 +51,9 @@ CONFIGS = {
 }
 
 
-def results(inputs: Inputs, backend: str) -> dict[str, torch.Tensor]:
-    out, lse, grads = gate.attend_with(backend)(inputs)
-    return {"out": out, "lse": lse} | {f"d{name}": grad for name, grad in grads.items()}
-
-
 @cache
 def inputs_of(kind: str, dtype: str, poison: str) -> Inputs:
     return materialise(replace(CONFIGS[kind], dtype=dtype, layouts=_STRIDED, seed=11, poison=poison))
-
-
-def bits(x: torch.Tensor) -> bytes:
-    """The bytes of the values: equal for equal NaN, different for 0 and -0."""
-    return x.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -70,21 +61,21 @@ def bits(x: torch.Tensor) -> bytes:
 @pytest.mark.parametrize("backend", PROMISING)
 def test_hidden_slots_and_gaps_are_unread(backend: str, kind: str, dtype: str) -> None:
     config = CONFIGS[kind]
-    if gate.may_refuse(backend, config):
+    if backends.may_refuse(backend, config):
         with pytest.raises(qkv.UnsupportedError):
-            results(inputs_of(kind, dtype, "nan"), backend)
+            run(inputs_of(kind, dtype, "nan"), backend)
         return
-    clean = results(inputs_of(kind, dtype, "zero"), backend)
+    clean = run(inputs_of(kind, dtype, "zero"), backend)
     for poison in POISONS:
-        dirty = results(inputs_of(kind, dtype, poison), backend)
-        changed = [name for name in clean if bits(clean[name]) != bits(dirty[name])]
+        dirty = run(inputs_of(kind, dtype, poison), backend)
+        changed = [name for name in clean if exact(clean[name]) != exact(dirty[name])]
         assert not changed, f"{poison} in hidden slots changed {changed} of {config}"
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("where", ["k", "v"])
 @pytest.mark.parametrize("backend", PROMISING)
-def test_rows_that_do_not_see_a_broken_key_keep_their_bits(backend: str, where: str, value: float) -> None:
+def test_rows_that_do_not_see_a_broken_key_keep_their_exact(backend: str, where: str, value: float) -> None:
     """A key that some rows see and others do not: the others are as if it were 0."""
     at, total = 37, 64
     for dtype in (torch.float32, torch.bfloat16):
@@ -100,8 +91,8 @@ def test_rows_that_do_not_see_a_broken_key_keep_their_bits(backend: str, where: 
             found.append([out, lse, torch.autograd.grad(out, tensors["q"], dout)[0]])
         rows = [i for i in range(total) if not at <= i < at + 9]
         for name, clean, dirty in zip(("out", "lse", "dq"), *found, strict=True):
-            assert bits(clean[:, :, rows]) == bits(dirty[:, :, rows]), f"{name} {dtype}"
-            assert bits(clean[:, 0]) == bits(dirty[:, 0]), f"{name} of the other head, {dtype}"
+            assert exact(clean[:, :, rows]) == exact(dirty[:, :, rows]), f"{name} {dtype}"
+            assert exact(clean[:, 0]) == exact(dirty[:, 0]), f"{name} of the other head, {dtype}"
 
 
 _GUARDED = """

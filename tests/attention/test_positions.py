@@ -10,7 +10,7 @@ import torch
 
 import qkv
 from qkv.errors import ArgumentError
-from tests.kit.rowwise import BACKENDS, inputs
+from tests.kit.sharp import BACKENDS, inputs
 
 
 def test_positions_have_to_be_said() -> None:

@@ -11,7 +11,7 @@ import torch
 import qkv
 from qkv.errors import ArgumentError, ArgumentTypeError, QKVError
 from tests.kit import private
-from tests.kit.rowwise import inputs
+from tests.kit.sharp import inputs
 
 
 class _Prepared:

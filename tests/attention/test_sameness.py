@@ -12,13 +12,14 @@ import pytest
 import torch
 
 import qkv
-from tests.attention.test_poison import bits, results
-from tests.gates import gate
+from tests.gates.calls import run
+from tests.kit import backends
+from tests.kit.bits import exact
 from tests.kit.cases import Config, qkv_bias
 from tests.kit.inputs import Inputs, lay, materialise
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-PROMISING = [name for name in gate.backends() if name != "sdpa"]
+PROMISING = backends.promising()
 
 CALLS = {
     "prefill": Config(B=3, Hq=2, Hkv=1, Lq=131, Lk=131, D=64, Dv=64, mask=("causal",)),
@@ -67,7 +68,7 @@ SHARED = ("dbias1", "dsinks")
 
 
 def same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor], skip: tuple[str, ...] = ()) -> None:
-    changed = [name for name in one if name not in skip and bits(one[name]) != bits(two[name])]
+    changed = [name for name in one if name not in skip and exact(one[name]) != exact(two[name])]
     assert not changed, f"other bits in {changed}"
 
 
@@ -94,27 +95,27 @@ class TestSame:
         found = []
         for count in (1, 2, 3):
             with threads(count):
-                found.append(results(inputs, backend))
+                found.append(run(inputs, backend))
         same(found[0], found[1])
         same(found[0], found[2])
 
     def test_neighbours_and_place_in_the_batch(self, backend: str, name: str, dtype: str) -> None:
         """Row 1 of three, alone, and as rows 0, 1 and 2 of another batch."""
         inputs = inputs_of(name, dtype, backend.startswith("cpu"))
-        whole = {n: x for n, x in results(inputs, backend).items() if n not in SHARED}
-        alone = results(call_of(inputs, slice(1, 2), torch.clone), backend)
+        whole = {n: x for n, x in run(inputs, backend).items() if n not in SHARED}
+        alone = run(call_of(inputs, slice(1, 2), torch.clone), backend)
         for n, x in whole.items():
-            assert bits(x[1:2]) == bits(alone[n]), f"{n} of a row changes with its neighbours"
-        turned = results(call_of(inputs, EVERY, lambda x: x.roll(1, 0) if x.ndim == 4 else x.clone()), backend)
+            assert exact(x[1:2]) == exact(alone[n]), f"{n} of a row changes with its neighbours"
+        turned = run(call_of(inputs, EVERY, lambda x: x.roll(1, 0) if x.ndim == 4 else x.clone()), backend)
         for n in ("out", "lse"):
-            assert bits(whole[n]) == bits(turned[n].roll(-1, 0)), f"{n} changes with the place in the batch"
+            assert exact(whole[n]) == exact(turned[n].roll(-1, 0)), f"{n} changes with the place in the batch"
 
     def test_strides(self, backend: str, name: str, dtype: str) -> None:
         inputs = inputs_of(name, dtype, backend.startswith("cpu"))
-        plain = results(call_of(inputs, EVERY, torch.clone), backend)
+        plain = run(call_of(inputs, EVERY, torch.clone), backend)
         layouts = ("transposed", "step_dim", "column", "padded")
         for layout in (*layouts, "step_rows", "offset") if dtype == "f32" else layouts:
-            same(plain, results(call_of(inputs, EVERY, lambda x, to=layout: lay(x, to)), backend))
+            same(plain, run(call_of(inputs, EVERY, lambda x, to=layout: lay(x, to)), backend))
 
     def test_expanded(self, backend: str, name: str, dtype: str) -> None:
         """Keys and values shared by stride 0 are as if they were copied."""
@@ -125,27 +126,27 @@ class TestSame:
                 setattr(shared, key, lay(shared.leaves[key], layout))
                 shared.leaves[key] = getattr(shared, key)
             copied = call_of(shared, EVERY, lambda x: x.clone(memory_format=torch.contiguous_format))
-            same(results(copied, backend), results(shared, backend))
+            same(run(copied, backend), run(shared, backend))
 
     def test_repetition(self, backend: str, name: str, dtype: str) -> None:
         inputs = inputs_of(name, dtype, backend.startswith("cpu"))
-        first = results(inputs, backend)
+        first = run(inputs, backend)
         for _ in range(2):
-            same(first, results(inputs, backend))
+            same(first, run(inputs, backend))
 
     def test_observed_or_not(self, backend: str, name: str, dtype: str) -> None:
         """return_lse and autograd change nothing in out."""
         inputs = inputs_of(name, dtype, backend.startswith("cpu"))
-        seen = results(inputs, backend)
+        seen = run(inputs, backend)
         kwargs: dict[str, Any] = inputs.call()
         bare = qkv.attention(**kwargs, backend=backend)
-        assert bits(seen["out"]) == bits(bare), "return_lse changes out"
+        assert exact(seen["out"]) == exact(bare), "return_lse changes out"
         grads = torch.autograd.grad(bare, [inputs.q, inputs.v], inputs.dout)
         out, lse = qkv.attention(**kwargs, return_lse=True, backend=backend)
         again = torch.autograd.grad((out, lse), [inputs.q, inputs.v], (inputs.dout, torch.zeros_like(lse)))
-        assert [bits(g) for g in grads] == [bits(g) for g in again], "a gradient of 0 through lse changes the others"
+        assert [exact(g) for g in grads] == [exact(g) for g in again], "a gradient of 0 through lse changes the others"
         with torch.no_grad():
             quiet, quiet_lse = qkv.attention(**kwargs, return_lse=True, backend=backend)
             only = qkv.attention(**kwargs, backend=backend)
-        assert bits(seen["out"]) == bits(quiet) == bits(only), "autograd changes out"
-        assert bits(seen["lse"]) == bits(quiet_lse)
+        assert exact(seen["out"]) == exact(quiet) == exact(only), "autograd changes out"
+        assert exact(seen["lse"]) == exact(quiet_lse)

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import qkv
-from tests.kit.rowwise import BACKENDS, Oracle, inputs
+from tests.kit.sharp import BACKENDS, inputs
+from tests.kit.truth import Truth
 
 
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf, 3e38], ids=str)
@@ -73,7 +74,7 @@ def test_visible_nan_and_inf(backend: str) -> None:
     out, lse = qkv.attention(q, k, v, bias=plus, return_lse=True, backend=backend)
     assert out[0, :, 1].isnan().all()
     assert lse[0, :, 1].isnan().all()
-    Oracle(q[:, :, 2:3], k, v, bias=plus[2:3]).check(out[:, :, 2:3])
+    Truth(q[:, :, 2:3], k, v, bias=plus[2:3]).check(out[:, :, 2:3])
     out, lse = qkv.attention(q, k, v, bias=torch.full((4, 4), -torch.inf), return_lse=True, backend=backend)
     assert not out.any()
     assert (lse == -torch.inf).all()

@@ -9,7 +9,7 @@ import torch
 
 import qkv
 from qkv.errors import ArgumentError, ArgumentTypeError
-from tests.kit.rowwise import inputs
+from tests.kit.sharp import inputs
 
 
 @pytest.mark.parametrize("rows", [slice(None), slice(1, 6, 2), 3, -1, [4, 0], torch.tensor([2, 2]), []], ids=str)

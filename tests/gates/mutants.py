@@ -5,8 +5,8 @@
 A Python mutant is the plain implementation of `plain.py` with one line wrong. A native mutant is the shipped kernel
 compiled once more with a run-time number that switches one mistake on (`_native_mutants`, absent from what is
 shipped). Both face the gate's own checks on the gate's own configurations; no mutant has a test of its own. A native
-one that is still alive then faces the configurations of `views_gate` and the sums of `saturated`, and those of
-`GLUE_MUTANTS`, mistakes between a view and its kernels, face these alone.
+one that is still alive then faces the configurations of `view_calls` and the sums of `saturated`, and those of
+`glue.GLUE_MUTANTS`, mistakes between a view and its kernels, face these alone.
 """
 
 from __future__ import annotations
@@ -24,15 +24,18 @@ from typing import Any
 
 import torch
 
-from tests.gates import gate, views_gate
-from tests.kit import private, saturated
+from tests.gates import calls, glue, view_calls
+from tests.gates.calls import CALLS
+from tests.gates.view_calls import VIEWS
+from tests.kit import backends, private, saturated
 from tests.kit.cases import CASES, Config
+from tests.kit.gate import Gate
 from tests.kit.generator import random_config
 from tests.kit.plain import PYTHON_MUTANTS, Plain
-from tests.kit.views import random_view_config
+from tests.kit.views import ViewConfig
 
-VIEWS = 60  # configurations on pages
-AnyQuestion = gate.Question | views_gate.Question
+PAGED = 60  # configurations on pages
+AnyQuestion = calls.Question | view_calls.Question
 
 
 @dataclass(frozen=True)
@@ -46,20 +49,20 @@ class Trial:
     asked: int
 
 
-def questions(configs: Sequence[Config]) -> list[gate.Question]:
-    return [gate.Question.of(config) for config in configs]
+def questions(configs: Sequence[Config]) -> list[calls.Question]:
+    return [CALLS.question(config) for config in configs]
 
 
 @cache
-def view_questions() -> tuple[views_gate.Question, ...]:
-    return tuple(views_gate.Question.of(random_view_config(seed)) for seed in range(VIEWS))
+def view_questions() -> tuple[view_calls.Question, ...]:
+    return tuple(VIEWS.question(VIEWS.random(seed)) for seed in range(PAGED))
 
 
-def try_python(bug: str, asked: Iterable[gate.Question]) -> Trial:
+def try_python(bug: str, asked: Iterable[calls.Question]) -> Trial:
     """Ask until a check fails. `bug` "" is the implementation without a mistake."""
     count = 0
     for count, question in enumerate(asked, 1):
-        outcome = gate.ask(question, "python", lambda inputs: Plain(inputs, bug)())
+        outcome = CALLS.ask(question, "python", lambda inputs: Plain(inputs, bug)())
         if outcome.faults:
             return Trial("python", bug, question.config.seed, outcome.faults[0], count)
     return Trial("python", bug, None, "", count)
@@ -67,9 +70,9 @@ def try_python(bug: str, asked: Iterable[gate.Question]) -> Trial:
 
 def try_glue(name: str) -> Trial:
     """The views' questions to qkv with a mistake of `GLUE_MUTANTS`, on the best and on a copying backend."""
-    found = views_gate.killer(name, view_questions(), (None, "tiled"))
+    found = glue.killer(name, view_questions(), (None, "tiled"))
     if found is None:
-        return Trial("glue", name, None, "", VIEWS)
+        return Trial("glue", name, None, "", PAGED)
     return Trial("glue", name, found[0].config.seed, found[1], view_questions().index(found[0]) + 1)
 
 
@@ -82,7 +85,7 @@ def native_mutants() -> Any:
         return None
 
 
-def try_native(number: int, name: str, asked: Sequence[gate.Question], isas: Sequence[str]) -> Trial:
+def try_native(number: int, name: str, asked: Sequence[calls.Question], isas: Sequence[str]) -> Trial:
     """Ask the native backends with mistake `number` switched on; 0 is none."""
     module = native_mutants()
     count = 0
@@ -91,8 +94,7 @@ def try_native(number: int, name: str, asked: Sequence[gate.Question], isas: Seq
         with private.native_kernels(module):
             for count, question in enumerate([*asked, *view_questions()], 1):
                 for isa in isas:
-                    paged = isinstance(question, views_gate.Question)
-                    outcome = views_gate.ask(question, isa) if paged else gate.ask(question, isa)
+                    outcome = _gate_of(question).ask(question, isa)
                     if outcome.faults:
                         return Trial("native", name, question.config.seed, f"{isa}: {outcome.faults[0]}", count)
             for isa in isas:
@@ -103,12 +105,16 @@ def try_native(number: int, name: str, asked: Sequence[gate.Question], isas: Seq
     return Trial("native", name, None, "", count)
 
 
-def _child(pipe: Connection, number: int, name: str, asked: Sequence[gate.Question], isas: Sequence[str]) -> None:
+def _gate_of(question: AnyQuestion) -> Gate[Any, Any]:
+    return VIEWS if isinstance(question.config, ViewConfig) else CALLS
+
+
+def _child(pipe: Connection, number: int, name: str, asked: Sequence[calls.Question], isas: Sequence[str]) -> None:
     torch.set_num_threads(1)
     pipe.send(try_native(number, name, asked, isas))
 
 
-def try_native_apart(number: int, name: str, asked: Sequence[gate.Question], isas: Sequence[str]) -> Trial:
+def try_native_apart(number: int, name: str, asked: Sequence[calls.Question], isas: Sequence[str]) -> Trial:
     """The same in a forked process, so that a mutant that crashes or hangs is a killed mutant and nothing worse."""
     view_questions()  # prepared once, here
     context = multiprocessing.get_context("fork")
@@ -155,20 +161,21 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{trial.kind:<7} {name:<20} {result:<36} {trial.fault[:90]}", flush=True)
 
     if args.only in (None, "python"):
-        plain = [q for q in asked if not q.config.dropout_p]  # `Plain` drops nothing
+        kept = [q for q in asked if not q.config.dropout_p]  # `Plain` drops nothing
         for bug in ("", *PYTHON_MUTANTS):
-            tell(try_python(bug, plain), plain)
+            tell(try_python(bug, kept), kept)
     if args.only in (None, "glue"):
-        for name in ("", *views_gate.GLUE_MUTANTS):
+        for name in ("", *glue.GLUE_MUTANTS):
             tell(try_glue(name), view_questions())
     module = native_mutants()
     if args.only in (None, "native") and module is not None:
-        isas = [name for name in gate.backends() if name.startswith("cpu")]
-        native = [q for q in asked if not gate.may_refuse("cpu", q.config)]
+        isas = [name for name in backends.available() if name.startswith("cpu")]
+        native = [q for q in asked if not backends.may_refuse("cpu", q.config)]
         for number, name in enumerate(("", *module.mutant_names())):
             tell(try_native_apart(number, name, native, isas), [*native, *view_questions()])
     elif args.only in (None, "native"):
-        print("native  _native_mutants is not built here: only the Python mutants ran")
+        print("native  _native_mutants is not built here (make gate builds it): nothing says that they die")
+        return 1
     wrong = [t for t in trials if (t.seed is None) != (t.name == "")]
     killed = sum(t.seed is not None for t in trials if t.name)
     print(f"mutants: {killed} of {sum(bool(t.name) for t in trials)} killed, {len(wrong)} wrong verdicts")

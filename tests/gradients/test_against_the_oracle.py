@@ -9,7 +9,8 @@ import torch
 
 import qkv
 from qkv.errors import UnsupportedError
-from tests.kit.rowwise import BACKENDS, Oracle, inputs
+from tests.kit.sharp import BACKENDS, inputs
+from tests.kit.truth import Truth
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -62,8 +63,7 @@ def test_saturated_softcap_keeps_its_gradient() -> None:
     for backend in BACKENDS:
         out = qkv.attention(q, k, v, scale=1.0, softcap=1.0, backend=backend)
         (grad,) = torch.autograd.grad(out, q, torch.ones_like(out))
-        oracle = Oracle(q, k, v, scale=1.0, softcap=1.0, d_out=torch.ones_like(out))
-        oracle.check_gradient("q", grad)
+        Truth(q, k, v, scale=1.0, softcap=1.0, d_out=torch.ones_like(out)).check_gradients(q=grad)
 
 
 def test_changed_inputs_raise() -> None:
@@ -96,6 +96,6 @@ def test_autocast_does_not_lower_precision() -> None:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             out = qkv.attention(q, k, v, backend=backend)
             grad = torch.autograd.grad(out, q, torch.ones_like(out))[0]
-        Oracle(q, k, v).check(out)
+        Truth(q, k, v).check(out)
         plain = torch.autograd.grad(qkv.attention(q, k, v, backend=backend), q, torch.ones_like(out))[0]
         assert torch.equal(grad, plain)

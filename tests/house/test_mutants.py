@@ -6,8 +6,8 @@ from functools import cache
 
 import pytest
 
-from tests.gates import gate, mutants
-from tests.kit import skips
+from tests.gates import calls, mutants
+from tests.kit import backends, skips
 from tests.kit.plain import PYTHON_MUTANTS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -15,7 +15,7 @@ CONFIGS = 60  # random ones after the named cases
 
 
 @cache
-def asked() -> list[gate.Question]:
+def asked() -> list[calls.Question]:
     return [q for q in mutants.questions(mutants.fixed_configs(CONFIGS)) if not q.config.dropout_p]
 
 
@@ -34,8 +34,8 @@ def test_native_mutants_are_killed() -> None:
     module = mutants.native_mutants()
     if module is None:
         pytest.skip(skips.NO_MUTANTS)
-    isas = [name for name in gate.backends() if name.startswith("cpu")]
-    questions = [q for q in asked() if not gate.may_refuse("cpu", q.config)]
+    isas = [name for name in backends.available() if name.startswith("cpu")]
+    questions = [q for q in asked() if not backends.may_refuse("cpu", q.config)]
     trials = [
         mutants.try_native_apart(number, name, questions, isas)
         for number, name in enumerate(["", *module.mutant_names()])
@@ -45,7 +45,7 @@ def test_native_mutants_are_killed() -> None:
 
 
 def test_the_shipped_build_cannot_be_told_to_be_wrong() -> None:
-    if "cpu:portable" in gate.required_backends():
+    if "cpu:portable" in backends.required():
         from qkv import _native
 
         assert not hasattr(_native, "set_mutant")

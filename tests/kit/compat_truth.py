@@ -1,4 +1,4 @@
-"""qkv.compat.sdpa is judged by this: float64 mathematics with error bounds, random calls, two fixtures and marks.
+"""qkv.compat.sdpa against oracle and judge for any leading dimensions; random calls, two fixtures and marks.
 
 A test file takes a fixture by assignment, `own = compat_truth.own`, so that no other file gets it.
 """
@@ -10,12 +10,16 @@ import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from qkv.compat import sdpa
+from tests.kit import judge
+from tests.kit.oracle import Grad
+from tests.kit.truth import Truth
 
 MARKS = [
     pytest.mark.usefixtures("one_thread"),
@@ -26,7 +30,6 @@ ATTRIBUTE = importlib.import_module("qkv.compat.attribute")
 COUNTING = importlib.import_module("qkv.compat.counting")
 TORCH = torch._C._nn.scaled_dot_product_attention
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-TINY = {torch.float16: 2.0**-24, torch.float64: 2.0**-1022}
 
 
 @pytest.fixture(autouse=True)
@@ -49,10 +52,14 @@ def own(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Bounded(NamedTuple):
-    """A result in float64 and how far from it a kernel may be (design: error bounds of outputs and gradients)."""
+    """A result by the oracle, and the judge's bound of how far from it a kernel may be."""
 
     value: Tensor
     bound: Tensor
+
+    @classmethod
+    def of(cls, value: Any, bound: Any) -> Bounded:
+        return cls(*(torch.from_numpy(np.asarray(x, np.float64)) for x in (value, bound)))
 
 
 def _group(x: Tensor, heads: int) -> Tensor:
@@ -60,59 +67,59 @@ def _group(x: Tensor, heads: int) -> Tensor:
     return x[..., torch.arange(heads) // (heads // x.shape[-3]), :, :] if x.shape[-3] else x
 
 
+def _visible(given: dict[str, Tensor], full: tuple[int, ...], causal: bool) -> tuple[Tensor | None, Tensor | None]:
+    """What of (*lead, Lq, Lk) the mask shows, and the bias, in the shape of four dimensions that `_flat` makes."""
+    mask = given.get("mask")
+    seen = torch.ones(full[-2:], dtype=torch.bool).tril() if causal else None
+    if mask is None or mask.dtype == torch.bool:
+        both = seen if mask is None else mask.detach() if seen is None else mask.detach() & seen
+        return None if both is None else _flat(both.expand(full)), None
+    return None if seen is None else _flat(seen.expand(full)), _flat(mask.detach().expand(full))
+
+
+def _flat(x: Tensor) -> Tensor:
+    """Every leading dimension as a head of one batch row."""
+    return x.reshape(1, math.prod(x.shape[:-2]), *x.shape[-2:])
+
+
 def truth(
     given: dict[str, Tensor], cotangent: Tensor, *, causal: bool = False, scale: float | None = None, gqa: bool = False
 ) -> dict[str, Bounded]:
-    """Attention and its gradients by formula, with every factor's absolute value beside it."""
-    dtype = given["q"].dtype
-    eps, acc = (torch.finfo(t).eps for t in (dtype, torch.float64 if dtype == torch.float64 else torch.float32))
-    if dtype == torch.float64:
-        eps, acc = 4 * eps, 4 * acc  # this oracle rounds in float64 too
-    q, k, v = (given[n].detach().double() for n in "qkv")
+    """Attention and its gradients by the oracle, for any leading dimensions, which broadcast."""
+    q, k, v = (given[n].detach() for n in "qkv")
     if gqa:
         k, v = _group(k, q.shape[-3]), _group(v, q.shape[-3])
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
     lead = torch.broadcast_shapes(q.shape[:-2], k.shape[:-2], v.shape[:-2])
     full = (*lead, q.shape[-2], k.shape[-2])
-    bias, visible = torch.zeros(full, dtype=torch.float64), torch.ones(full, dtype=torch.bool)
-    if "mask" in given:
-        mask = given["mask"].detach()
-        visible = visible & (mask if mask.dtype == torch.bool else mask != -math.inf)
-        bias = bias if mask.dtype == torch.bool else mask.double().expand(full).masked_fill(~visible, 0.0)
-    if causal:
-        visible = visible & (torch.arange(full[-1]) <= torch.arange(full[-2])[:, None])
-
-    s = (q @ k.mT * scale + bias).masked_fill(~visible, -math.inf)
-    size = (q.abs() @ k.abs().mT * abs(scale) + bias.abs()).masked_fill(~visible, 0.0)
-    weight = 1 + (size.amax(-1, keepdim=True) if full[-1] else torch.zeros(*full[:-1], 1))
-    p = torch.softmax(s, -1).nan_to_num(0.0) if full[-1] else s
-    do = cotangent.double()
-    dp, dp_size = do @ v.mT, do.abs() @ v.abs().mT
-    ds = p * (dp - (p * dp).sum(-1, keepdim=True))
-    ds_size = p * (dp_size + (p * dp_size).sum(-1, keepdim=True))
-    out = p @ v
-    plain, heavy = p @ v.abs(), (p * weight) @ v.abs()
-    floor = TINY.get(dtype, 2.0**-126) * (1 + float(v.abs().max() if v.numel() else 0))
-    found = {"out": Bounded(out, 2 * eps * plain + 4 * acc * heavy + floor)}
-
-    def gradient(name: str, value: Tensor, plain: Tensor, heavy: Tensor) -> None:
-        shape = given[name].shape
-        parts = []
-        for x in (value, plain, heavy):
-            if gqa and name in "kv":
-                x = x.unflatten(-3, (shape[-3], -1)).sum(-3)
-            parts.append(x.sum_to_size(shape))
-        # one rounding more than the kernel's: PyTorch adds the gradients of what broadcast
-        own_eps = max(eps, torch.finfo(given[name].dtype).eps)  # a float32 mask has a float32 gradient
-        found[name] = Bounded(parts[0], 3 * own_eps * parts[1] + 8 * acc * parts[2] + 64 * floor)
-
-    q_, k_, do_ = q.abs() * abs(scale), k.abs() * abs(scale), do.abs()
-    gradient("q", ds @ k * scale, ds_size @ k_, (ds_size * weight) @ k_)
-    gradient("k", ds.mT @ q * scale, ds_size.mT @ q_, (ds_size * weight).mT @ q_)
-    gradient("v", p.mT @ do, p.mT @ do_, (p * weight).mT @ do_)
-    if "mask" in given and given["mask"].dtype != torch.bool:
-        gradient("mask", ds, ds_size, ds_size * weight)
+    seen, bias = _visible(given, full, causal)
+    flat = (_flat(x.expand(*lead, *x.shape[-2:])) for x in (q, k, v))
+    known = Truth(*flat, seen, bias, scale=scale, d_out=_flat(cotangent))
+    shape = (*full[:-1], v.shape[-1])
+    out = (known.result.out.reshape(shape), judge.output_bound(q.dtype, known.result).reshape(shape))
+    found = {"out": Bounded.of(*out)}
+    names = {"q": "q", "k": "k", "v": "v"} | ({} if bias is None else {"mask": "bias0"})
+    for name, known_as in names.items():
+        grad, own, grouped = known.result.grads[known_as], given[name], gqa and name in "kv"
+        parts = (x.reshape(*lead, *x.shape[-2:]) for x in (grad.value, grad.plain, grad.weighted))
+        mine = Grad(*(_reduced(x, own.shape, grouped) for x in parts))
+        found[name] = Bounded.of(mine.value, _gradient_bound(known, mine, own.dtype, grad.value.size))
     return found
+
+
+def _gradient_bound(known: Truth, grad: Grad, own: torch.dtype, terms: int) -> Any:
+    """For a sum of `terms` numbers: PyTorch adds the gradients of what broadcast, and rounds once more."""
+    each = terms / max(1, grad.value.size)
+    e, tiny = max(judge.eps(known.dtype), judge.eps(own)), max(judge.TINY[known.dtype], judge.TINY[own])
+    return judge.gradient_bound(known.call, known.sizes, known.dtype, grad, (2 + (each > 1)) * e, each * tiny)
+
+
+def _reduced(x: Any, shape: tuple[int, ...], grouped: bool) -> Any:
+    """The sum over what was broadcast to make x from a tensor of `shape`; of groups of heads where they share."""
+    if grouped:
+        x = x.reshape(*x.shape[:-3], shape[-3], -1, *x.shape[-2:]).sum(-3)
+    x = x.sum(tuple(range(x.ndim - len(shape))))
+    wide = tuple(d for d, n in enumerate(shape) if n == 1 and x.shape[d] != 1)
+    return x.sum(wide, keepdims=True) if wide else x
 
 
 def check(given: dict[str, Tensor], note: str, *, is_causal: bool = False, gqa: bool = False, **kwargs: Any) -> None:
@@ -128,11 +135,9 @@ def check(given: dict[str, Tensor], note: str, *, is_causal: bool = False, gqa: 
     found = dict(zip(names, torch.autograd.grad(out, [leaves[n] for n in names], cotangent), strict=True))
     found["out"] = out.detach()
     for name, (value, bound) in wanted.items():
-        mine = found[name]
-        assert mine.shape == value.shape, (note, name)
-        assert mine.dtype == (given[name].dtype if name != "out" else given["q"].dtype), (note, name)
-        wrong = ~((mine.double() - value).abs() <= bound)
-        assert not wrong.any(), f"{note}: {name} is off at {wrong.nonzero()[0].tolist()}, {int(wrong.sum())} places"
+        own = given["q" if name == "out" else name].dtype
+        verdict = judge.compare(name, found[name], value.numpy(), bound.numpy(), own)
+        assert verdict.passed, (note, verdict.fault)
 
 
 def draw(q: Any, k: Any, v: Any, dtype: torch.dtype = torch.float32, seed: int = 0) -> dict[str, Tensor]:

@@ -142,7 +142,7 @@ class Plain:
         if bug == "scale sign":
             self.scale = abs(self.scale)
 
-    def __call__(self) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    def __call__(self) -> dict[str, torch.Tensor]:
         inputs, kind = self.inputs, self.kind
         names = inputs.leaves
         self.grads = {name: np.zeros(tuple(leaf.shape), kind) for name, leaf in names.items()}
@@ -155,11 +155,8 @@ class Plain:
         order = sorted(range(4), key=lambda d: -inputs.q.stride(d))
         rounded = torch.from_numpy(out).to(DTYPES[self.config.dtype]).permute(order).contiguous()
         rounded = rounded.permute([order.index(d) for d in range(4)])
-        return (
-            rounded,
-            torch.from_numpy(lse),
-            {n: torch.from_numpy(g).to(names[n].dtype) for n, g in self.grads.items()},
-        )
+        grads = {f"d{n}": torch.from_numpy(g).to(names[n].dtype) for n, g in self.grads.items()}
+        return {"out": rounded, "lse": torch.from_numpy(lse)} | grads
 
     def _kv_head(self, h: int) -> int:
         c = self.config

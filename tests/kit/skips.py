@@ -22,18 +22,19 @@ def on_linux_only() -> None:
 
 
 def refuse(report: Any) -> None:
-    """Turn a report that something was skipped into a failure, unless its reason is one of `ALLOWED`."""
-    if report.outcome != "skipped":
-        return
-    said = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
-    reason = said.removeprefix("Skipped: ")
+    """Turn a skip for a reason that is not one of `ALLOWED`, and every xfail, passed or not, into a failure."""
     if hasattr(report, "wasxfail"):
-        reason = f"an expected failure, {report.wasxfail}"
+        said = f"is expected to fail: {report.wasxfail}"
         del report.wasxfail
-    elif reason in ALLOWED:
+    elif report.outcome == "skipped":
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        if reason.removeprefix("Skipped: ") in ALLOWED:
+            return
+        said = f"is skipped: {reason}"
+    else:
         return
     report.outcome = "failed"
-    report.longrepr = f"{report.nodeid} was skipped for a reason that tests/kit/skips.py does not allow: {reason}"
+    report.longrepr = f"{report.nodeid} {said}: tests/kit/skips.py does not allow it"
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)

@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.gates import views_gate
-from tests.kit import skips, views
+from tests.kit import backends, skips, views
+from tests.kit.bits import bits, differ
+from tests.kit.view_variants import run
 from tests.kit.views import ViewConfig, ViewInputs, random_view_config
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-BACKENDS = views_gate.names_of_all()
+BACKENDS = backends.promising()
 POISONS = ("nan", "inf", "huge", "magnet")
 
 _TWO = {"lengths": (70, 37), "queries": (19, 19), "Hq": 4, "Hkv": 2, "D": 16, "Dv": 24, "pools": ("padded", "slots")}
@@ -47,12 +48,12 @@ def inputs_of(kind: str, dtype: str, storage: str, poison: str) -> ViewInputs:
 def test_hidden_slots_are_unread(kind: str, dtype: str, storage: str) -> None:
     """The bits are those of zeros in all hidden slots, hidden scales and gaps of the pools."""
     for backend in BACKENDS:
-        if views_gate.may_refuse(backend, CONFIGS[kind]):
+        if backends.may_refuse(backend, CONFIGS[kind]):
             continue
-        clean = views_gate.run(inputs_of(kind, dtype, storage, "zero"), backend)
+        clean = run(inputs_of(kind, dtype, storage, "zero"), backend)
         for poison in POISONS:
-            dirty = views_gate.run(inputs_of(kind, dtype, storage, poison), backend)
-            changed = views_gate.differ(clean, dirty)
+            dirty = run(inputs_of(kind, dtype, storage, poison), backend)
+            changed = differ(clean, dirty)
             assert not changed, f"{backend}: {poison} in hidden slots changed {changed} of {CONFIGS[kind]}"
 
 
@@ -63,9 +64,9 @@ def test_random_configurations_are_the_same_with_any_poison() -> None:
         for poison in POISONS[seed % 2 :: 2]:
             dirty = views.materialise(replace(config, poison=poison))
             for backend in BACKENDS[1:]:
-                if views_gate.may_refuse(backend, config):
+                if backends.may_refuse(backend, config):
                     continue
-                changed = views_gate.differ(views_gate.run(clean, backend), views_gate.run(dirty, backend))
+                changed = differ(run(clean, backend), run(dirty, backend))
                 assert not changed, f"{backend}: {poison} changed {changed}; seed {seed}: {config}"
 
 
@@ -75,11 +76,11 @@ def test_a_seen_nan_spoils_its_rows_only() -> None:
         config = replace(CONFIGS["chunks in common"], storage=storage, seed=3, mask=("causal",), poison="zero")
         for backend in BACKENDS:
             inputs = views.materialise(config)
-            clean = views_gate.run(inputs, backend)
+            clean = run(inputs, backend)
             at = inputs.view.layout.tables[inputs.view.layout.starts[1] + 64]  # of sequence 1 alone: after 64 in common
             bad = inputs.view.k if inputs.view.k_scale is None else inputs.view.k_scale
             bad[at, 0, 3] = float("nan")
-            dirty = views_gate.run(inputs, backend)
+            dirty = run(inputs, backend)
             seen = [
                 i for i in range(3) if at in inputs.view.layout.tables[slice(*inputs.view.layout.starts[i : i + 2])]
             ]
@@ -89,7 +90,7 @@ def test_a_seen_nan_spoils_its_rows_only() -> None:
                     if i in seen:
                         assert dirty[name][i].isnan().all(), f"{backend} {name}"
                     else:
-                        assert views_gate.bits(clean[name][i]) == views_gate.bits(dirty[name][i]), f"{backend} {name}"
+                        assert bits(clean[name][i]) == bits(dirty[name][i]), f"{backend} {name}"
 
 
 _GUARDED = """

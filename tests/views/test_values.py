@@ -1,4 +1,4 @@
-"""Attention on pages: random calls against the oracle, and what must not change a bit. See `tests.gates.views_gate`."""
+"""Attention on pages: random calls against the oracle, and what must not change a bit. See `tests.gates.view_calls`."""
 
 from __future__ import annotations
 
@@ -10,12 +10,15 @@ import pytest
 import torch
 
 import qkv
-from tests.gates import gate, views_gate
-from tests.kit import views
+from tests.gates import gate, glue
+from tests.gates.view_calls import VIEWS, Question
+from tests.kit import backends, views
+from tests.kit.bits import bits, differ
+from tests.kit.view_variants import by_row, contiguous, joined, run, variants
 from tests.kit.views import ViewConfig, random_view_config
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-BACKENDS = views_gate.names_of_all()
+BACKENDS = backends.promising()
 NATIVE = tuple(name for name in BACKENDS if name.startswith("cpu"))
 FIXED, FRESH = 30, 20
 
@@ -50,14 +53,14 @@ CASES = {name: replace(config, seed=n) for n, (name, config) in enumerate(CASES.
 
 
 @cache
-def question(name: str, pools: tuple[str, str] = ("pages", "pages")) -> views_gate.Question:
-    return views_gate.Question.of(replace(CASES[name], pools=pools))
+def question(name: str, pools: tuple[str, str] = ("pages", "pages")) -> Question:
+    return VIEWS.question(replace(CASES[name], pools=pools))
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_cases(name: str) -> None:
     asked = question(name)
-    outcomes = [views_gate.ask(asked, backend) for backend in BACKENDS]
+    outcomes = [VIEWS.ask(asked, backend) for backend in BACKENDS]
     faults = [f"{o.backend}: {fault}" for o in outcomes for fault in (*o.faults, o.refused) if fault]
     assert not faults, f"{asked.config}\n" + "\n".join(faults)
 
@@ -68,9 +71,9 @@ def test_random_configurations(kind: str) -> None:
     first, count = (0, FIXED) if kind == "fixed" else (gate.fresh_seed(), FRESH)
     faults = []
     for seed in range(first, first + count):
-        for outcome in views_gate.ask_all(random_view_config(seed), BACKENDS):
+        for outcome in VIEWS.ask_all(random_view_config(seed), BACKENDS):
             faults += [
-                f"{outcome.backend}: {f}   (python -m tests.gates.views_gate --replay {seed})" for f in outcome.faults
+                f"{outcome.backend}: {f}   (python -m tests.gates.gate views --replay {seed})" for f in outcome.faults
             ]
     assert not faults, f"{len(faults)} faults from seed {first}\n" + "\n".join(faults[:20])
 
@@ -80,7 +83,7 @@ def test_random_configurations(kind: str) -> None:
 def test_same_bits(name: str, backend: str) -> None:
     """Any page order, pages shared or not, batch, threads, repetition; and as on contiguous keys."""
     asked = question(name)
-    checks = dict(views_gate.variants(asked.inputs, backend))
+    checks = dict(variants(asked.inputs, backend))
     assert any(key.endswith("alone") for key in checks)
     changed = {key: found for key, check in checks.items() if (found := check())}
     assert not changed, f"{asked.config}\n{changed}"
@@ -89,7 +92,7 @@ def test_same_bits(name: str, backend: str) -> None:
 @pytest.mark.parametrize("name", ["tree of prefixes", "latent in int8", "ragged with none"])
 def test_same_bits_of_copies(name: str) -> None:
     """The same where keys are copied first."""
-    checks = dict(views_gate.variants(question(name).inputs, "tiled"))
+    checks = dict(variants(question(name).inputs, "tiled"))
     changed = {key: found for key, check in checks.items() if (found := check())}
     assert not changed, f"{CASES[name]}\n{changed}"
 
@@ -98,11 +101,11 @@ def test_same_bits_of_copies(name: str) -> None:
 @pytest.mark.parametrize("name", ["tree of prefixes", "tree in int8", "a prompt", "released"])
 def test_order_in_memory_changes_no_bit(name: str, pools: str) -> None:
     for backend in NATIVE:
-        one = views_gate.run(question(name).inputs, backend)
+        one = run(question(name).inputs, backend)
         if pools == "fused" and CASES[name].Dv != CASES[name].D:
             continue
-        two = views_gate.run(question(name, (pools, pools)).inputs, backend)
-        assert not views_gate.differ(one, two), f"{backend} {pools}"
+        two = run(question(name, (pools, pools)).inputs, backend)
+        assert not differ(one, two), f"{backend} {pools}"
 
 
 def test_page_sizes_of_sixteens_give_the_same_bits() -> None:
@@ -126,15 +129,15 @@ def test_page_sizes_of_sixteens_give_the_same_bits() -> None:
 
 # ----------------------------------------------------------------------------------------------- the judge, judged
 @cache
-def asked() -> list[views_gate.Question]:
-    return [views_gate.Question.of(random_view_config(seed)) for seed in range(30)]
+def asked() -> list[Question]:
+    return [VIEWS.question(random_view_config(seed)) for seed in range(30)]
 
 
-@pytest.mark.parametrize("name", ["", *views_gate.GLUE_MUTANTS])
+@pytest.mark.parametrize("name", ["", *glue.GLUE_MUTANTS])
 def test_mistakes_between_view_and_kernel_are_noticed(name: str) -> None:
-    found = views_gate.killer(name, asked(), (None, "tiled"))
+    found = glue.killer(name, asked(), (None, "tiled"))
     if name:
-        assert found is not None, f"nothing noticed: {views_gate.GLUE_MUTANTS[name][0]}"
+        assert found is not None, f"nothing noticed: {glue.GLUE_MUTANTS[name][0]}"
     else:
         assert found is None, f"{found[0].config}: {found[1]}"
 
@@ -145,7 +148,7 @@ def test_configurations_replay() -> None:
         assert str(one.config) == str(two.config)
         assert one.view.layout.tables == two.view.layout.tables
         for x, y in zip((one.q, *one.view[:4]), (two.q, *two.view[:4]), strict=True):
-            assert x is None or (x.stride() == y.stride() and views_gate.bits(x.float()) == views_gate.bits(y.float()))
+            assert x is None or (x.stride() == y.stride() and bits(x.float()) == bits(y.float()))
 
 
 def test_the_oracle_reads_pages_as_the_definition_does() -> None:
@@ -156,20 +159,18 @@ def test_the_oracle_reads_pages_as_the_definition_does() -> None:
         if c.visible_nan or c.bias or c.sinks or c.dtype == "f64" or c.real_scale == 0:
             continue
         for i in range(c.n):
-            if not c.queries[i] or views_gate.by_row(c):
+            if not c.queries[i] or by_row(c):
                 continue
             checked += 1
             view = q.inputs.view
-            rows, _, _ = views_gate.contiguous(q.inputs, i)
+            rows, _, _ = contiguous(q.inputs, i)
             wide = [
                 x.double() if s is None else x.double() * s.double()[..., None]
                 for x, s in zip(view[:2], view[2:4], strict=True)
             ]
             own = replace(q.inputs, view=view._replace(k=wide[0], v=wide[1], k_scale=None, v_scale=None))
-            rows, k, v = (
-                x.double().nan_to_num(0, 0, 0).clamp(-1e5, 1e5) for x in (rows, *views_gate.contiguous(own, i)[1:])
-            )
-            seen = views_gate.joined(q.inputs)
+            rows, k, v = (x.double().nan_to_num(0, 0, 0).clamp(-1e5, 1e5) for x in (rows, *contiguous(own, i)[1:]))
+            seen = joined(q.inputs)
             want = qkv.attention(
                 rows, k, v, mask=seen, positions="end", scale=c.scale, softcap=c.softcap, backend="reference"
             )

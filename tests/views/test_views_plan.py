@@ -10,12 +10,13 @@ import torch
 
 import qkv
 from qkv.call.keys import Clock, KVLayout, KVView
-from tests.gates import views_gate
-from tests.kit import private, views
+from tests.kit import backends, private, views
+from tests.kit.bits import differ
+from tests.kit.view_variants import run
 from tests.kit.views import ViewConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread", "nothing_kept")
-NATIVE = any(name.startswith("cpu") for name in views_gate.names_of_all())
+NATIVE = any(name.startswith("cpu") for name in backends.promising())
 CAUSAL = qkv.causal()
 
 
@@ -207,16 +208,16 @@ class TestPrepared:
     def test_scales_are_part_of_it(self) -> None:
         """int8 with scales in two orders in memory, and another pool of the same shapes."""
         inputs = views.materialise(ViewConfig(seed=5, storage="int8", Hkv=2, poison="zero"))
-        view, want = inputs.view, views_gate.run(inputs, None)
+        view, want = inputs.view, run(inputs, None)
         assert view.k_scale is not None
         assert view.v_scale is not None
         plain = [x.contiguous() for x in (view.k_scale, view.v_scale)]
         turned = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in plain]
         assert plain[0].stride() != turned[0].stride()
         for k_scale, v_scale in (plain, turned, plain):
-            found = views_gate.run(inputs, None, k=view._replace(k_scale=k_scale, v_scale=v_scale))
-            assert not views_gate.differ(want, found)
-        double = views_gate.run(inputs, None, k=view._replace(v_scale=view.v_scale * 2))
+            found = run(inputs, None, k=view._replace(k_scale=k_scale, v_scale=v_scale))
+            assert not differ(want, found)
+        double = run(inputs, None, k=view._replace(v_scale=view.v_scale * 2))
         assert torch.equal(double["out"], want["out"] * 2)
 
     def test_data_is_read_anew(self) -> None:

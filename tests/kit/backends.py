@@ -1,0 +1,64 @@
+"""The backends that tests ask: those that this machine has to run, and those that qkv says it can."""
+
+from __future__ import annotations
+
+import importlib.util
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import qkv
+
+ISAS = {
+    "avx512bf16": {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16"},
+    "avx512": {"avx512f", "avx512bw", "avx512vl", "avx512dq"},
+    "avx2": {"avx2", "fma", "f16c"},
+    "portable": set[str](),
+}
+
+
+def required() -> tuple[str, ...]:
+    """What has to run here, found without asking qkv: the Python ones, and the native ones this machine can execute."""
+    names = ["reference", "tiled"]
+    if importlib.util.find_spec("qkv._native") is not None:
+        cpuinfo = Path("/proc/cpuinfo")
+        lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+        flags = next((set(line.split(":")[1].split()) for line in lines if line.startswith("flags")), set())
+        names += [f"cpu:{isa}" for isa, needed in ISAS.items() if needed <= flags]
+    return tuple(names)
+
+
+@cache
+def available() -> tuple[str, ...]:
+    """The backends that qkv says it can run here. "cpu" alone is one of its instruction sets, so it is not listed."""
+    x = torch.ones(1, 1, 2, 8)
+    found = []
+    for name in ("reference", "tiled", "sdpa", *(f"cpu:{isa}" for isa in ISAS)):
+        try:
+            qkv.attention(x, x, x, backend=name)
+            found.append(name)
+        except qkv.UnsupportedError:
+            continue
+    return tuple(found)
+
+
+def promising() -> tuple[str, ...]:
+    """All but PyTorch's own, which promises no bound, may read what is hidden, and has no lse."""
+    return tuple(name for name in available() if name != "sdpa")
+
+
+def mentions(spec: Any, kind: str) -> bool:
+    """Whether a mask has a part of that kind."""
+    if not isinstance(spec, tuple) or not spec:
+        return False
+    return spec[0] == kind or any(mentions(part, kind) for part in spec[1:])
+
+
+def may_refuse(backend: str | None, config: Any) -> bool:
+    """Which calls a backend is allowed to turn down. The Python ones take everything, and so does qkv's own choice."""
+    if backend is None or not backend.startswith(("cpu", "sdpa")):
+        return False
+    needs_python = mentions(config.mask, "mask_mod") or any(term[0] == "score_mod" for term in config.bias)
+    return backend == "sdpa" or needs_python
