@@ -13,8 +13,19 @@ from torch import Tensor
 from qkv import _torch
 from qkv.errors import ArgumentError, ArgumentTypeError, ShapeError, describe
 
+# The dtypes of queries, keys, values and outputs.
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # Positions and distances stay below this, so that sums of a few of them never leave int64.
 LIMIT = 2**48
+
+
+def short(dtype: torch.dtype) -> str:
+    """A dtype as messages name it.
+
+    >>> short(torch.bfloat16)
+    'bfloat16'
+    """
+    return str(dtype).removeprefix("torch.")
 
 
 def shown(value: Any) -> str:
@@ -24,7 +35,7 @@ def shown(value: Any) -> str:
     '[0, 1, 2, 3, ..., 19]'
     """
     if isinstance(value, Tensor):
-        dtype = str(value.dtype).removeprefix("torch.")
+        dtype = short(value.dtype)
         return f"{'an' if dtype.startswith('int') else 'a'} {dtype} tensor of shape {tuple(value.shape)}"
     if hasattr(value, "__array__") and hasattr(value, "shape"):  # of NumPy and its kin: never its numbers
         return f"a {getattr(value, 'dtype', '')} {type(value).__name__} of shape {tuple(value.shape)}"

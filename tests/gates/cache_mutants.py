@@ -10,6 +10,7 @@ order of eviction and interruptions among them, face the named test that is ther
 from __future__ import annotations
 
 import argparse
+import importlib
 import inspect
 import sys
 import textwrap
@@ -22,7 +23,7 @@ from typing import Any
 import pytest
 import torch
 
-from qkv.cache import base, paged, pool, prefix, ring, storage
+from qkv.cache import base, ledger, paged, pool, prefix, ring, storage
 from tests.gates import cache_model
 
 OPERATIONS = 8000
@@ -38,7 +39,7 @@ class Mutant:
     old: str
     new: str
     kind: str | None = None  # of cache, where only one shows it
-    test: str = ""  # module.function in place of the driver
+    test: str = ""  # module.function of tests/cache in place of the driver
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -90,15 +91,15 @@ MUTANTS = (
     Mutant("the last token is found, too", Paged, "add", "len(known) - 1", "len(known)"),
     Mutant("tokens past a truncation stay known", Paged, "_shorten", "del seq._tokens[length:]", "pass"),
     Mutant("the chain goes on after a truncation", Paged, "_shorten", "seq._chain = seq._chain.parent", "pass",
-           test="test_cache_isolation.test_a_truncated_page_that_is_written_again_is_not_what_it_was"),
+           test="test_isolation.test_a_truncated_page_that_is_written_again_is_not_what_it_was"),
     Mutant("tokens after a gap are believed", Paged, "_fold", "end - len(row) <= len(known) < end", "len(known) < end"),
     Mutant("nothing is ever found", Index, "match", "matched.append(entry)", "break"),
     Mutant("the most recent page is evicted", Pool, "_drop", "last=False", "last=True",
-           test="test_cache_isolation.test_the_least_recently_used_goes_first"),
+           test="test_isolation.test_the_least_recently_used_goes_first"),
     Mutant("the head of a prefix is evicted first", Cache, "_give_back", "reversed(list(pages))", "list(pages)",
-           test="test_cache_isolation.test_the_end_of_a_chain_goes_before_its_beginning"),
+           test="test_isolation.test_the_end_of_a_chain_goes_before_its_beginning"),
     Mutant("identity and dtype are not in the key", Index, "__init__", "framed(names)", "b''",
-           test="test_cache_isolation.test_identity_and_dtype_are_in_the_key"),
+           test="test_isolation.test_identity_and_dtype_are_in_the_key"),
     # windows
     Mutant("a page is released too early", Paged, "_release_passed", "self.window + 1)",
            "self.window + 1 + self.page_size)"),
@@ -128,32 +129,38 @@ MUTANTS = (
     Mutant("evicted pages keep their numbers", Paged, "_take", "if self.debug:", "if False:"),
     Mutant("no waste is reported", Paged, "_empty_slots", "return empty", "return 0"),
     # interruptions
-    Mutant("an interrupted append is not repaired", Cache, "append", "self._repair()", "self._dirty = False",
-           test="test_cache_faults.mutant_append"),
+    Mutant("an interrupted append is not repaired", ledger._Change, "__exit__", "self._ledger._repair()", "pass",
+           test="test_faults.mutant_append"),
     Mutant("a repair forgets the counts", Cache, "_repair", "self._pool.rebuild", "(lambda owned: None)",
-           test="test_cache_faults.mutant_append"),
+           test="test_faults.mutant_append"),
     Mutant("a commit is not taken up again", Cache, "_repair", "self._advance(step)", "pass",
-           test="test_cache_faults.mutant_commit"),
+           test="test_faults.mutant_commit"),
 )  # fmt: skip
 
 
-def named(test: str) -> None:
-    """Run a test function of this package."""
+def named(test: str) -> Callable[[], None]:
+    """The run of a test function of tests/cache."""
     module, function = test.split(".")
-    run: Callable[..., None] = getattr(__import__(f"tests.{module}", fromlist=[function]), function)
-    if "monkeypatch" in inspect.signature(run).parameters:
+    run: Callable[..., None] = getattr(importlib.import_module(f"tests.cache.{module}"), function)
+    if "monkeypatch" not in inspect.signature(run).parameters:
+        return run
+
+    def patched() -> None:
         with pytest.MonkeyPatch.context() as patch:
             run(patch)
-    else:
-        run()
+
+    return patched
 
 
 def kill(mutant: Mutant, operations: int = OPERATIONS) -> str:
     """What broke, in a line; "" for a survivor."""
+    run = (
+        named(mutant.test) if mutant.test else None
+    )  # before anything is broken: a test that is not there kills nothing
     with mutant.applied():
         try:
-            if mutant.test:
-                named(mutant.test)
+            if run is not None:
+                run()
                 return ""
             seed = 0
             while operations > 0:

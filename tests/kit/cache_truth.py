@@ -76,7 +76,7 @@ class Mirror:
         """New keys and values (*lead, T) -> (n, H, T, D)."""
         self.seed += 2
         n, T = lead
-        H, (D, Dv) = self.cache._storage.heads, self.cache._storage.widths
+        H, (D, Dv) = self.cache._storage.spec.heads, self.cache._storage.spec.widths
         k = rows(self.seed, n, H, T, D, dtype=self.cache.dtype)
         return k, rows(self.seed + 1, n, H, T, Dv, dtype=self.cache.dtype)
 

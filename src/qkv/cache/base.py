@@ -7,25 +7,24 @@ from collections.abc import Callable
 from collections.abc import Sequence as Ordered
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from qkv.cache import arguments
-from qkv.cache.books import Books, Recent
-from qkv.cache.guard import check_seqs, refuse_layer, refuse_open
+from qkv.cache import checks
+from qkv.cache.ledger import Ledger, Recent
 from qkv.cache.sequence import Sequence
+from qkv.cache.state import check_repeated, check_seqs, other_step, refuse_layer, refuse_open
 from qkv.cache.stats import Stats
 from qkv.cache.step import Step, Unfinished
 from qkv.cache.storage import Places
 from qkv.call.keys import KVLayout, KVView
-from qkv.checks import integer, shown
+from qkv.checks import integer, short, shown
 from qkv.errors import ArgumentError, PagesExhausted, describe
 
 _INT = frozenset((int,))
 _RECENT = 4  # layouts kept for the layers to come: one for each group of sequences that a model steps apart
 
 
-class Cache(Books):
+class Cache(Ledger):
     """The base of all caches."""
 
     # ---- what users call
@@ -91,21 +90,16 @@ class Cache(Books):
         if layer:
             step = self._going_on(seqs, layer, lengths)
             T = step.T if step.seqs or not isinstance(k, Tensor) or k.ndim < 2 else k.shape[-2]
-            rows = self._rows(k, v, 1 if lengths is not None else len(step.seqs), T)
+            rows = self._spec.rows(self._name, k, v, 1 if lengths is not None else len(step.seqs), T)
             if tokens is not None:
-                self._check_repeated(step, tokens)
+                check_repeated(self, step, tokens)
             if step.places is not None:
                 self._storage.write(layer, rows, step.places)
             if layer + 1 < self.layers:
                 step.next = layer + 1
                 return
-            self._dirty = True
-            try:
+            with self._change():
                 self._commit(step)
-            except BaseException:
-                self._repair()
-                raise
-            self._dirty = False
             return
         call = f"{self._name}.append()"
         names = check_seqs(self, call, seqs)
@@ -113,17 +107,16 @@ class Cache(Books):
             refuse_open(self, call, names)
         if lengths is None:
             T = k.shape[-2] if isinstance(k, Tensor) and k.ndim >= 2 else -1
-            rows = self._rows(k, v, len(names), T)
+            rows = self._spec.rows(self._name, k, v, len(names), T)
             ragged = None
         else:
-            ragged = arguments.counts(call, "lengths", lengths, len(names))
+            ragged = checks.counts(call, "lengths", lengths, len(names))
             T = sum(ragged)
-            rows = self._rows(k, v, 1, T)
+            rows = self._spec.rows(self._name, k, v, 1, T)
         known = None if tokens is None else self._check_tokens(call, names, tokens, T, ragged)
         step = Unfinished(names, T, ragged, known)
         claim = self._count(call, step)
-        self._dirty = True
-        try:
+        with self._change():
             self._recent = []
             self._claim(claim)
             if step.total:
@@ -137,10 +130,6 @@ class Cache(Books):
                 step.next = 1
                 if names:
                     self._steps[step] = None
-        except BaseException:
-            self._repair()
-            raise
-        self._dirty = False
 
     def view(self, seqs: Ordered[Sequence], layer: int = 0, *, lengths: Any = None) -> KVView:
         """All keys and values of one layer that were appended, an unfinished step's among them, where they lie.
@@ -165,8 +154,7 @@ class Cache(Books):
         """
         if layer.__class__ is not int or layer < 0 or layer >= self.layers:
             refuse_layer(self, "view", layer)
-        if self._dirty:
-            self._repair()
+        self._mend()
         names = tuple(seqs) if seqs.__class__ is list else seqs if seqs.__class__ is tuple else None
         counts = lengths
         if lengths is not None:  # 1.0 and True equal 1, and are refused: they must not be found here
@@ -195,8 +183,8 @@ class Cache(Books):
             given = "neither" if T is None else f"T={shown(T)} and lengths={shown(lengths)}"
             raise ArgumentError(describe(call, "a step takes T or lengths", given, "Pass T=1, or lengths=[...]"))
         if lengths is None:
-            return Step(self, names, arguments.size(call, "T", T, low=0), None, tokens)
-        counts = arguments.counts(call, "lengths", lengths, len(names))
+            return Step(self, names, checks.size(call, "T", T, low=0), None, tokens)
+        counts = checks.counts(call, "lengths", lengths, len(names))
         return Step(self, names, sum(counts), counts, tokens)
 
     def rollback(self, seqs: Ordered[Sequence] | Sequence) -> None:
@@ -236,15 +224,10 @@ class Cache(Books):
             raise ArgumentError(describe(call, rule, given, fix))
         if length == seq._length and (seq._tokens is None or len(seq._tokens) <= length):
             return
-        self._dirty = True
-        try:
+        with self._change():
             self._tick()
             self._shorten(seq, length)
             self._trim(seq)
-        except BaseException:
-            self._repair()
-            raise
-        self._dirty = False
 
     def free(self, seqs: Ordered[Sequence] | Sequence) -> None:
         """End sequences and give their pages back; an unfinished step that one of them is in is rolled back first."""
@@ -252,18 +235,13 @@ class Cache(Books):
         self._mend()
         names = check_seqs(self, call, [seqs] if isinstance(seqs, Sequence) else seqs, swapped=True)
         self._undo({seq._step: None for seq in names if seq._step is not None})
-        self._dirty = True
-        try:
+        with self._change():
             self._tick()
             for seq in names:
                 seq._live = seq._host = None
                 del self._seqs[seq]
                 self._give_back(self._owned(seq))
                 seq._table, seq._own = array("i"), None
-        except BaseException:
-            self._repair()
-            raise
-        self._dirty = False
 
     def stats(self) -> Stats:
         """Figures of the cache as it is now; str() of them is a readable table."""
@@ -297,7 +275,7 @@ class Cache(Books):
         used = len(pool.refs) - pool.available
         return (
             f"{self._name}({used} of {len(pool.refs)} pages of {self.page_size} used, {len(self._seqs)} sequences, "
-            f"layers={self.layers}, dtype={arguments.short(self.dtype)}, storage={arguments.short(self.storage)})"
+            f"layers={self.layers}, dtype={short(self.dtype)}, storage={short(self.storage)})"
         )
 
     # ---- what differs between caches
@@ -316,39 +294,14 @@ class Cache(Books):
             given = f"{len(pool.refs) // need} sequences, all in use"
             fix = "free() one, or build the cache with more sequences"
             raise PagesExhausted(describe(call, f"each sequence needs a {what} of its own", given, fix))
-        self._dirty = True
-        try:
+        with self._change():
             pages, _ = pool.take(need)
             seq = Sequence(self, self._made, None)
             hold(seq, pages)
             seq._live = self
             self._made += 1
             self._seqs[seq] = None
-        except BaseException:
-            self._repair()
-            raise
-        self._dirty = False
         return seq
-
-    def _rows(self, k: Any, v: Any, n: int, T: int) -> tuple[Tensor, ...]:
-        """The step's tensors, checked, as one (n, Hkv, T, width) for each plane of the storage."""
-        storage = self._storage
-        H, (D, Dv), dtype = storage.heads, storage.widths, storage.dtype
-        try:
-            if (
-                k.shape == (n, H, T, D)
-                and v.shape == (n, H, T, Dv)
-                and k.dtype is dtype
-                and v.dtype is dtype
-                and k.device == v.device == storage.device
-                and k.layout is v.layout is torch.strided
-            ):
-                return k, v
-        except AttributeError:
-            pass
-        sizes = ((n, H, T, D), (n, H, T, Dv))
-        arguments.check_rows(f"{self._name}.append()", (("k", k), ("v", v)), sizes, dtype, storage.device)
-        return k, v
 
     def _count(self, call: str, step: Unfinished) -> Any:
         """What the step needs, or an error where there is not enough. Changes nothing."""
@@ -387,7 +340,7 @@ class Cache(Books):
                     lengths is step.lengths
                     or (
                         step.lengths is not None
-                        and arguments.counts(call, "lengths", lengths, len(step.seqs)) == step.lengths
+                        and checks.counts(call, "lengths", lengths, len(step.seqs)) == step.lengths
                     )
                 )
             ):
@@ -397,23 +350,11 @@ class Cache(Books):
         names = check_seqs(self, call, seqs)
         if not names:
             return Unfinished((), 0, None if lengths is None else (), None)
-        step = names[0]._step
-        fix = "Append the layers of a step in order, or forget it with cache.rollback(seqs)"
-        if step is None or step.next != layer:
-            expected = 0 if step is None else step.next
-            given = f"layer={layer}, expected layer={expected} of {self.layers}"
-            raise ArgumentError(describe(call, "the layers of a step come in order 0, 1, ...", given, fix))
-        if step.seqs != names:
-            given = f"{len(names)} sequences, and {len(step.seqs)} in layer 0 (or others, or in another order)"
-            raise ArgumentError(describe(call, "all layers of a step have the same sequences", given, fix))
-        if lengths is not None:
-            arguments.counts(call, "lengths", lengths, len(names))
-        given = f"lengths={shown(lengths)}, and {step.lengths} in layer 0"
-        raise ArgumentError(describe(call, "all layers of a step have the same lengths", given, fix))
+        raise other_step(self, call, names, layer, lengths)
 
     def _places(self, step: Unfinished) -> Places:
         P = self.page_size
-        wide = self._storage.heads * P
+        wide = self._spec.heads * P
         base = array("q")
         if step.lengths is None and step.T == 1:
             base.extend([seq._table[seq._length // P] * wide + seq._length % P for seq in step.seqs])
@@ -439,7 +380,7 @@ class Cache(Books):
     def _layout(self, seqs: Any, layer: int, lengths: Any) -> KVLayout:
         call = f"{self._name}.view()"
         names = check_seqs(self, call, seqs)
-        counts = None if lengths is None else arguments.counts(call, "lengths", lengths, len(names))
+        counts = None if lengths is None else checks.counts(call, "lengths", lengths, len(names))
         P = self.page_size
         tables, starts, held = array("i"), array("q", [0]), array("q")
         steps: dict[Unfinished, bool] = {}
@@ -482,11 +423,3 @@ class Cache(Books):
             rule = f"the queries' window of {self.window} keys must still be stored"
             fix = "Ask for the queries of the last step only"
         raise ArgumentError(describe(call, rule, given, fix))
-
-    def _check_repeated(self, step: Unfinished, tokens: Any) -> None:
-        """tokens= of a later layer: what layer 0 was given."""
-        call = f"{self._name}.append()"
-        again = arguments.step_tokens(call, tokens, len(step.seqs), step.T, step.lengths)
-        if again != step.tokens:
-            rule, fix = "tokens of a step are given with layer 0", "Pass them there; further layers may leave them out"
-            raise ArgumentError(describe(call, rule, "other tokens, or none, in layer 0", fix))

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
-from qkv.cache import arguments
+from qkv.cache import checks
 from qkv.cache.base import Cache
 from qkv.cache.pool import PagePool
 from qkv.cache.sequence import Sequence
+from qkv.cache.spec import Spec
 from qkv.cache.step import Unfinished
 from qkv.cache.storage import Storage
 from qkv.errors import ArgumentError, describe
@@ -68,18 +69,15 @@ class DenseCache(Cache):
         debug: bool = False,
     ) -> None:
         call = "qkv.cache.DenseCache()"
-        heads = arguments.heads(call, num_kv_heads, head_dim, value_dim)
-        self._begin_dense(call, sequences, capacity, heads, (layers, dtype, storage, device, debug))
+        spec = Spec.of_heads(call, num_kv_heads, head_dim, value_dim, layers, dtype, storage, device, debug)
+        self._begin_dense(call, spec, sequences, capacity)
 
-    def _begin_dense(
-        self, call: str, sequences: Any, capacity: Any, heads: dict[str, Any], rest: tuple[Any, ...]
-    ) -> None:
+    def _begin_dense(self, call: str, spec: Spec, sequences: Any, capacity: Any) -> None:
         """What is the same for keys and values, and for latents."""
-        pages = arguments.size(call, "sequences", sequences)
-        self.capacity = None if capacity is None else arguments.size(call, "capacity", capacity)
+        count = checks.size(call, "sequences", sequences)
+        self.capacity = None if capacity is None else checks.size(call, "capacity", capacity)
         slots = _FIRST if self.capacity is None else _rounded(self.capacity)
-        storage = Storage(pages=pages, page_size=slots, **heads, **arguments.common(call, *rest))
-        super().__init__(storage, PagePool(pages))
+        super().__init__(Storage(spec, count, slots), PagePool(count))
 
     def _add(self, call: str) -> Sequence:
         def hold(seq: Sequence, pages: list[int]) -> None:

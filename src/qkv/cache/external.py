@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qkv.cache import arguments
-from qkv.cache.storage import LARGEST
+from qkv.cache import checks
 from qkv.call.keys import Clock, KVLayout, KVView
-from qkv.checks import integers, shown
+from qkv.checks import DTYPES, integers, short, shown
 from qkv.errors import ArgumentError, ArgumentTypeError, ShapeError, describe
 
 _CALL = "qkv.cache.stored()"
@@ -89,7 +88,7 @@ def stored(
         raise ArgumentError(describe(_CALL, rule, given, fix))
     counts = None
     if queries is not None:
-        asked = arguments.counts(_CALL, "queries", queries, len(held))
+        asked = checks.counts(_CALL, "queries", queries, len(held))
         for count, length in zip(asked, held.tolist(), strict=True):
             if count > length:
                 given = f"{count} queries and {length} keys"
@@ -120,16 +119,16 @@ def _check_pool(k: Any, v: Any, k_scale: Any, v_scale: Any) -> None:
         rule = "k_pages and v_pages must have the same N, Hkv and P, with Hkv, P and D of at least 1"
         raise ShapeError(describe(_CALL, rule, given, "Pass pools of the same pages"))
     if k.dtype != v.dtype or k.device != v.device:
-        given = f"k_pages {arguments.short(k.dtype)} on {k.device}, v_pages {arguments.short(v.dtype)} on {v.device}"
+        given = f"k_pages {short(k.dtype)} on {k.device}, v_pages {short(v.dtype)} on {v.device}"
         raise ArgumentTypeError(
             describe(_CALL, "k_pages and v_pages must share dtype and device", given, "Convert or move one of them")
         )
-    if k.dtype not in LARGEST and k.dtype not in arguments.DTYPES:
+    if k.dtype not in checks.LARGEST and k.dtype not in DTYPES:
         fix = "Use float64, float32, bfloat16, float16, or int8 and float8_e4m3fn with scales"
-        raise ArgumentTypeError(describe(_CALL, "pages must be in a dtype of caches", arguments.short(k.dtype), fix))
+        raise ArgumentTypeError(describe(_CALL, "pages must be in a dtype of caches", short(k.dtype), fix))
     for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
-        if (scale is None) == (k.dtype in LARGEST):
-            given = f"{name}={'None' if scale is None else shown(scale)} and pages in {arguments.short(k.dtype)}"
+        if (scale is None) == (k.dtype in checks.LARGEST):
+            given = f"{name}={'None' if scale is None else shown(scale)} and pages in {short(k.dtype)}"
             rule = "int8 and float8 pages have scales, and only they"
             fix = f"{'Pass' if scale is None else 'Leave out'} {name}"
             raise ArgumentError(describe(_CALL, rule, given, fix))
@@ -146,14 +145,14 @@ def _check_pool(k: Any, v: Any, k_scale: Any, v_scale: Any) -> None:
 
 
 def _read_as(stored_as: torch.dtype, dtype: Any) -> torch.dtype:
-    if stored_as in LARGEST:
+    if stored_as in checks.LARGEST:
         if dtype is None:
             fix = "Pass dtype=torch.bfloat16, or the dtype of your queries"
             rule = "8-bit pages need the dtype of queries and outputs"
-            raise ArgumentError(describe(_CALL, rule, f"pages in {arguments.short(stored_as)} and no dtype", fix))
-        return arguments.float_dtype(_CALL, dtype)
-    if dtype is not None and arguments.float_dtype(_CALL, dtype) != stored_as:
-        given = f"dtype={arguments.short(dtype)} and pages in {arguments.short(stored_as)}"
+            raise ArgumentError(describe(_CALL, rule, f"pages in {short(stored_as)} and no dtype", fix))
+        return checks.float_dtype(_CALL, dtype)
+    if dtype is not None and checks.float_dtype(_CALL, dtype) != stored_as:
+        given = f"dtype={short(dtype)} and pages in {short(stored_as)}"
         fix = "Leave dtype out"
         raise ArgumentTypeError(describe(_CALL, "queries have the dtype of pages without scales", given, fix))
     return stored_as

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qkv.cache import arguments
+from qkv.cache import checks
 from qkv.cache.base import Cache
 from qkv.cache.dense import DenseCache
 from qkv.cache.paged import PagedCache
-from qkv.cache.storage import Storage
+from qkv.cache.spec import Spec
 from qkv.errors import ArgumentError, describe
 
 _CALL = "qkv.cache.LatentCache()"
@@ -83,7 +83,22 @@ class LatentCache(Cache):
         identity: str | bytes | int | None = None,
         debug: bool = False,
     ) -> None:
-        raise NotImplementedError  # __new__ chose one of the classes below
+        if pages is not None and capacity is not None:
+            fix = "Leave it out, or pass sequences= in place of pages="
+            raise ArgumentError(describe(_CALL, "capacity is of a dense cache", f"capacity={capacity!r}", fix))
+        if sequences is not None and (page_size != 16 or identity is not None):
+            given = f"page_size={page_size!r}, identity={identity!r}"
+            fix = "Leave them out, or pass pages= in place of sequences="
+            raise ArgumentError(describe(_CALL, "page_size and identity are of a cache on pages", given, fix))
+        if pages is not None:
+            pages, page_size = checks.size(_CALL, "pages", pages), checks.size(_CALL, "page_size", page_size)
+        spec = Spec.of_latents(_CALL, rank, rope_dim, layers, dtype, storage, device, debug)
+        if isinstance(self, PagedLatentCache):
+            assert pages is not None
+            self._begin_paged(_CALL, spec, pages, page_size, identity, None, 0)
+        else:
+            assert isinstance(self, DenseLatentCache)
+            self._begin_dense(_CALL, spec, sequences, capacity)
 
     def append(  # type: ignore[override]
         self,
@@ -107,74 +122,14 @@ class LatentCache(Cache):
         """
         super().append(seqs, latent, rope, layer, lengths=lengths, tokens=tokens)
 
-    def _rows(self, latent: Any, rope: Any, n: int, T: int) -> tuple[Tensor, ...]:
-        storage = self._storage
-        R = storage.rank or 0
-        sizes = ((n, T, R), (n, T, storage.widths[0] - R))
-        named = (("latent", latent), ("rope", rope))
-        arguments.check_rows(f"{self._name}.append()", named, sizes, storage.dtype, storage.device)
-        return (torch.cat((latent.detach(), rope.detach()), dim=-1)[:, None],)
-
-
-def _widths(rank: Any, rope_dim: Any) -> dict[str, Any]:
-    R = arguments.size(_CALL, "rank", rank)
-    return {"heads": 1, "widths": (R + arguments.size(_CALL, "rope_dim", rope_dim),), "rank": R}
-
 
 class PagedLatentCache(LatentCache, PagedCache):
     """A `LatentCache` on pages."""
 
-    def __init__(
-        self,
-        *,
-        rank: int,
-        rope_dim: int,
-        pages: int,
-        page_size: int = 16,
-        sequences: None = None,
-        capacity: None = None,
-        layers: int = 1,
-        dtype: torch.dtype = torch.bfloat16,
-        storage: torch.dtype | None = None,
-        device: torch.device | str = "cpu",
-        identity: str | bytes | int | None = None,
-        debug: bool = False,
-    ) -> None:
-        if capacity is not None:
-            fix = "Leave it out, or pass sequences= in place of pages="
-            raise ArgumentError(describe(_CALL, "capacity is of a dense cache", f"capacity={capacity!r}", fix))
-        made = Storage(
-            pages=arguments.size(_CALL, "pages", pages),
-            page_size=arguments.size(_CALL, "page_size", page_size),
-            **_widths(rank, rope_dim),
-            **arguments.common(_CALL, layers, dtype, storage, device, debug),
-        )
-        self._begin(_CALL, made, identity, None, 0)
-        self._name = "LatentCache"
+    _name = "LatentCache"
 
 
 class DenseLatentCache(LatentCache, DenseCache):
     """A dense `LatentCache`."""
 
-    def __init__(
-        self,
-        *,
-        rank: int,
-        rope_dim: int,
-        sequences: int,
-        capacity: int | None = None,
-        pages: None = None,
-        page_size: int = 16,
-        layers: int = 1,
-        dtype: torch.dtype = torch.bfloat16,
-        storage: torch.dtype | None = None,
-        device: torch.device | str = "cpu",
-        identity: None = None,
-        debug: bool = False,
-    ) -> None:
-        if page_size != 16 or identity is not None:
-            given = f"page_size={page_size!r}, identity={identity!r}"
-            fix = "Leave them out, or pass pages= in place of sequences="
-            raise ArgumentError(describe(_CALL, "page_size and identity are of a cache on pages", given, fix))
-        self._begin_dense(_CALL, sequences, capacity, _widths(rank, rope_dim), (layers, dtype, storage, device, debug))
-        self._name = "LatentCache"
+    _name = "LatentCache"

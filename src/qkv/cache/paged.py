@@ -7,16 +7,17 @@ from typing import Any
 
 import torch
 
-from qkv.cache import arguments
+from qkv.cache import checks
 from qkv.cache.base import Cache
-from qkv.cache.guard import check_seqs, refuse_open
 from qkv.cache.picture import picture
 from qkv.cache.pool import PagePool
 from qkv.cache.prefix import Entry, PrefixIndex, typed
 from qkv.cache.sequence import NEVER, Host, Sequence
+from qkv.cache.spec import Spec
+from qkv.cache.state import check_seqs, refuse_open
 from qkv.cache.step import Unfinished
 from qkv.cache.storage import Storage
-from qkv.checks import integer
+from qkv.checks import integer, short
 from qkv.errors import ArgumentError, PagesExhausted, describe
 
 
@@ -101,33 +102,30 @@ class PagedCache(Cache):
     ) -> None:
         call = "qkv.cache.PagedCache()"
         if window is not None:
-            window = arguments.size(call, "window", window)
-        sinks = arguments.size(call, "sinks", sinks, low=0)
+            window = checks.size(call, "window", window)
+        sinks = checks.size(call, "sinks", sinks, low=0)
         if sinks and window is None:
             fix = "Pass window= with it; without a window all keys stay"
             raise ArgumentError(
                 describe(call, "sinks are keys that stay while a window moves on", f"sinks={sinks}", fix)
             )
-        made = Storage(
-            pages=arguments.size(call, "pages", pages),
-            page_size=arguments.size(call, "page_size", page_size),
-            **arguments.heads(call, num_kv_heads, head_dim, value_dim),
-            **arguments.common(call, layers, dtype, storage, device, debug),
-        )
-        self._begin(call, made, identity, window, sinks)
+        pages, page_size = checks.size(call, "pages", pages), checks.size(call, "page_size", page_size)
+        spec = Spec.of_heads(call, num_kv_heads, head_dim, value_dim, layers, dtype, storage, device, debug)
+        self._begin_paged(call, spec, pages, page_size, identity, window, sinks)
 
-    def _begin(self, call: str, storage: Storage, identity: Any, window: int | None, sinks: int) -> None:
+    def _begin_paged(
+        self, call: str, spec: Spec, pages: int, page_size: int, identity: Any, window: int | None, sinks: int
+    ) -> None:
         """What is the same for pages of keys and values, and of latents."""
-        kind = f"{type(self).__name__} {storage.heads} {storage.widths} {storage.layers}"
         names = [
             typed(call, "identity", identity),
-            ("str", kind),
-            ("str", arguments.short(storage.dtype)),
-            ("str", arguments.short(storage.storage)),
-            ("int", storage.page_size),
+            ("str", f"{type(self).__name__} {spec.heads} {spec.widths} {spec.layers}"),
+            ("str", short(spec.dtype)),
+            ("str", short(spec.storage)),
+            ("int", page_size),
         ]
-        self._index = PrefixIndex(storage.page_size, names)
-        super().__init__(storage, PagePool(storage.pages, self._index), window=window, sinks=sinks)
+        self._index = PrefixIndex(page_size, names)
+        super().__init__(Storage(spec, pages, page_size), PagePool(pages, self._index), window=window, sinks=sinks)
 
     # ---- sequences
 
@@ -161,7 +159,7 @@ class PagedCache(Cache):
         call = f"{self._name}.add()"
         self._mend()
         root = self._index.root(typed(call, "salt", salt), typed(call, "adapter", adapter))
-        known = None if tokens is None else arguments.token_array(call, "tokens", tokens)
+        known = None if tokens is None else checks.token_array(call, "tokens", tokens)
         seq = Sequence(self, self._made, root)
         matched: list[Entry] = []
         if known is not None:
@@ -181,8 +179,7 @@ class PagedCache(Cache):
 
     def _enter(self, seq: Sequence) -> None:
         """Make a sequence whose table is set one of the cache's."""
-        self._dirty = True
-        try:
+        with self._change():
             share = self._pool.share
             for page in seq._table:
                 if page >= 0:
@@ -190,10 +187,6 @@ class PagedCache(Cache):
             seq._live = self
             self._made += 1
             self._seqs[seq] = None
-        except BaseException:
-            self._repair()
-            raise
-        self._dirty = False
 
     def fork(self, seq: Sequence) -> Sequence:
         """A second sequence of the same tokens, on the same pages; what either appends is its own.
@@ -295,7 +288,7 @@ class PagedCache(Cache):
     def _check_tokens(
         self, call: str, names: tuple[Sequence, ...], tokens: Any, T: int, lengths: tuple[int, ...] | None
     ) -> list[array[int]]:
-        rows = arguments.step_tokens(call, tokens, len(names), T, lengths)
+        rows = checks.step_tokens(call, tokens, len(names), T, lengths)
         for seq, row in zip(names, rows, strict=True):
             known = seq._tokens
             if known is not None and len(known) > seq._length:
@@ -319,32 +312,9 @@ class PagedCache(Cache):
     def _settle(self, step: Unfinished) -> None:
         for seq in step.seqs:
             if seq._length >= seq._due:
-                self._register(seq)
+                self._pool.register(seq, self.page_size)
         if self.window is not None:
             self._release_passed(step)
-
-    def _register(self, seq: Sequence) -> None:
-        """Let the pages that are full and whose tokens are known be found."""
-        P, tokens, pool, index = self.page_size, seq._tokens, self._pool, self._index
-        assert tokens is not None
-        full = min(seq._length, len(tokens)) // P
-        while seq._hashed < full:
-            at, parent = seq._hashed, seq._chain
-            page = seq._table[at]
-            entry = None
-            if parent is not None and parent.page >= 0:  # below an evicted page nothing can be found
-                chunk = tokens[at * P : (at + 1) * P].tobytes()
-                digest, entry = index.find(parent, chunk)
-                if entry is None and page >= 0 and pool.entries[page] is None:
-                    entry = Entry(digest, parent, chunk, page)
-                    pool.entries[page] = entry
-                    index.add(entry)
-            if entry is None:
-                seq._chain, seq._due = None, NEVER
-                return
-            seq._chain = entry
-            seq._hashed = at + 1
-        seq._due = (full + 1) * P
 
     def _release_passed(self, step: Unfinished) -> None:
         """Give pages back that left the window of the step's first query, and so of all to come.
@@ -400,17 +370,12 @@ class PagedCache(Cache):
         call = f"{self._name}.evict()"
         self._mend()
         count = len(self._pool.cached) if pages is None else integer(call, "pages", pages)
-        self._dirty = True
-        try:
+        with self._change():
             dropped = self._pool.evict(count)
             if dropped:
                 self._tick()
                 if self.debug:
                     self._storage.poison(dropped)
-        except BaseException:
-            self._repair()
-            raise
-        self._dirty = False
         return len(dropped)
 
     def swap_out(self, seq: Sequence) -> None:
@@ -426,17 +391,12 @@ class PagedCache(Cache):
         pages = [seq._table[at] for at in places]
         tensors = self._storage.read(pages)
         host = Host(tensors, places, [self._pool.entries[page] for page in pages], len(seq._table))
-        self._dirty = True
-        try:
+        with self._change():
             self._tick()
             seq._host = host
             seq._live = None
             seq._table = array("i")
             self._give_back(pages)
-        except BaseException:
-            self._repair()
-            raise
-        self._dirty = False
 
     def swap_in(self, seq: Sequence) -> None:
         """Bring a swapped out sequence back, bit for bit. Its pages that are still cached are taken again as they are.
@@ -461,8 +421,7 @@ class PagedCache(Cache):
         unused = sum(1 for page in kept.values() if pool.refs[page] == 0)
         if len(missing) > pool.available - unused:
             self._refuse(call, len(missing), f"{len(kept)} of {len(host.places)} are still cached")
-        self._dirty = True
-        try:
+        with self._change():
             for page in kept.values():
                 pool.share(page)
             pages = self._take(len(missing))
@@ -476,10 +435,6 @@ class PagedCache(Cache):
             seq._host = None
             if self.debug:
                 self._poison_tail(seq)
-        except BaseException:
-            self._repair()
-            raise
-        self._dirty = False
 
     # ---- figures
 

@@ -9,6 +9,7 @@ from collections import OrderedDict
 from collections.abc import Iterable
 
 from qkv.cache.prefix import Entry, PrefixIndex
+from qkv.cache.sequence import NEVER, Sequence
 
 
 class PagePool:
@@ -85,6 +86,30 @@ class PagePool:
             self.entries[page] = None
             assert self.index is not None
             self.index.remove(entry)
+
+    def register(self, seq: Sequence, page_size: int) -> None:
+        """Let the pages that are full and whose tokens are known be found."""
+        P, tokens, index = page_size, seq._tokens, self.index
+        assert tokens is not None
+        assert index is not None
+        full = min(seq._length, len(tokens)) // P
+        while seq._hashed < full:
+            at, parent = seq._hashed, seq._chain
+            page = seq._table[at]
+            entry = None
+            if parent is not None and parent.page >= 0:  # below an evicted page nothing can be found
+                chunk = tokens[at * P : (at + 1) * P].tobytes()
+                digest, entry = index.find(parent, chunk)
+                if entry is None and page >= 0 and self.entries[page] is None:
+                    entry = Entry(digest, parent, chunk, page)
+                    self.entries[page] = entry
+                    index.add(entry)
+            if entry is None:
+                seq._chain, seq._due = None, NEVER
+                return
+            seq._chain = entry
+            seq._hashed = at + 1
+        seq._due = (full + 1) * P
 
     def rebuild(self, owned: Iterable[Iterable[int]]) -> None:
         """Derive all counts from the tables again, after something broke into a change of the books."""

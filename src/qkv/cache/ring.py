@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 
-from qkv.cache import arguments
+from qkv.cache import checks
 from qkv.cache.base import Cache
 from qkv.cache.pool import PagePool
 from qkv.cache.sequence import Sequence
+from qkv.cache.spec import Spec
 from qkv.cache.step import Unfinished
 from qkv.cache.storage import Storage
 from qkv.errors import ArgumentError, describe
@@ -83,21 +84,17 @@ class RingCache(Cache):
         debug: bool = False,
     ) -> None:
         call = "qkv.cache.RingCache()"
-        window = arguments.size(call, "window", window)
-        sinks = arguments.size(call, "sinks", sinks, low=0)
-        P = arguments.size(call, "page_size", page_size)
-        self.chunk = arguments.size(call, "chunk", chunk)
-        self.sequences = arguments.size(call, "sequences", sequences)
+        window = checks.size(call, "window", window)
+        sinks = checks.size(call, "sinks", sinks, low=0)
+        P = checks.size(call, "page_size", page_size)
+        self.chunk = checks.size(call, "chunk", chunk)
+        self.sequences = checks.size(call, "sequences", sequences)
         # The window - 1 + chunk keys that a step's queries see lie on at most so many pages, wherever they begin.
         self._turning = -(-(window + self.chunk - 2) // P) + 1
         self._each = -(-sinks // P) + self._turning
-        made = Storage(
-            pages=self.sequences * self._each,
-            page_size=P,
-            **arguments.heads(call, num_kv_heads, head_dim, value_dim),
-            **arguments.common(call, layers, dtype, storage, device, debug),
-        )
-        super().__init__(made, PagePool(made.pages), window=window, sinks=sinks)
+        spec = Spec.of_heads(call, num_kv_heads, head_dim, value_dim, layers, dtype, storage, device, debug)
+        pages = self.sequences * self._each
+        super().__init__(Storage(spec, pages, P), PagePool(pages), window=window, sinks=sinks)
 
     def _add(self, call: str) -> Sequence:
         def hold(seq: Sequence, pages: list[int]) -> None:

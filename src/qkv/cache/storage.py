@@ -12,11 +12,11 @@ from collections.abc import Sequence as Ordered
 import torch
 from torch import Tensor
 
-from qkv.cache.memory import zeros
+from qkv.cache.checks import FLOAT8, INT8, LARGEST
+from qkv.cache.hugepages import zeros
+from qkv.cache.spec import Spec
 from qkv.errors import ArgumentError, describe
 
-INT8, FLOAT8 = torch.int8, torch.float8_e4m3fn
-LARGEST = {INT8: 127.0, FLOAT8: 448.0}
 _MAX = torch.finfo(torch.float32).max
 _POISON = 127  # as an int8; these bits as float8_e4m3fn are NaN
 # Rows move as the widest numbers that divide them: measured, 4 times faster than as bfloat16.
@@ -125,24 +125,10 @@ def quantise(x: Tensor, storage: torch.dtype) -> tuple[Tensor, Tensor]:
 class Storage:
     """All layers' tensors: a plane for keys and one for values, or one for latents whose first `rank` columns are v."""
 
-    def __init__(
-        self,
-        *,
-        pages: int,
-        heads: int,
-        page_size: int,
-        widths: tuple[int, ...],
-        layers: int,
-        dtype: torch.dtype,
-        storage: torch.dtype | None,
-        device: torch.device,
-        rank: int | None = None,
-        debug: bool = False,
-    ) -> None:
-        self.pages, self.heads, self.page_size, self.widths, self.layers = pages, heads, page_size, widths, layers
-        self.dtype, self.storage, self.device, self.rank, self.debug = dtype, storage or dtype, device, rank, debug
+    def __init__(self, spec: Spec, pages: int, page_size: int) -> None:
+        self.spec, self.pages, self.page_size = spec, pages, page_size
         self.planes: list[tuple[Plane, ...]] = self._allocate()
-        if debug:
+        if spec.debug:
             self.poison(range(pages))
         # What the views of a layer begin with: k, v, k_scale, v_scale, dtype.
         self.parts = [self._parts(planes) for planes in self.planes]
@@ -150,9 +136,9 @@ class Storage:
     @property
     def bytes_per_slot(self) -> int:
         """Bytes that one token takes, in all layers, with its scales."""
-        number = torch.empty((), dtype=self.storage, device="cpu").element_size()
-        scales = 4 * len(self.widths) if self.storage in LARGEST else 0
-        return self.layers * self.heads * (sum(self.widths) * number + scales)
+        number = torch.empty((), dtype=self.spec.storage, device="cpu").element_size()
+        scales = 4 * len(self.spec.widths) if self.spec.storage in LARGEST else 0
+        return self.spec.layers * self.spec.heads * (sum(self.spec.widths) * number + scales)
 
     @property
     def bytes(self) -> int:
@@ -161,10 +147,12 @@ class Storage:
     def _allocate(self) -> list[tuple[Plane, ...]]:
         try:
             with torch.inference_mode(False), torch.no_grad():  # so that code of both kinds may write to it
-                sizes = [(self.pages, self.heads, self.page_size, width) for width in self.widths]
-                return [tuple(Plane(s, self.storage, self.device) for s in sizes) for _ in range(self.layers)]
+                sizes = [(self.pages, self.spec.heads, self.page_size, width) for width in self.spec.widths]
+                return [
+                    tuple(Plane(s, self.spec.storage, self.spec.device) for s in sizes) for _ in range(self.spec.layers)
+                ]
         except (RuntimeError, AssertionError) as error:  # torch's words for no memory, or no such device
-            given = f"{self.bytes:,} bytes on {self.device}: {str(error).splitlines()[0][:120]}"
+            given = f"{self.bytes:,} bytes on {self.spec.device}: {str(error).splitlines()[0][:120]}"
             fix = "Use fewer pages (or sequences), a smaller capacity, or storage=torch.int8"
             rule = "the tensors of a cache must fit in memory"
             raise ArgumentError(describe("qkv.cache", rule, given, fix)) from error
@@ -172,8 +160,8 @@ class Storage:
     def _parts(self, planes: tuple[Plane, ...]) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, torch.dtype]:
         k, v = planes[0], planes[-1]
         with torch.inference_mode(False):
-            values = v.data if self.rank is None else k.data[..., : self.rank]
-        return k.data, values, k.scale, v.scale, self.dtype
+            values = v.data if self.spec.rank is None else k.data[..., : self.spec.rank]
+        return k.data, values, k.scale, v.scale, self.spec.dtype
 
     def write(self, layer: int, rows: tuple[Tensor, ...], places: Places) -> None:
         """Store the rows of a step, (n, Hkv, T, width) for each plane."""
@@ -205,9 +193,9 @@ class Storage:
         ids, chosen, place = self._ids(pages), torch.tensor(rows, dtype=torch.int64, device="cpu"), iter(host)
         for planes in self.planes:
             for plane in planes:
-                plane.pages.index_copy_(0, ids, next(place).index_select(0, chosen).to(self.device))
+                plane.pages.index_copy_(0, ids, next(place).index_select(0, chosen).to(self.spec.device))
                 if plane.scale is not None:
-                    plane.scale.index_copy_(0, ids, next(place).index_select(0, chosen).to(self.device))
+                    plane.scale.index_copy_(0, ids, next(place).index_select(0, chosen).to(self.spec.device))
 
     def poison(self, pages: Ordered[int]) -> None:
         """Fill pages with NaN, so that whatever reads them shows."""
@@ -225,10 +213,7 @@ class Storage:
 
     def grown(self, page_size: int) -> Storage:
         """A storage with longer pages and the same contents; this one stays as it is."""
-        new = Storage(
-            pages=self.pages, heads=self.heads, page_size=page_size, widths=self.widths, layers=self.layers,
-            dtype=self.dtype, storage=self.storage, device=self.device, rank=self.rank, debug=self.debug,
-        )  # fmt: skip
+        new = Storage(self.spec, self.pages, page_size)
         with torch.inference_mode(False), torch.no_grad():
             for mine, theirs in zip(self.planes, new.planes, strict=True):
                 for old, fresh in zip(mine, theirs, strict=True):
@@ -238,4 +223,6 @@ class Storage:
         return new
 
     def _ids(self, pages: Ordered[int]) -> Tensor:
-        return torch.tensor(pages if isinstance(pages, list) else list(pages), dtype=torch.int64, device=self.device)
+        return torch.tensor(
+            pages if isinstance(pages, list) else list(pages), dtype=torch.int64, device=self.spec.device
+        )

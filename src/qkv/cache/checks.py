@@ -10,17 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qkv.cache.storage import FLOAT8, INT8
-from qkv.checks import integer, shown
+from qkv.checks import DTYPES, integer, short, shown
 from qkv.errors import ArgumentError, ArgumentTypeError, ShapeError, describe
 
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-STORAGES = (INT8, FLOAT8)
+INT8, FLOAT8 = torch.int8, torch.float8_e4m3fn
+LARGEST = {INT8: 127.0, FLOAT8: 448.0}  # of the storages in 8 bits, which need scales
 _MAX_SIZE = 2**31 - 1  # page numbers are int32 in tables
-
-
-def short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def size(call: str, name: str, value: Any, low: int = 1) -> int:
@@ -43,7 +38,7 @@ def float_dtype(call: str, value: Any) -> torch.dtype:
 
 
 def storage_dtype(call: str, value: Any) -> torch.dtype | None:
-    if value is None or (isinstance(value, torch.dtype) and value in STORAGES):
+    if value is None or (isinstance(value, torch.dtype) and value in LARGEST):
         return value
     fix = "Leave it out to store as dtype, or pass torch.int8 or torch.float8_e4m3fn"
     rule = "storage must be None, torch.int8 or torch.float8_e4m3fn"
@@ -65,21 +60,12 @@ def real_device(call: str, value: Any) -> torch.device:
     return device
 
 
-def heads(call: str, num_kv_heads: Any, head_dim: Any, value_dim: Any) -> dict[str, Any]:
-    """The sizes of keys and values, as `Storage` takes them."""
-    H, D = size(call, "num_kv_heads", num_kv_heads), size(call, "head_dim", head_dim)
-    return {"heads": H, "widths": (D, D if value_dim is None else size(call, "value_dim", value_dim))}
-
-
-def common(call: str, layers: Any, dtype: Any, storage: Any, device: Any, debug: Any) -> dict[str, Any]:
-    """What all caches take, as `Storage` takes it."""
-    return {
-        "layers": size(call, "layers", layers),
-        "dtype": float_dtype(call, dtype),
-        "storage": storage_dtype(call, storage),
-        "device": real_device(call, device),
-        "debug": flag(call, "debug", debug),
-    }
+def common(
+    call: str, layers: Any, dtype: Any, storage: Any, device: Any, debug: Any
+) -> tuple[int, torch.dtype, torch.dtype, torch.device, bool]:
+    """What all caches take, as `Spec` takes it."""
+    layers, dtype = size(call, "layers", layers), float_dtype(call, dtype)
+    return layers, dtype, storage_dtype(call, storage) or dtype, real_device(call, device), flag(call, "debug", debug)
 
 
 def counts(call: str, name: str, value: Any, n: int) -> tuple[int, ...]:

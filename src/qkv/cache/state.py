@@ -1,16 +1,18 @@
-"""Checks of sequences and layers that are passed to a cache."""
+"""Checks of sequences, layers and tokens against what a cache is doing."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from qkv.cache.books import Books
+from qkv.cache import checks
+from qkv.cache.ledger import Ledger
 from qkv.cache.sequence import Sequence
+from qkv.cache.step import Unfinished
 from qkv.checks import shown
 from qkv.errors import ArgumentError, ArgumentTypeError, describe
 
 
-def check_seqs(home: Books, call: str, seqs: Any, swapped: bool = False) -> tuple[Sequence, ...]:
+def check_seqs(home: Ledger, call: str, seqs: Any, swapped: bool = False) -> tuple[Sequence, ...]:
     if seqs.__class__ is not list and seqs.__class__ is not tuple:
         given = f"seqs={shown(seqs)} ({type(seqs).__name__})"
         fix = "Pass [seq]" if isinstance(seqs, Sequence) else "Pass a list of what cache.add() returned"
@@ -30,7 +32,7 @@ def check_seqs(home: Books, call: str, seqs: Any, swapped: bool = False) -> tupl
     return names
 
 
-def _refuse_state(home: Books, call: str, seq: Sequence, swapped: bool) -> None:
+def _refuse_state(home: Ledger, call: str, seq: Sequence, swapped: bool) -> None:
     if seq._home is not home:
         fix = "Pass it to the cache that made it"
         raise ArgumentError(describe(call, "the sequence must be of this cache", f"{seq!r} of another one", fix))
@@ -42,7 +44,7 @@ def _refuse_state(home: Books, call: str, seq: Sequence, swapped: bool) -> None:
         raise ArgumentError(describe(call, "the sequence must not be swapped out", repr(seq), fix))
 
 
-def refuse_open(home: Books, call: str, names: tuple[Sequence, ...]) -> None:
+def refuse_open(home: Ledger, call: str, names: tuple[Sequence, ...]) -> None:
     for seq in names:
         if seq._step is not None:
             given = f"{seq!r} with layer {seq._step.next} of {home.layers} to come"
@@ -50,10 +52,36 @@ def refuse_open(home: Books, call: str, names: tuple[Sequence, ...]) -> None:
             raise ArgumentError(describe(call, "the sequence is in an unfinished step", given, fix))
 
 
-def refuse_layer(home: Books, method: str, layer: Any) -> None:
+def refuse_layer(home: Ledger, method: str, layer: Any) -> None:
     call = f"{home._name}.{method}()"
     if layer.__class__ is not int:
         given = f"layer={shown(layer)} ({type(layer).__name__})"
         raise ArgumentTypeError(describe(call, "layer must be an int", given, f"Pass 0 .. {home.layers - 1}"))
     rule = f"layer must be one of the cache's {home.layers}"
     raise ArgumentError(describe(call, rule, f"layer={layer}", f"Pass 0 .. {home.layers - 1}"))
+
+
+def other_step(home: Ledger, call: str, names: tuple[Sequence, ...], layer: int, lengths: Any) -> ArgumentError:
+    """Why these are not the layer, the sequences or the lengths that the unfinished step goes on with."""
+    step = names[0]._step
+    fix = "Append the layers of a step in order, or forget it with cache.rollback(seqs)"
+    if step is None or step.next != layer:
+        expected = 0 if step is None else step.next
+        given = f"layer={layer}, expected layer={expected} of {home.layers}"
+        return ArgumentError(describe(call, "the layers of a step come in order 0, 1, ...", given, fix))
+    if step.seqs != names:
+        given = f"{len(names)} sequences, and {len(step.seqs)} in layer 0 (or others, or in another order)"
+        return ArgumentError(describe(call, "all layers of a step have the same sequences", given, fix))
+    if lengths is not None:
+        checks.counts(call, "lengths", lengths, len(names))
+    given = f"lengths={shown(lengths)}, and {step.lengths} in layer 0"
+    return ArgumentError(describe(call, "all layers of a step have the same lengths", given, fix))
+
+
+def check_repeated(home: Ledger, step: Unfinished, tokens: Any) -> None:
+    """tokens= of a later layer: what layer 0 was given."""
+    call = f"{home._name}.append()"
+    again = checks.step_tokens(call, tokens, len(step.seqs), step.T, step.lengths)
+    if again != step.tokens:
+        rule, fix = "tokens of a step are given with layer 0", "Pass them there; further layers may leave them out"
+        raise ArgumentError(describe(call, rule, "other tokens, or none, in layer 0", fix))

@@ -30,15 +30,35 @@ class Recent:
         self.seqs, self.lengths, self.steps, self.layout = seqs, lengths, steps, layout
 
 
-class Books:
+class _Change:
+    """A change of the ledger: one that is broken into is repaired."""
+
+    __slots__ = ("_ledger",)
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+
+    def __enter__(self) -> None:
+        self._ledger._dirty = True
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        if kind is not None:
+            self._ledger._repair()
+        self._ledger._dirty = False
+
+
+class Ledger:
     """Sequences, pages and unfinished steps of a cache."""
 
+    _name: str  # of the public class, for messages
+
+    def __init_subclass__(cls) -> None:
+        cls._name = vars(cls).get("_name", cls.__name__)
+
     def __init__(self, storage: Storage, pool: PagePool, *, window: int | None = None, sinks: int = 0) -> None:
-        self._name = type(self).__name__
-        self._storage, self._pool = storage, pool
-        self.layers, self.dtype, self.device = storage.layers, storage.dtype, storage.device
-        self.page_size, self.debug = storage.page_size, storage.debug
-        self.storage = storage.storage
+        self._storage, self._pool, self._spec = storage, pool, storage.spec
+        self.layers, self.dtype, self.storage = self._spec.layers, self._spec.dtype, self._spec.storage
+        self.device, self.debug, self.page_size = self._spec.device, self._spec.debug, storage.page_size
         self.window, self.sinks = window, sinks
         self.clock = Clock()
         self._held: masks.Mask | None = None
@@ -53,6 +73,10 @@ class Books:
         self._dirty = False
         self._made = 0
         self._hits = self._lookups = 0
+
+    def _change(self) -> _Change:
+        """The context in which the ledger is changed."""
+        return _Change(self)
 
     def _mend(self) -> None:
         if self._dirty:
@@ -145,18 +169,13 @@ class Books:
         steps = list(steps)
         if not steps:
             return
-        self._dirty = True
-        try:
+        with self._change():
             self._tick()
             for step in steps:
                 self._steps.pop(step, None)
                 for seq in step.seqs:
                     seq._step = None
                     self._trim(seq)
-        except BaseException:
-            self._repair()
-            raise
-        self._dirty = False
 
     def _owned(self, seq: Sequence) -> Collection[int]:
         """The pages that a sequence uses, in order."""
