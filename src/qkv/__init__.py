@@ -14,53 +14,27 @@ from typing import TYPE_CHECKING, Any
 from qkv import _torch  # noqa: F401  first: it says which torch is needed, before anything fails for want of it
 from qkv.errors import (
     ArgumentError as ArgumentError,
-)
-from qkv.errors import (
     ArgumentTypeError as ArgumentTypeError,
-)
-from qkv.errors import (
     PagesExhausted as PagesExhausted,
-)
-from qkv.errors import (
     QKVError as QKVError,
-)
-from qkv.errors import (
     ShapeError as ShapeError,
-)
-from qkv.errors import (
     UnsupportedError as UnsupportedError,
-)
-from qkv.errors import (
     VersionError as VersionError,
 )
-from qkv.functional import attention as attention
-from qkv.functional import weights as weights
-from qkv.masks import Mask as Mask
-from qkv.masks import constructors as _constructors
+from qkv.functional import attention as attention, weights as weights
+from qkv.masks import Mask as Mask, constructors as _constructors
 from qkv.masks.constructors import *
 from qkv.merging import merge as merge
 from qkv.plans import plan as plan
-from qkv.scores import alibi as alibi
-from qkv.scores import relative as relative
-from qkv.scores import score_mod as score_mod
+from qkv.scores import alibi as alibi, relative as relative, score_mod as score_mod
 
 if TYPE_CHECKING:  # what `__getattr__` below gives, so that type checkers and editors know it
     from qkv import (
         cache as cache,
-    )
-    from qkv import (
         compat as compat,
-    )
-    from qkv import (
         insight as insight,
-    )
-    from qkv import (
         integrations as integrations,
-    )
-    from qkv import (
         nn as nn,
-    )
-    from qkv import (
         rotary as rotary,
     )
     from qkv.insight.why import why as why
@@ -81,8 +55,15 @@ _LAZY = {
 if not TYPE_CHECKING:  # a checker takes what is written "as" above, and would take every misspelt name for Any
     __all__ = [
         *("ArgumentError", "ArgumentTypeError", "PagesExhausted", "QKVError", "ShapeError", "UnsupportedError"),
-        *("VersionError", "Mask", "alibi", "attention", "cache", "compat", "merge", "nn", "plan", "relative", "rotary"),
-        *("score_mod", "weights", "why", *(name for name in vars(_constructors) if not name.startswith("_"))),
+        *("VersionError", "Mask", "alibi", "attention", "cache", "compat", "integrations", "merge", "nn", "plan"),
+        *(
+            "relative",
+            "rotary",
+            "score_mod",
+            "weights",
+            "why",
+            *(name for name in vars(_constructors) if not name.startswith("_")),
+        ),
     ]
     __all__.sort()
 
@@ -96,5 +77,5 @@ if not TYPE_CHECKING:  # a checker takes what is written "as" above, and would t
             return value
         raise AttributeError(f"module 'qkv' has no attribute {name!r}")
 
-    def __dir__() -> list[str]:
-        return sorted({*__all__, *_LAZY, "__version__"})
+    def __dir__() -> list[str]:  # what a user may use; insight holds what `why` is made of
+        return [*__all__, "__version__"]

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from qkv import _torch, execute, graph
-from qkv._torch import forward_mode as _forward_mode
-from qkv._torch import modes as _modes
-from qkv._torch import recording as _recording
-from qkv._torch import under_transform as _functorch
+from qkv._torch import (
+    forward_mode as _forward_mode,
+    modes as _modes,
+    recording as _recording,
+    under_transform as _functorch,
+)
 from qkv.backends import base
 from qkv.call import keywords
 from qkv.call.keys import KVView
@@ -25,10 +27,10 @@ from qkv.checks import integers, shown, whole
 from qkv.errors import ArgumentError, ArgumentTypeError, UnsupportedError, describe
 from qkv.masks import Mask
 from qkv.masks.portable import encode
+from qkv.merging import OutputWithLse
 from qkv.numerics import no_autocast
 from qkv.plans import check_backend, choose, prepared
-from qkv.remembered import Kept, Remembered
-from qkv.remembered import now as _now
+from qkv.remembered import Kept, Remembered, now as _now
 from qkv.scores import ScoreTerm
 
 if TYPE_CHECKING:
@@ -55,16 +57,6 @@ _FAST = Remembered(256)
 _PLAIN_POSITIONS = frozenset((type(None), str, int))
 _grad_enabled = torch.is_grad_enabled
 _dynamo = torch.compiler.is_dynamo_compiling  # looked up once; torch.compile knows it by any name
-
-
-class OutputWithLse(NamedTuple):
-    """out (B, Hq, Lq, Dv) and lse (B, Hq, Lq), as return_lse=True gives them."""
-
-    out: Tensor
-    lse: Tensor
-
-
-_torch.register_tuple(OutputWithLse, "qkv.OutputWithLse")
 
 
 @overload

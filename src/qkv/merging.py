@@ -6,16 +6,29 @@ Merging is associative up to rounding, and (0, -inf), attention over no key, is 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
+from qkv import _torch
 from qkv.errors import ArgumentTypeError, ShapeError, describe
 
 _CALL = "qkv.merge()"
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-def merge(out1: Tensor, lse1: Tensor, out2: Tensor, lse2: Tensor) -> tuple[Tensor, Tensor]:
+class OutputWithLse(NamedTuple):
+    """out (..., Lq, Dv) and lse (..., Lq), as `merge` and return_lse=True give them."""
+
+    out: Tensor
+    lse: Tensor
+
+
+_torch.register_tuple(OutputWithLse, "qkv.OutputWithLse")
+
+
+def merge(out1: Tensor, lse1: Tensor, out2: Tensor, lse2: Tensor) -> OutputWithLse:
     """Merge attention over two disjoint key sets into attention over both.
 
     With w = exp(lse1) / (exp(lse1) + exp(lse2))::
@@ -32,7 +45,7 @@ def merge(out1: Tensor, lse1: Tensor, out2: Tensor, lse2: Tensor) -> tuple[Tenso
 
     Returns
     -------
-    (out, lse) : tuple of Tensor, shapes (..., Lq, Dv) and (..., Lq)
+    (out, lse) : OutputWithLse, shapes (..., Lq, Dv) and (..., Lq)
         out in the dtype of the parts. A row whose lse is -inf in one part is the other part's row, bit for bit;
         a row that is -inf in both stays (out1's row, -inf). Differentiable in all four arguments.
 
@@ -68,7 +81,7 @@ def merge(out1: Tensor, lse1: Tensor, out2: Tensor, lse2: Tensor) -> tuple[Tenso
     out = torch.where(none2.unsqueeze(-1), out1, torch.where(none1.unsqueeze(-1), out2, mixed))
     both = torch.maximum(lse1, lse2) + torch.log1p(torch.exp(-difference.abs()))
     lse = torch.where(none2, lse1, torch.where(none1, lse2, both))
-    return out, lse
+    return OutputWithLse(out, lse)
 
 
 def _check(out1: Tensor, lse1: Tensor, out2: Tensor, lse2: Tensor) -> None:

@@ -115,3 +115,18 @@ def test_errors(kind: type[Exception], text: str, args: tuple[Any, ...]) -> None
     with pytest.raises(kind, match=text) as error:
         qkv.merge(*args)
     assert str(error.value).startswith("qkv.merge(): ")
+
+
+def test_a_merge_is_a_named_tuple_as_attention_gives() -> None:
+    """The same class, unpacked or by name, compiled and under vmap too."""
+    q, k, v = torch.randn(3, 1, 2, 6, 8).unbind(0)
+    left = qkv.attention(q, k[:, :, :4], v[:, :, :4], return_lse=True)
+    right = qkv.attention(q, k[:, :, 4:], v[:, :, 4:], return_lse=True)
+    merged = qkv.merge(*left, *right)
+    out, lse = merged
+    assert type(merged) is type(left)
+    assert merged.out is out
+    assert merged.lse is lse
+    mapped = torch.vmap(qkv.merge)(*left, *right)
+    assert type(mapped) is type(left)
+    assert torch.equal(mapped.out, out)

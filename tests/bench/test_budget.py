@@ -13,8 +13,7 @@ import torch
 
 from qkv.bench import caches, machine, memory, race, report, session, sweep, training
 from qkv.bench.budget import OUT_OF_TIME, Budget
-from qkv.bench.caches import contest as caches_race
-from qkv.bench.caches import reading as caches_rows
+from qkv.bench.caches import contest as caches_race, reading as caches_rows
 from qkv.bench.caches.contest import Bench, Line, Race
 from qkv.bench.cases import Case, Row, Target, build
 from qkv.bench.peers.base import Prepared, Setup

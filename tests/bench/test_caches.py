@@ -14,9 +14,7 @@ from torch import Tensor
 
 import qkv
 from qkv.bench import caches, results
-from qkv.bench.caches import books as caches_books
-from qkv.bench.caches import contest as caches_race
-from qkv.bench.caches import reading as caches_rows
+from qkv.bench.caches import books as caches_books, contest as caches_race, reading as caches_rows
 from qkv.bench.caches.contest import Bench, Figure, Line, Race
 from qkv.bench.cases import Case
 from qkv.bench.race import Spread

@@ -88,8 +88,11 @@ def test_a_users_program(tmp_path: Path) -> None:
 def test_dir_lists_what_users_write() -> None:
     """No imported helper, no internal module; `from qkv import *` gives the same."""
     listed = set(dir(qkv))
-    assert listed == {*qkv.__all__, "__version__", "insight", "integrations"}
+    assert listed == {*qkv.__all__, "__version__"}
     assert {"attention", "nn", "cache", "rotary", "compat", "why", "causal", "Mask"} <= set(qkv.__all__)
+    for name in qkv.__all__:
+        assert not name.startswith("_")
+        assert getattr(qkv, name).__doc__, name
     assert qkv.__all__ == sorted(qkv.__all__)
     star: dict[str, object] = {}
     exec("from qkv import *", star)

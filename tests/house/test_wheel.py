@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+import qkv
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -26,7 +28,7 @@ def test_without_a_compiler_the_wheel_is_for_any_machine(tmp_path: Path) -> None
     done = _wheel(tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     (found,) = tmp_path.glob("*.whl")
-    assert found.name.endswith("-py3-none-any.whl")
+    assert found.name == f"qkv-{qkv.__version__}-py3-none-any.whl"
     with zipfile.ZipFile(found) as wheel:
         names = wheel.namelist()
         about = wheel.read(next(name for name in names if name.endswith("/WHEEL"))).decode()

@@ -16,8 +16,7 @@ from qkv.masks.intervals import Cuts, Rows, Spans, column, groups
 from qkv.masks.opcodes import Op
 from qkv.masks.program import Builder
 from qkv.masks.rule import Rule
-from qkv.masks.shapes import dilated, floor, global_tokens
-from qkv.masks.shapes import window as window_mask
+from qkv.masks.shapes import dilated, floor, global_tokens, window as window_mask
 from qkv.masks.tile import Sizes, Tile
 
 __all__ = ["bigbird", "blocks", "longformer", "per_head", "random_blocks"]
