@@ -64,6 +64,7 @@ sanitize-%: $(VENV)/.installed-dev
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff format $(CODE)
 	$(BIN)/ruff check --fix $(CODE)
+	$(BIN)/python tools/layers.py
 
 # The newest of everything in the lock, but the torch that it names: `make lock TORCH=torch==...` takes another.
 lock:
