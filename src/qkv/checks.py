@@ -46,6 +46,15 @@ def shown(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
+def given_as(name: str, value: Any) -> str:
+    """An argument of a type that is not taken, as an error message names it.
+
+    >>> given_as("n", 1.5)
+    'n=1.5 (float)'
+    """
+    return f"{name}={shown(value)} ({type(value).__name__})"
+
+
 def whole(value: Any) -> int | None:
     """The value as an int, or None where it is not an integer (a bool is not one)."""
     if isinstance(value, bool) or (isinstance(value, Tensor) and (value.dtype == torch.bool or value.ndim > 0)):
@@ -61,14 +70,20 @@ def integer(call: str, name: str, value: Any, low: int = 0, high: int = LIMIT) -
     number = whole(value)
     wanted = "Pass a whole number" if low <= -LIMIT else f"Pass a whole number >= {low}"
     if number is None:
-        given = f"{name}={shown(value)} ({type(value).__name__})"
-        raise ArgumentTypeError(describe(call, f"{name} must be an integer", given, wanted))
+        raise ArgumentTypeError(describe(call, f"{name} must be an integer", given_as(name, value), wanted))
     if number < low:
         raise ArgumentError(describe(call, f"{name} must be an integer >= {low}", f"{name}={number}", wanted))
     if number > high:
         rule, fix = f"{name} must be an integer <= {high}", "Pass a smaller number"
         raise ArgumentError(describe(call, rule, f"{name}={number}", fix))
     return number
+
+
+def flag(call: str, name: str, value: Any) -> bool:
+    """A bool argument."""
+    if not isinstance(value, bool):
+        raise ArgumentTypeError(describe(call, f"{name} must be a bool", given_as(name, value), "Pass True or False"))
+    return value
 
 
 def readable(tensor: Tensor) -> bool:
@@ -165,7 +180,7 @@ def _from_sequence(call: str, name: str, value: Any) -> Tensor:
     if not known and (
         isinstance(value, (str, bytes, dict)) or not hasattr(value, "__iter__") or whole(value) is not None
     ):
-        given = f"{name}={shown(value)} ({type(value).__name__})"
+        given = given_as(name, value)
         raise ArgumentTypeError(describe(call, f"{name} must be a list or tensor of integers", given, fix))
     entries = list(value)
     if entries and all(hasattr(x, "__len__") and not isinstance(x, (str, bytes)) for x in entries):

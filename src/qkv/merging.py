@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from qkv import _torch
+from qkv.checks import DTYPES, short
 from qkv.errors import ArgumentTypeError, ShapeError, describe
 
 _CALL = "qkv.merge()"
-_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class OutputWithLse(NamedTuple):
@@ -96,7 +96,7 @@ def _check(out1: Tensor, lse1: Tensor, out2: Tensor, lse2: Tensor) -> None:
                     "Pass out1, lse1, out2, lse2",
                 )
             )
-    given = ", ".join(f"{name} {tuple(t.shape)} {str(t.dtype)[6:]} on {t.device}" for name, t in named.items())
+    given = ", ".join(f"{name} {tuple(t.shape)} {short(t.dtype)} on {t.device}" for name, t in named.items())
     if out1.shape != out2.shape or out1.dim() < 2:
         raise ShapeError(
             describe(
@@ -109,14 +109,14 @@ def _check(out1: Tensor, lse1: Tensor, out2: Tensor, lse2: Tensor) -> None:
                 _CALL, "an lse has its output's shape without Dv", given, "Pass the lse that return_lse=True returned"
             )
         )
-    if out1.dtype not in _DTYPES or out1.dtype != out2.dtype:
+    if out1.dtype not in DTYPES or out1.dtype != out2.dtype:
         raise ArgumentTypeError(
             describe(_CALL, "the outputs must share one floating dtype", given, "Convert one of them")
         )
     wanted = torch.float64 if out1.dtype == torch.float64 else torch.float32
     if lse1.dtype != wanted or lse2.dtype != wanted:
         raise ArgumentTypeError(
-            describe(_CALL, f"lse must be {str(wanted)[6:]} here", given, "Pass the lse as return_lse=True returned it")
+            describe(_CALL, f"lse must be {short(wanted)} here", given, "Pass the lse as return_lse=True returned it")
         )
     if len({t.device for t in named.values()}) > 1:
         raise ArgumentTypeError(

@@ -18,7 +18,7 @@ from qkv.call.keys import KVView
 from qkv.call.problem import Inputs, Options, Problem
 from qkv.call.validate import validate
 from qkv.call.view import Group, check_view, groups, joined, problem_of, whole
-from qkv.checks import shown
+from qkv.checks import short, shown
 from qkv.errors import ArgumentError, ArgumentTypeError, UnsupportedError, describe
 from qkv.masks import Mask
 from qkv.scores import ScoreTerm
@@ -94,7 +94,7 @@ class Plan:
 
     def __str__(self) -> str:
         p, tiles = self.problem, self.tiles
-        dtype = str(p.dtype).removeprefix("torch.")
+        dtype = short(p.dtype)
         lines = [
             f"problem   q ({p.B}, {p.Hq}, {p.Lq}, {p.D})  k ({p.B}, {p.Hkv}, {p.Lk}, {p.D})  "
             f"v ({p.B}, {p.Hkv}, {p.Lk}, {p.Dv})  {dtype} on {p.device}",
@@ -295,7 +295,7 @@ def plan(
 def _plan_view(call: str, q: Any, view: KVView, v: Any, mask: Any, options: Options, backend: str | None) -> Plan:
     check_view(call, q, view, v, options)
     found = over_view(call, q, view, joined(call, mask, view.held), options, backend)
-    stored = str(view.k.dtype).removeprefix("torch.")
+    stored = short(view.k.dtype)
     how = "read where they lie" if found.in_place else "copied first"
     pages = f"keys in {stored} on pages of {view.k.shape[2]}, {how}"
     note = f"{found.plan.note}; {pages}" if found.plan.note else pages

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qkv.checks import DTYPES, integer, short, shown
+from qkv.checks import DTYPES, flag, given_as, integer, short, shown
 from qkv.errors import ArgumentError, ArgumentTypeError, ShapeError, describe
 
 INT8, FLOAT8 = torch.int8, torch.float8_e4m3fn
@@ -20,13 +20,6 @@ _MAX_SIZE = 2**31 - 1  # page numbers are int32 in tables
 
 def size(call: str, name: str, value: Any, low: int = 1) -> int:
     return integer(call, name, value, low=low, high=_MAX_SIZE)
-
-
-def flag(call: str, name: str, value: Any) -> bool:
-    if isinstance(value, bool):
-        return value
-    given = f"{name}={shown(value)} ({type(value).__name__})"
-    raise ArgumentTypeError(describe(call, f"{name} must be a bool", given, "Pass True or False"))
 
 
 def float_dtype(call: str, value: Any) -> torch.dtype:
@@ -47,7 +40,7 @@ def storage_dtype(call: str, value: Any) -> torch.dtype | None:
 
 def real_device(call: str, value: Any) -> torch.device:
     if not isinstance(value, (str, torch.device)):
-        given = f"device={shown(value)} ({type(value).__name__})"
+        given = given_as("device", value)
         raise ArgumentTypeError(describe(call, "device must be a name or a torch.device", given, 'Pass "cpu"'))
     try:
         device = torch.device(value)
@@ -72,9 +65,8 @@ def counts(call: str, name: str, value: Any, n: int) -> tuple[int, ...]:
     """The entries of lengths=, one a sequence."""
     if value.__class__ is not list and value.__class__ is not tuple:
         if not isinstance(value, Tensor) or value.ndim != 1:
-            given = f"{name}={shown(value)} ({type(value).__name__})"
             rule = f"{name} must be a list of integers, one a sequence"
-            raise ArgumentTypeError(describe(call, rule, given, "Pass a list such as [3, 1, 1]"))
+            raise ArgumentTypeError(describe(call, rule, given_as(name, value), "Pass a list such as [3, 1, 1]"))
         value = list(value)
     if len(value) != n:
         given = f"{len(value)} lengths for {n} sequence{'s' * (n != 1)}"
@@ -91,8 +83,7 @@ def token_array(call: str, name: str, value: Any) -> array[int]:
         return _from_tensor(call, name, value)
     fix = "Pass a list of token ids, or a 1-D integer tensor"
     if isinstance(value, (str, bytes, dict, set)) or not hasattr(value, "__len__") or not hasattr(value, "__iter__"):
-        given = f"{name}={shown(value)} ({type(value).__name__})"
-        raise ArgumentTypeError(describe(call, f"{name} must be a list of integers", given, fix))
+        raise ArgumentTypeError(describe(call, f"{name} must be a list of integers", given_as(name, value), fix))
     try:
         ids = array("q", value)
     except (TypeError, ValueError, RuntimeError):
@@ -141,7 +132,7 @@ def step_tokens(call: str, value: Any, n: int, T: int, lengths: tuple[int, ...] 
     """tokens= of a step: n rows of T, or with lengths= one packed list."""
     if lengths is None:
         if not isinstance(value, (list, tuple)) and not (isinstance(value, Tensor) and value.ndim == 2):
-            given = f"tokens={shown(value)} ({type(value).__name__})"
+            given = given_as("tokens", value)
             rule = "tokens of a step must be a list of rows, one a sequence, or a (n, T) tensor"
             raise ArgumentTypeError(describe(call, rule, given, "Pass [[ids of sequence 0], [ids of sequence 1], ...]"))
         if len(value) != n:
@@ -179,8 +170,7 @@ def check_rows(
         shape = f"({', '.join('T' if size < 0 else str(size) for size in want)})"  # -1: k has no length to compare with
         letters = f"{name} {shape}"
         if not isinstance(x, Tensor):
-            given = f"{name}={shown(x)} ({type(x).__name__})"
-            raise ArgumentTypeError(describe(call, f"{name} must be a tensor", given, f"Pass {letters}"))
+            raise ArgumentTypeError(describe(call, f"{name} must be a tensor", given_as(name, x), f"Pass {letters}"))
         if x.layout != torch.strided:
             raise ArgumentTypeError(
                 describe(call, f"{name} must be a dense tensor", f"{name} of layout {x.layout}", "Call .to_dense()")

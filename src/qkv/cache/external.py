@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qkv.cache import checks
 from qkv.call.keys import Clock, KVLayout, KVView
-from qkv.checks import DTYPES, integers, short, shown
+from qkv.checks import DTYPES, given_as, integers, short, shown
 from qkv.errors import ArgumentError, ArgumentTypeError, ShapeError, describe
 
 _CALL = "qkv.cache.stored()"
@@ -104,7 +104,7 @@ def stored(
 def _check_pool(k: Any, v: Any, k_scale: Any, v_scale: Any) -> None:
     for name, x in (("k_pages", k), ("v_pages", v)):
         if not isinstance(x, Tensor) or x.layout != torch.strided:
-            given = f"{name}={shown(x)} ({type(x).__name__})"
+            given = given_as(name, x)
             raise ArgumentTypeError(describe(_CALL, f"{name} must be a tensor", given, f"Pass {name} (N, Hkv, P, D)"))
         if x.ndim != 4:
             rule, fix = f"{name} must be (N, Hkv, P, D)", "Reshape it; (N, P, Hkv, D) is pool.transpose(1, 2)"
@@ -134,9 +134,8 @@ def _check_pool(k: Any, v: Any, k_scale: Any, v_scale: Any) -> None:
             raise ArgumentError(describe(_CALL, rule, given, fix))
         if scale is not None:
             if not isinstance(scale, Tensor) or scale.dtype != torch.float32 or scale.device != k.device:
-                given = f"{name}={shown(scale)} ({type(scale).__name__})"
                 rule = f"{name} must be a float32 tensor on the pool's device"
-                raise ArgumentTypeError(describe(_CALL, rule, given, f"Pass {name} (N, Hkv, P)"))
+                raise ArgumentTypeError(describe(_CALL, rule, given_as(name, scale), f"Pass {name} (N, Hkv, P)"))
             if scale.shape != k.shape[:3]:
                 given = f"{name} {tuple(scale.shape)} and pages {tuple(k.shape)}"
                 raise ShapeError(

@@ -8,15 +8,14 @@ from qkv.cache import checks
 from qkv.cache.ledger import Ledger
 from qkv.cache.sequence import Sequence
 from qkv.cache.step import Unfinished
-from qkv.checks import shown
+from qkv.checks import given_as, shown
 from qkv.errors import ArgumentError, ArgumentTypeError, describe
 
 
 def check_seqs(home: Ledger, call: str, seqs: Any, swapped: bool = False) -> tuple[Sequence, ...]:
     if seqs.__class__ is not list and seqs.__class__ is not tuple:
-        given = f"seqs={shown(seqs)} ({type(seqs).__name__})"
         fix = "Pass [seq]" if isinstance(seqs, Sequence) else "Pass a list of what cache.add() returned"
-        raise ArgumentTypeError(describe(call, "seqs must be a list of sequences", given, fix))
+        raise ArgumentTypeError(describe(call, "seqs must be a list of sequences", given_as("seqs", seqs), fix))
     names = tuple(seqs)
     for seq in names:
         if seq.__class__ is not Sequence:
@@ -55,7 +54,7 @@ def refuse_open(home: Ledger, call: str, names: tuple[Sequence, ...]) -> None:
 def refuse_layer(home: Ledger, method: str, layer: Any) -> None:
     call = f"{home._name}.{method}()"
     if layer.__class__ is not int:
-        given = f"layer={shown(layer)} ({type(layer).__name__})"
+        given = given_as("layer", layer)
         raise ArgumentTypeError(describe(call, "layer must be an int", given, f"Pass 0 .. {home.layers - 1}"))
     rule = f"layer must be one of the cache's {home.layers}"
     raise ArgumentError(describe(call, rule, f"layer={layer}", f"Pass 0 .. {home.layers - 1}"))

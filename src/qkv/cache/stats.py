@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from qkv.checks import short
+
 
 @dataclass(frozen=True)
 class Stats:
@@ -43,7 +45,7 @@ class Stats:
         def share(part: int) -> str:
             return f"{part:>10,}  {part / self.pages:6.1%}" if self.pages else f"{part:>10,}"
 
-        stored, given = (str(x).removeprefix("torch.") for x in (self.storage, self.dtype))
+        stored, given = short(self.storage), short(self.dtype)
         slots = self.tokens + self.waste_tokens
         rows = [
             ("pages", f"{self.pages:>10,}  of {self.page_size} tokens"),

@@ -11,12 +11,11 @@ from torch import Tensor
 
 from qkv import _torch
 from qkv.call.problem import Inputs, Options, Problem
-from qkv.checks import LIMIT, integers, shown, whole
+from qkv.checks import DTYPES, LIMIT, integers, short, shown, whole
 from qkv.errors import ArgumentError, ArgumentTypeError, ShapeError, UnsupportedError, describe
 from qkv.masks import Mask, Sizes, as_mask
 from qkv.scores import ScoreTerm, as_bias
 
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _LAYOUT = "(B, H, L, D)"
 
 
@@ -104,10 +103,10 @@ def _check_tensors(call: str, given: dict[str, Any]) -> None:
             raise ArgumentTypeError(describe(call, f"{name} must be a plain strided tensor", f"{name} {x.layout}", fix))
         if x.dtype not in DTYPES:
             rule = f"{name} must be float64, float32, bfloat16 or float16"
-            raise ArgumentTypeError(describe(call, rule, f"{name} {_short(x.dtype)}", "Convert it with .to()"))
+            raise ArgumentTypeError(describe(call, rule, f"{name} {short(x.dtype)}", "Convert it with .to()"))
     q, k, v = given.values()
     if not q.dtype == k.dtype == v.dtype:
-        got = ", ".join(f"{name} {_short(x.dtype)}" for name, x in given.items())
+        got = ", ".join(f"{name} {short(x.dtype)}" for name, x in given.items())
         raise ArgumentTypeError(
             describe(call, "q, k and v must share one dtype", got, "Convert them with .to(q.dtype)")
         )
@@ -269,7 +268,3 @@ def check_sinks(call: str, sinks: Any, sizes: Sizes) -> Tensor | None:
         sinks = sinks.clone()  # one that may be saved for a backward pass
     kept: Tensor = sinks.resolve_neg()
     return kept
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

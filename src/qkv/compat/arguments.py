@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qkv.checks import shown
+from qkv.checks import given_as, short
 from qkv.errors import ArgumentError, ArgumentTypeError, ShapeError, describe
 
 CALL = "qkv.compat.sdpa()"
@@ -31,20 +31,13 @@ class TorchArgumentTypeError(ArgumentTypeError, RuntimeError):
 def refuse_other_types(**given: Any) -> None:
     for name, x in given.items():
         if not isinstance(x, Tensor):
-            got = f"{name}={shown(x)} ({type(x).__name__})"
+            got = given_as(name, x)
             raise ArgumentTypeError(describe(CALL, f"{name} must be a tensor", got, "Pass a tensor (..., H, L, D)"))
-
-
-def refuse_other_flags(**given: Any) -> None:
-    for name, x in given.items():
-        if not isinstance(x, bool):
-            got = f"{name}={shown(x)} ({type(x).__name__})"
-            raise ArgumentTypeError(describe(CALL, f"{name} must be a bool", got, "Pass True or False"))
 
 
 def check_tensors(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None) -> None:
     if not query.dtype == key.dtype == value.dtype:
-        given = ", ".join(f"{n} {_short(x)}" for n, x in (("query", query), ("key", key), ("value", value)))
+        given = ", ".join(f"{n} {short(x.dtype)}" for n, x in (("query", query), ("key", key), ("value", value)))
         fix = "Convert them with .to(query.dtype)"
         raise TorchArgumentTypeError(describe(CALL, "query, key and value must share one dtype", given, fix))
     if query.dim() < 2 or key.dim() < 2 or value.dim() < 2:
@@ -59,13 +52,9 @@ def check_tensors(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor |
         fix = "Every key has one value: give them the same tokens"
         raise TorchShapeError(describe(CALL, "key and value must have one length Lk", _sizes(query, key, value), fix))
     if attn_mask is not None and attn_mask.dtype not in (torch.bool, torch.float32, query.dtype):
-        given = f"attn_mask {_short(attn_mask)} and query {_short(query)}"
+        given = f"attn_mask {short(attn_mask.dtype)} and query {short(query.dtype)}"
         fix = "Convert it with .to(query.dtype) where it is added, with .bool() where it says who may attend"
         raise TorchArgumentTypeError(describe(CALL, "attn_mask must be bool, float32 or of query's dtype", given, fix))
-
-
-def _short(x: Tensor) -> str:
-    return str(x.dtype).removeprefix("torch.")
 
 
 def _sizes(query: Tensor, key: Tensor, value: Tensor) -> str:
@@ -76,8 +65,7 @@ def _real(name: str, x: Any, fix: str) -> float:
     if not isinstance(x, (Real, torch.SymInt, torch.SymFloat)) and not (
         isinstance(x, Tensor) and x.numel() == 1 and not x.is_complex()
     ):
-        given = f"{name}={shown(x)} ({type(x).__name__})"
-        raise ArgumentTypeError(describe(CALL, f"{name} must be a number", given, fix))
+        raise ArgumentTypeError(describe(CALL, f"{name} must be a number", given_as(name, x), fix))
     return float(x)
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from qkv import _torch
-from qkv.checks import shown
+from qkv.checks import DTYPES, flag, given_as, short
 from qkv.compat import counting
 from qkv.compat.arguments import (
     CALL,
@@ -31,7 +31,6 @@ from qkv.compat.arguments import (
     check_tensors,
     fitted,
     folded,
-    refuse_other_flags,
     refuse_other_types,
 )
 from qkv.compat.attribute import aside, torch_sdpa
@@ -40,7 +39,6 @@ from qkv.functional import attention
 from qkv.graph import eager
 from qkv.masks import causal
 
-_DTYPES = frozenset((torch.float64, torch.float32, torch.bfloat16, torch.float16))
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
 
 
@@ -125,7 +123,8 @@ def sdpa(
             return _by_torch(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
         refuse_other_types(query=query, key=key, value=value)
     if is_causal.__class__ is not bool or enable_gqa.__class__ is not bool:
-        refuse_other_flags(is_causal=is_causal, enable_gqa=enable_gqa)
+        flag(CALL, "is_causal", is_causal)
+        flag(CALL, "enable_gqa", enable_gqa)
     corner = _causal_bias(attn_mask)
     if attn_mask is not None and is_causal:
         rule = "Explicit attn_mask should not be set when is_causal=True"  # PyTorch's words, for who looks for them
@@ -184,8 +183,8 @@ def _torchs(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None)
             return f"{name} is {'nested' if x.is_nested else str(x.layout).removeprefix('torch.')}"
         if not x.is_cpu and x.device.type != "cpu":
             return f"{name} is on {x.device.type}"
-        if x is not attn_mask and x.dtype not in _DTYPES:
-            return f"{name} is {str(x.dtype).removeprefix('torch.')}"
+        if x is not attn_mask and x.dtype not in DTYPES:
+            return f"{name} is {short(x.dtype)}"
     if _torch.jit_tracing() or (torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export()):
         return "torch.jit and ONNX know only PyTorch's own operators"
     return None
@@ -211,9 +210,8 @@ def _causal_bias(attn_mask: Any) -> Any:
     if attn_mask is None or type(attn_mask) in _PLAIN:
         return None
     if not isinstance(attn_mask, Tensor):
-        given = f"attn_mask={shown(attn_mask)} ({type(attn_mask).__name__})"
         fix = "Pass a bool or floating tensor; a qkv mask goes to qkv.attention(mask=)"
-        raise ArgumentTypeError(describe(CALL, "attn_mask must be a tensor", given, fix))
+        raise ArgumentTypeError(describe(CALL, "attn_mask must be a tensor", given_as("attn_mask", attn_mask), fix))
     from torch.nn.attention.bias import CausalBias  # loads on first use: hardly anyone passes one
 
     return attn_mask if isinstance(attn_mask, CausalBias) else None

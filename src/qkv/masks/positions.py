@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qkv.checks import LIMIT, integers, shown, whole
+from qkv.checks import LIMIT, given_as, integers, whole
 from qkv.errors import ArgumentError, ArgumentTypeError, ShapeError, describe
 
 
@@ -38,8 +38,7 @@ def resolve_positions(call: str, positions: Any, *, B: int, Lq: int, Lk: int) ->
         return rows + first
     if isinstance(positions, (bool, float, dict, bytes)):
         fix = 'Use "start", "end", an int, B ints or a (B or 1, Lq) integer tensor'
-        given = f"positions={shown(positions)} ({type(positions).__name__})"
-        raise ArgumentTypeError(describe(call, "positions must be integers", given, fix))
+        raise ArgumentTypeError(describe(call, "positions must be integers", given_as("positions", positions), fix))
     at = integers(call, "positions", positions, low=None, dims=(1, 2))
     if at.ndim == 1:
         if at.shape[0] != B:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qkv.checks import integer, shown
+from qkv.checks import given_as, integer, shown
 from qkv.errors import ArgumentError, ArgumentTypeError, ShapeError, describe
 from qkv.functional import attention, weights
 from qkv.masks import Mask, causal, dense, prefix
@@ -127,7 +127,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             fix = f"Use num_heads in {{{fits}}}"
             raise TorchArgumentError(describe(_CALL, "embed_dim must be divisible by num_heads", given, fix))
         if isinstance(dropout, bool) or not isinstance(dropout, (int, float)):
-            given = f"dropout={shown(dropout)} ({type(dropout).__name__})"
+            given = given_as("dropout", dropout)
             raise ArgumentTypeError(describe(_CALL, "dropout must be a number", given, "Use 0 for no dropout"))
         if not 0 <= dropout < 1:
             rule = "dropout must be in [0, 1)"
@@ -378,7 +378,7 @@ def _check_inputs(layer: MultiheadAttention, query: Any, key: Any, value: Any) -
     tensors = {"query": query, "key": key, "value": value}
     for name, x in tensors.items():
         if not isinstance(x, Tensor):
-            given = f"{name}={shown(x)} ({type(x).__name__})"
+            given = given_as(name, x)
             raise ArgumentTypeError(describe(_CALL, f"{name} must be a tensor", given, "Pass a tensor of embeddings"))
     given = ", ".join(f"{name} {tuple(x.shape)}" for name, x in tensors.items())
     layout = "(N, L, E)" if layer.batch_first else "(L, N, E)"

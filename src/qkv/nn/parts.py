@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from qkv import _torch
-from qkv.checks import shown, whole
+from qkv.checks import given_as, shown, whole
 from qkv.errors import ArgumentError, ArgumentTypeError, ShapeError, UnsupportedError, describe
 from qkv.masks import Mask
 from qkv.rotary import Rotary
@@ -45,8 +45,7 @@ def size(call: str, name: str, value: Any, low: int = 1) -> int:
     number = whole(value)
     fix = f"Pass a whole number >= {low}"
     if number is None:
-        given = f"{name}={shown(value)} ({type(value).__name__})"
-        raise ArgumentTypeError(describe(call, f"{name} must be an integer", given, fix))
+        raise ArgumentTypeError(describe(call, f"{name} must be an integer", given_as(name, value), fix))
     if number < low:
         raise ArgumentError(describe(call, f"{name} must be >= {low}", f"{name}={number}", fix))
     return number
@@ -58,7 +57,7 @@ def check_tokens(call: str, name: str, x: Any, width_name: str, width: int) -> N
         rule, fix = f"{name} must be a tensor", f"Pass (B, L, {width})"
         if hasattr(x, "__array__"):
             fix = f"Make a tensor of it with torch.from_numpy({name})"
-        raise ArgumentTypeError(describe(call, rule, f"{name}={shown(x)} ({type(x).__name__})", fix))
+        raise ArgumentTypeError(describe(call, rule, given_as(name, x), fix))
     if x.dim() != 3 or x.shape[-1] != width:
         fix = (
             "Add the batch dimension with unsqueeze(0)" if x.dim() == 2 else f"Build the layer with {width_name} of it"
