@@ -45,9 +45,11 @@ def merge(out1: Tensor, lse1: Tensor, out2: Tensor, lse2: Tensor) -> OutputWithL
 
     Returns
     -------
-    (out, lse) : OutputWithLse, shapes (..., Lq, Dv) and (..., Lq)
-        out in the dtype of the parts. A row whose lse is -inf in one part is the other part's row, bit for bit;
+    out : Tensor, shape (..., Lq, Dv)
+        In the dtype of the parts. A row whose lse is -inf in one part is the other part's row, bit for bit;
         a row that is -inf in both stays (out1's row, -inf). Differentiable in all four arguments.
+    lse : Tensor, shape (..., Lq)
+        Natural log, in the dtype of lse1 and lse2. The pair is an `OutputWithLse`.
 
     Raises
     ------

@@ -252,7 +252,7 @@ def plan(
 
     Parameters
     ----------
-    q, k, v, mask and all others
+    q, k, v, mask, positions, bias, scale, softcap, sinks, dropout_p, return_lse, backend
         As in `attention`; v may be left out, and then counts as a tensor like k. For a cache's view the plan counts
         every sequence as long as the longest.
 

@@ -47,8 +47,8 @@ def why(topic: str, *, seed: int = 0) -> Answer:
     ArgumentTypeError
         For a topic that is not a string or a seed that is not an integer.
 
-    Example
-    -------
+    Examples
+    --------
     >>> import qkv
     >>> answer = qkv.why("lookup")
     >>> answer.question
