@@ -15,6 +15,12 @@ def pytest_report_header() -> str:
     return f"qkv backends: {', '.join(backends.available())}"
 
 
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """What a test draws from torch's generator is the same in every run, whichever tests ran before it."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def nothing_kept() -> Iterator[None]:
     """No plan and no prepared call from before the test, and none of its own after it."""

@@ -26,14 +26,15 @@ def inputs(
 
 def same_as_tensor(term: Any, dense: torch.Tensor, leaves: list[torch.Tensor], backend: str, **options: Any) -> None:
     """The term acts as the tensor it stands for, and so do its gradients through its own definition."""
-    q, k, v = inputs(Lq=dense.shape[2], Lk=dense.shape[3])
-    d_out = torch.randn(2, 4, dense.shape[2], 8, generator=torch.Generator().manual_seed(8))
+    q, k, v = inputs(Lq=dense.shape[2], Lk=dense.shape[3], dtype=dense.dtype)
+    d_out = torch.randn(2, 4, dense.shape[2], 8, generator=torch.Generator().manual_seed(8)).to(dense.dtype)
+    near = 1e-10 if dense.dtype == torch.float64 else 1e-4
     results = []
     for bias in (term, dense):
         out = qkv.attention(q, k, v, bias=bias, backend=backend, **options)
         results.append((out, *torch.autograd.grad(out, leaves, d_out, retain_graph=True)))
     for got, want in zip(*results, strict=True):
-        assert torch.allclose(got, want, atol=1e-4, rtol=1e-4)
+        assert torch.allclose(got, want, atol=near, rtol=near)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -42,10 +43,10 @@ def same_as_tensor(term: Any, dense: torch.Tensor, leaves: list[torch.Tensor], b
 def test_alibi_and_relative(offset: int, sizes: tuple[int, int], backend: str) -> None:
     Lq, Lk = sizes
     distance = torch.arange(Lk) - (torch.arange(Lq)[:, None] + offset)
-    slopes = (torch.rand(4) / 10).requires_grad_()
+    slopes = (torch.rand(4, dtype=torch.float64) / 10).requires_grad_()
     dense = -slopes[:, None, None] * distance.abs()
     same_as_tensor(qkv.alibi(slopes), dense.expand(1, 4, Lq, Lk), [slopes], backend, positions=offset)
-    table = torch.randn(4, 7).requires_grad_()
+    table = torch.randn(4, 7, dtype=torch.float64).requires_grad_()
     dense = table[:, distance.clamp(-3, 3) + 3][None]
     same_as_tensor(qkv.relative(table), dense, [table], backend, positions=offset)
     both = (table[:, distance.clamp(-3, 3) + 3] - slopes[:, None, None] * distance.abs())[None]
