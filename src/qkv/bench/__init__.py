@@ -1,4 +1,4 @@
-"""`qkv bench`: ours beside other libraries, checked first, timed in turn, told with the machine's limit.
+"""`qkv bench`: ours beside other libraries: results checked first, calls timed in turn, beside the machine's rates.
 
 cases       a call of attention, its inputs, and the float64 answer; a row: a case, its peers, its targets
 gradients   the float64 answer of a backward pass

@@ -39,7 +39,7 @@ class Gradients:
 
         Relative to the norm of the terms of their sum, with ds taken as p (|do . v| + |delta|): where the softmax is
         all but one key, ds is a difference of equal numbers, and what is left of it is their rounding. A size below
-        the median counts as the median, so that a key that nobody looks at needs no relative accuracy.
+        the median counts as the median, so that a key of almost no weight needs no relative accuracy.
         """
         found = {}
         for (name, want), got in zip(self.expected.items(), gradients, strict=True):

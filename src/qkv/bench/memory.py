@@ -23,7 +23,7 @@ from qkv.bench.cases import TOLERANCE, Case, build
 PER_THREAD = 4 << 20
 BACKWARD = 10**9
 WRONG = "wrong result"
-# Freed memory goes back to the system at once, so that a call cannot live on what its inputs' construction left behind.
+# Freed memory goes back to the system at once, so that a call cannot reuse what its inputs' construction allocated.
 _ENV = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
 CASES = {
     "causal 4096 f32": Case("f32", 4096, 4096, mask="causal"),

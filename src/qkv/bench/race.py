@@ -121,7 +121,7 @@ def take_turn(calls: Sequence[Callable[[], Any]], estimate: float, *, cold: bool
     """
     clock.settle()
     if cold:
-        calls[-1]()  # wakes the thread pool; by the time its set is due again, the pass has evicted it
+        calls[-1]()  # starts the threads; by the time its set is due again, the pass has evicted it from the cache
         start = clock.now()
         for call in calls:
             call()
@@ -346,7 +346,7 @@ def _check(result: Result, target: Target) -> Check:
 
 
 def within_slack(ours: Mapping[int, float], theirs: Mapping[int, float], slack_us: float) -> bool:
-    """Where the other call takes under 10 microseconds, a fixed number of microseconds is no shame."""
+    """Whether ours is at most `slack_us` slower than a call that itself takes under 10 microseconds."""
     shared = sorted(ours.keys() & theirs.keys())
     if not shared or spread([theirs[n] for n in shared]).median >= 10e-6:
         return False

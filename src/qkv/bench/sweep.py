@@ -95,7 +95,7 @@ def _one(roster: Roster, case: Case, clock: Clock) -> Swept:
         taken = interleave(calls, estimates, seconds=seconds, rounds=rounds, keep=lambda name: True, clock=clock)
         ours, theirs = taken[OURS], taken["sdpa"]
         found = ratio(theirs, ours)
-        assert found is not None  # `keep` drops nobody, so both have every round
+        assert found is not None  # `keep` drops neither, so both have every round
         measured = found
         excused = measured.median >= 1 or within_slack(ours, theirs, _SLACK_US)
         if excused:

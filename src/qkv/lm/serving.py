@@ -100,7 +100,7 @@ class Server:
         self.steps = self.preempted = 0
         self.computed = self.shared = 0  # bytes of prompts and answers
         self.seconds = 0.0
-        self._full = False  # no room until somebody leaves
+        self._full = False  # no pages until a running request ends
 
     def submit(self, request: Request) -> Job:
         """Queue a request."""
@@ -177,7 +177,7 @@ class Server:
                 try:
                     self.cache.swap_in(job.seq)
                 except PagesExhausted:
-                    if not self.running:  # somebody else holds pages of this cache
+                    if not self.running:  # the pages are held by sequences that are not this server's
                         raise
                     self._full = True
                     return

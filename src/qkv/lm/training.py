@@ -108,7 +108,7 @@ class Run:
         return bits
 
     def go(self, until: int, every: int, say: Callable[[Run], None], save: Path | None = None) -> None:
-        """Train up to step `until`; every so many steps and at the end, evaluate and save. `say` hears of each step."""
+        """Train up to step `until`; every so many steps and at the end, evaluate and save. `say`: called each step."""
         while self.step < until:
             self.advance()
             if self.step % every == 0 or self.step == until:

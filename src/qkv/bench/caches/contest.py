@@ -108,7 +108,7 @@ class Race:
         now = bench.clock.now
         estimates = {}
         for name, (call,) in running.items():
-            for _ in range(2):  # the first wakes what sleeps; where it takes long, that is a small part of it
+            for _ in range(2):  # the first also starts threads; in a long call that is a small part
                 start = now()
                 call()
                 estimates[name] = now() - start

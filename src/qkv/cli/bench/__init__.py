@@ -1,4 +1,4 @@
-"""`qkv bench`: ours against the fastest other libraries on this machine: checked, interleaved, told with the limit."""
+"""`qkv bench`: qkv against the fastest other libraries on this machine; the measurements are `qkv.bench`."""
 
 from __future__ import annotations
 

@@ -111,7 +111,7 @@ def _tokens(rng: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
     things = torch.linalg.qr(torch.randn(PART, PART, generator=rng, dtype=torch.float64))[0][:TOKENS]
     order = torch.randperm(TOKENS, generator=rng)
     wanted = torch.empty_like(order)
-    wanted[order] = order.roll(1)  # one cycle through all tokens: nobody wants itself
+    wanted[order] = order.roll(1)  # one cycle through all tokens: none wants itself
     load = torch.randn(TOKENS, PART, generator=rng, dtype=torch.float64) / PART**0.5
     return torch.cat([things[wanted], things, load], 1), wanted
 
