@@ -54,81 +54,98 @@ def lookup() -> tuple[list[float], list[float]]:
     return weights.flatten().tolist(), qkv.attention(q, k, v, scale=SCALE).flatten().tolist()
 
 
-def picture(theme: str) -> str:
-    """Return the SVG text for one theme."""
-    c = THEMES[theme]
-    weights, out = lookup()
-    middle = TOP + STEP * (len(ENTRIES) - 1) / 2
+class Pen:
+    """Writes the elements of an SVG in the colours of a theme."""
 
-    def text(x: float, y: float, words: str, size: float = 14, fill: str = "text", extra: str = "") -> str:
-        return f'<text x="{x:g}" y="{y:g}" font-size="{size}" fill="{c[fill]}" {extra}>{words}</text>'
+    def __init__(self, theme: str) -> None:
+        self.c = THEMES[theme]
 
-    def box(x: float, y: float, width: float, height: float, round_: int, fill: str, line: bool = True) -> str:
-        stroke = f' stroke="{c["line"]}"' if line else ""
+    def text(self, x: float, y: float, words: str, size: float = 14, fill: str = "text", extra: str = "") -> str:
+        return f'<text x="{x:g}" y="{y:g}" font-size="{size}" fill="{self.c[fill]}" {extra}>{words}</text>'
+
+    def box(self, x: float, y: float, width: float, height: float, round_: int, fill: str, line: bool = True) -> str:
+        stroke = f' stroke="{self.c["line"]}"' if line else ""
         size = f'width="{width:g}" height="{height:g}" rx="{round_}"'
         return f'<rect x="{x:g}" y="{y:g}" {size} fill="{fill}"{stroke}/>'
 
-    def curve(x0: float, y0: float, x1: float, y1: float, stroke: str, width: float, opacity: float) -> str:
+    def curve(self, x0: float, y0: float, x1: float, y1: float, stroke: str, width: float, opacity: float) -> str:
         bend = (x1 - x0) * 0.45
         path = f"M{x0:g} {y0:g} C{x0 + bend:g} {y0:g} {x1 - bend:g} {y1:g} {x1:g} {y1:g}"
         brush = f'stroke="{stroke}" stroke-width="{width:.1f}" stroke-opacity="{opacity:.2f}"'
         return f'<path d="{path}" fill="none" {brush}/>'
 
-    def vector(x: float, y: float, numbers: tuple[float, ...]) -> str:
+    def vector(self, x: float, y: float, numbers: tuple[float, ...]) -> str:
         return "".join(
-            f'<rect x="{x + 17 * n:g}" y="{y - 7:g}" width="14" height="14" rx="3" fill="{c["accent"]}" '
-            f'fill-opacity="{0.06 + 0.94 * number:.2f}" stroke="{c["line"]}"/>'
+            f'<rect x="{x + 17 * n:g}" y="{y - 7:g}" width="14" height="14" rx="3" fill="{self.c["accent"]}" '
+            f'fill-opacity="{0.06 + 0.94 * number:.2f}" stroke="{self.c["line"]}"/>'
             for n, number in enumerate(numbers)
         )
 
+
+def picture(theme: str) -> str:
+    """Return the SVG text for one theme."""
+    pen = Pen(theme)
+    weights, out = lookup()
+    middle = TOP + STEP * (len(ENTRIES) - 1) / 2
+    mixed = f"rgb({','.join(str(round(part)) for part in out)})"
+    told = "A dictionary would raise KeyError: 'strawberry'. Attention compares it with every key and mixes the values."
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" {FONT} role="img">',
         "<title>A query is compared with every key; the weights say how much of each value comes back</title>",
-        text(QUERY_X, 34, "Q", 22, "accent", 'font-weight="700"'),
-        text(QUERY_X + 24, 34, "what I look for", 14, "muted"),
-        text(KEY_X, 34, "K", 22, "accent", 'font-weight="700"'),
-        text(KEY_X + 24, 34, "what each entry is like", 14, "muted"),
-        text(BAR_X, 34, f"softmax({SCALE:g} q·k)", 15, "text", 'font-weight="600"'),
-        text(BAR_X, 52, "weights, sum 1", 12, "muted"),
-        text(VALUE_X - 8, 34, "V", 22, "accent", 'font-weight="700"'),
-        text(VALUE_X + 14, 34, "its colour", 14, "muted"),
-        text(OUT_X + 6, 34, "out", 18, "accent", 'font-weight="700"'),
-        text(OUT_X + 42, 34, "= Σ w·v", 14, "muted"),
-        box(QUERY_X, middle - 50, 150, 112, 10, c["panel"]),
-        text(QUERY_X + 16, middle - 22, QUERY[0], 17, "text", 'font-weight="600"'),
-        vector(QUERY_X + 16, middle + 4, QUERY[1]),
+        *_heads(pen),
+        *_query(pen, middle),
+        *_entries(pen, middle, weights),
+        pen.box(OUT_X, middle - 48, 96, 96, 12, mixed),
+        pen.text(QUERY_X, HEIGHT - 14, told, 13, "muted"),
+        "</svg>",
+    ]
+    return "\n".join(parts) + "\n"
+
+
+def _heads(pen: Pen) -> list[str]:
+    return [
+        pen.text(QUERY_X, 34, "Q", 22, "accent", 'font-weight="700"'),
+        pen.text(QUERY_X + 24, 34, "what I look for", 14, "muted"),
+        pen.text(KEY_X, 34, "K", 22, "accent", 'font-weight="700"'),
+        pen.text(KEY_X + 24, 34, "what each entry is like", 14, "muted"),
+        pen.text(BAR_X, 34, f"softmax({SCALE:g} q·k)", 15, "text", 'font-weight="600"'),
+        pen.text(BAR_X, 52, "weights, sum 1", 12, "muted"),
+        pen.text(VALUE_X - 8, 34, "V", 22, "accent", 'font-weight="700"'),
+        pen.text(VALUE_X + 14, 34, "its colour", 14, "muted"),
+        pen.text(OUT_X + 6, 34, "out", 18, "accent", 'font-weight="700"'),
+        pen.text(OUT_X + 42, 34, "= Σ w·v", 14, "muted"),
+    ]
+
+
+def _query(pen: Pen, middle: float) -> list[str]:
+    parts = [
+        pen.box(QUERY_X, middle - 50, 150, 112, 10, pen.c["panel"]),
+        pen.text(QUERY_X + 16, middle - 22, QUERY[0], 17, "text", 'font-weight="600"'),
+        pen.vector(QUERY_X + 16, middle + 4, QUERY[1]),
     ]
     for n, word in enumerate(LIKE):
         x, y = QUERY_X + 24 + 17 * n, middle + 20
         turned = f'text-anchor="start" transform="rotate(42 {x:g} {y:g})"'
-        parts.append(text(x - 2, y + 2, word, 11, "muted", turned))
+        parts.append(pen.text(x - 2, y + 2, word, 11, "muted", turned))
+    return parts
+
+
+def _entries(pen: Pen, middle: float, weights: list[float]) -> list[str]:
+    parts: list[str] = []
     for n, ((name, key, value), weight) in enumerate(zip(ENTRIES, weights, strict=True)):
         y = TOP + STEP * n
         colour = f"rgb{value}".replace(" ", "")
         parts += [
-            curve(QUERY_X + 150, middle, KEY_X - 10, y, c["accent"], 1.5, 0.25 + 0.75 * weight),
-            vector(KEY_X, y, key),
-            text(KEY_X + 96, y + 5, name, 15),
-            box(BAR_X, y - 9, BAR, 18, 4, c["panel"]),
-            box(BAR_X, y - 9, round(max(2.0, BAR * weight), 1), 18, 4, c["accent"], line=False),
-            text(BAR_X + BAR + 10, y + 5, f"{weight:.2f}", 14, "text" if weight > 0.05 else "muted"),
-            curve(VALUE_X + 44, y, OUT_X, middle, colour, 1 + 22 * weight, 0.75),
-            box(VALUE_X, y - 14, 44, 28, 6, colour),
+            pen.curve(QUERY_X + 150, middle, KEY_X - 10, y, pen.c["accent"], 1.5, 0.25 + 0.75 * weight),
+            pen.vector(KEY_X, y, key),
+            pen.text(KEY_X + 96, y + 5, name, 15),
+            pen.box(BAR_X, y - 9, BAR, 18, 4, pen.c["panel"]),
+            pen.box(BAR_X, y - 9, round(max(2.0, BAR * weight), 1), 18, 4, pen.c["accent"], line=False),
+            pen.text(BAR_X + BAR + 10, y + 5, f"{weight:.2f}", 14, "text" if weight > 0.05 else "muted"),
+            pen.curve(VALUE_X + 44, y, OUT_X, middle, colour, 1 + 22 * weight, 0.75),
+            pen.box(VALUE_X, y - 14, 44, 28, 6, colour),
         ]
-    mixed = f"rgb({','.join(str(round(part)) for part in out)})"
-    parts += [
-        box(OUT_X, middle - 48, 96, 96, 12, mixed),
-        text(
-            QUERY_X,
-            HEIGHT - 14,
-            "A dictionary would raise KeyError: 'strawberry'. "
-            "Attention compares it with every key and mixes the values.",
-            13,
-            "muted",
-        ),
-        "</svg>",
-    ]
-    return "\n".join(parts) + "\n"
+    return parts
 
 
 def shades(code: str, bias: bool) -> list[list[float]]:
