@@ -15,7 +15,8 @@ from qkv.bench import caches, machine, memory, race, report, session, sweep, tra
 from qkv.bench.budget import OUT_OF_TIME, Budget
 from qkv.bench.caches import contest as caches_race, reading as caches_rows
 from qkv.bench.caches.contest import Bench, Line, Race
-from qkv.bench.cases import Case, Row, Target, build
+from qkv.bench.cases import Case, Row, Target
+from qkv.bench.inputs import build
 from qkv.bench.peers.base import Prepared, Setup
 from qkv.bench.peers.torch import Matmuls
 from qkv.bench.race import Runner, interleave

@@ -10,7 +10,8 @@ import torch
 
 from qkv.bench import report
 from qkv.bench.calls import all_rows
-from qkv.bench.cases import BEST, BEST_BUT_GGML, LIMIT, Case, Row, Target, build
+from qkv.bench.cases import BEST, BEST_BUT_GGML, LIMIT, Case, Row, Target
+from qkv.bench.inputs import build
 from qkv.bench.peers import Roster
 from qkv.bench.peers.base import Setup
 from qkv.bench.peers.torch import Matmuls, Sdpa

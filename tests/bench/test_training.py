@@ -15,7 +15,8 @@ from torch import Tensor
 
 from qkv.bench import gradients, memory, report, results, session, training
 from qkv.bench.calls import all_rows
-from qkv.bench.cases import TOLERANCE, Inputs, Row, Target, build
+from qkv.bench.cases import TOLERANCE, Row, Target
+from qkv.bench.inputs import Inputs, build
 from qkv.bench.peers.base import Prepared, Setup
 from qkv.bench.peers.torch import Qkv, Sdpa
 from qkv.bench.race import Runner

@@ -12,13 +12,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from qkv.bench.cases import Case
+from qkv.bench.cases import Case
 
 At = tuple[int, int, int]  # batch row, head, and the index of a query or key
 _ROWS = 256  # queries whose float64 scores are in memory at a time

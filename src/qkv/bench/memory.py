@@ -18,7 +18,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from qkv.bench.budget import OUT_OF_TIME
-from qkv.bench.cases import TOLERANCE, Case, build
+from qkv.bench.cases import TOLERANCE, Case
+from qkv.bench.inputs import build
 
 PER_THREAD = 4 << 20
 BACKWARD = 10**9

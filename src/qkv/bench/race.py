@@ -18,7 +18,8 @@ import torch
 
 from qkv.bench import machine
 from qkv.bench.budget import OUT_OF_TIME
-from qkv.bench.cases import BEST, BEST_BUT_GGML, LIMIT, TOLERANCE, Inputs, Row, Target, build
+from qkv.bench.cases import BEST, BEST_BUT_GGML, LIMIT, TOLERANCE, Row, Target
+from qkv.bench.inputs import Inputs, build
 from qkv.bench.peers import Roster
 from qkv.bench.peers.base import Prepared, Unavailable
 

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
-from qkv.bench.cases import TOLERANCE, Case, build
+from qkv.bench.cases import TOLERANCE, Case
+from qkv.bench.inputs import build
 from qkv.bench.peers import Roster, describe_case
 from qkv.bench.race import OURS, Clock, Spread, interleave, ratio, spread, within_slack
 

@@ -18,7 +18,8 @@ from torch.nn import functional as F
 import qkv
 from qkv.bench import machine
 from qkv.bench.caches.contest import Bench, Line, Race
-from qkv.bench.cases import TOLERANCE, Case, Inputs, build
+from qkv.bench.cases import TOLERANCE, Case
+from qkv.bench.inputs import Inputs, build
 from qkv.bench.race import spread
 
 PAGE = 16

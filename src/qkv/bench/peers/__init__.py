@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import ClassVar
 
-from qkv.bench.cases import Case, Inputs
+from qkv.bench.cases import Case
+from qkv.bench.inputs import Inputs
 from qkv.bench.peers.base import Peer, Prepared, Setup, Unavailable, first_line, version_of
 from qkv.bench.peers.torch import Qkv
 

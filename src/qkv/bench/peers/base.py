@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from qkv.bench.cases import Inputs
+from qkv.bench.inputs import Inputs
 
 
 class Unavailable(Exception):

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qkv.bench.cases import Inputs
+from qkv.bench.inputs import Inputs
 from qkv.bench.peers.base import Prepared, Setup, Unavailable, refuse_unless
 
 _TYPES = {"f32": 0, "f16": 1, "bf16": 30}  # enum ggml_type

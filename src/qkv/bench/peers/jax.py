@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qkv.bench.cases import Inputs
+from qkv.bench.inputs import Inputs
 from qkv.bench.peers.base import Prepared, Setup, refuse_unless
 
 

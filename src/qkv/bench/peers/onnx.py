@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qkv.bench.cases import Case, Inputs
+from qkv.bench.cases import Case
+from qkv.bench.inputs import Inputs
 from qkv.bench.peers.base import Prepared, Setup, as_numpy, refuse_unless, version_of
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qkv.bench.cases import Inputs
+from qkv.bench.inputs import Inputs
 from qkv.bench.peers.base import Prepared, Setup, as_numpy, refuse_unless
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qkv.bench import machine
-from qkv.bench.cases import Inputs
+from qkv.bench.inputs import Inputs
 from qkv.bench.peers.base import Prepared, Setup, Unavailable, first_line
 
 
