@@ -13,13 +13,23 @@ CODE := src tests benchmarks examples docs tools
 NATIVE := CMakeLists.txt pyproject.toml $(wildcard csrc/*)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test check gate soak sanitize bench models foreign format lock compatibility clean
+.PHONY: demo test quick check gate soak sanitize bench models foreign format lock compatibility clean
 
 demo: $(VENV)/.installed
 	@$(BIN)/qkv demo
 
+# make test T=tests/masks runs a part of them.
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 $(T)
+
+# What a change breaks first, in under a minute: cases against the oracle, masks, plans, errors, and the documentation.
+QUICK := tests/house/test_gate.py::test_named_cases tests/house/test_docs.py tests/house/test_docstrings.py \
+	tests/house/test_shapes.py tests/house/test_readme.py tests/masks/test_algebra.py tests/masks/test_values.py \
+	tests/masks/test_errors.py tests/masks/test_programs.py tests/masks/test_scores.py tests/malformed \
+	tests/attention/test_attention_oracle.py tests/attention/test_attention_plan.py tests/attention/test_errors.py \
+	tests/attention/test_positions.py tests/gradients/test_against_the_oracle.py tests/views/test_errors.py
+quick: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -n 2 $(QUICK)
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check $(CODE)

@@ -45,7 +45,7 @@ def judge(gate: Gate[Any, Any], configs: int, seed: int, names: tuple[str, ...],
             "zeros where nothing may be read, no gradients"
         )
     end = "\r" if sys.stdout.isatty() else "\n"
-    statistics = gate.run(configs, seed, names, processes, lambda line: print(line, end=end, flush=True))
+    statistics = gate.run(range(seed, seed + configs), names, processes, lambda line: print(line, end=end, flush=True))
     print()
     for line in statistics.table():
         print(line)

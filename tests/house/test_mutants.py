@@ -10,7 +10,8 @@ from tests.gates import calls, mutants
 from tests.kit import backends, skips
 from tests.kit.plain import PYTHON_MUTANTS
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+# one process prepares the questions for all of them
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.xdist_group("mutants")]
 CONFIGS = 60  # random ones after the named cases
 
 

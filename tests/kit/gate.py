@@ -12,7 +12,7 @@ import multiprocessing.connection
 import time
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import Any, ClassVar, Generic, TypeVar
@@ -153,11 +153,12 @@ class Gate(ABC, Generic[Config, Inputs]):
             busy = [w for w in busy if w.seed >= 0]
 
     def run(
-        self, configs: int, seed: int, names: tuple[str, ...], processes: int, show: Callable[[str], Any]
+        self, seeds: Sequence[int], names: tuple[str, ...], processes: int, show: Callable[[str], Any]
     ) -> Statistics:
-        """Judge configurations seed, seed + 1, ...; `show` receives a progress line now and then."""
+        """Judge these configurations; `show` receives a progress line now and then."""
+        configs = len(seeds)
         statistics, begin, last = Statistics(), time.monotonic(), 0.0
-        for done, outcomes in enumerate(self.judged(range(seed, seed + configs), names, processes), 1):
+        for done, outcomes in enumerate(self.judged(seeds, names, processes), 1):
             for outcome in outcomes:
                 statistics.add(outcome)
             spent = time.monotonic() - begin

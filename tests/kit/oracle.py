@@ -290,9 +290,11 @@ class Result:
 class _Row(NamedTuple):
     """Everything about one row that its gradient needs as well."""
 
-    j: Array
+    at: tuple[Any, ...]  # where its keys stand in k and v
     k: Array
     v: Array
+    abs_k: Array
+    abs_v: Array
     p: Array
     sink: Any
     spread: Any
@@ -321,19 +323,21 @@ def attention(call: Call, dout: Array | None = None, dlse: Array | None = None) 
         shapes |= {} if call.sinks is None else {"sinks": call.sinks.shape}
         res.grads = {name: Grad.zeros(shape, kind) for name, shape in shapes.items()}
     group = max(1, Hq // max(1, call.k.shape[1]))
+    sizes = abs(call.k), abs(call.v)
     with np.errstate(all="ignore"):
         for b, h, i in np.ndindex(row_shape):
-            row = _forward_row(call, res, b, h, i, h // group)
+            row = _forward_row(call, res, b, h, i, h // group, sizes)
             if dout is not None and dlse is not None:
-                _backward_row(call, res, row, (b, h, i), h // group, dout[b, h, i], dlse[b, h, i])
+                _backward_row(call, res, row, (b, h, i), dout[b, h, i], dlse[b, h, i])
     return res
 
 
-def _forward_row(call: Call, res: Result, b: int, h: int, i: int, g: int) -> _Row:
+def _forward_row(call: Call, res: Result, b: int, h: int, i: int, g: int, sizes: tuple[Array, Array]) -> _Row:
     j, q = call.keys(b, h, i), call.q[b, h, i]
-    k, v = call.k[b, g, j], call.v[b, g, j]
+    where = (b, g, j if len(j) < call.geo.Lk else slice(None))  # all of them need no copy
+    k, v, abs_k, abs_v = (x[where] for x in (call.k, call.v, *sizes))
     s = (k @ q) * call.scale
-    size = (abs(k) @ abs(q)) * abs(call.scale)
+    size = (abs_k @ abs(q)) * abs(call.scale)
     slope = slope_size = np.ones_like(s)
     if call.softcap is not None:
         t = np.tanh(s / call.softcap)
@@ -358,7 +362,7 @@ def _forward_row(call: Call, res: Result, b: int, h: int, i: int, g: int) -> _Ro
             alive = s > -np.inf  # a score of -inf has weight 0, whatever its value holds
             res.out[at] = (p * kept)[alive] @ v[alive]
             res.lse[at] = top + np.log(total)
-            res.weight_v[at] = (p * kept)[alive] @ abs(v[alive])
+            res.weight_v[at] = (p * kept)[alive] @ abs_v[alive]
     # Where the best key's value is 0, or its weight dropped, what is left are weights far below it. The rounding of
     # their distance from the maximum is theirs; S, where it counts, is at least half of that distance.
     apart = call.exact or call.dropout_p > 0
@@ -367,9 +371,9 @@ def _forward_row(call: Call, res: Result, b: int, h: int, i: int, g: int) -> _Ro
         far[far > (700 if s.dtype == np.longdouble else 85)] = 1e18
     res.spread[at] = 0 if call.exact else size[np.isfinite(size)].max(initial=0)
     if apart:
-        res.weight_v[at] += (p * kept * far / (1 + res.spread[at])) @ np.where(np.isfinite(v), abs(v), 0)
-    res.max_v[at] = abs(v)[np.isfinite(v)].max(initial=0)
-    return _Row(j, k, v, p, sink_p, res.spread[at], slope, slope_size, terms, kept, far)
+        res.weight_v[at] += (p * kept * far / (1 + res.spread[at])) @ np.where(np.isfinite(v), abs_v, 0)
+    res.max_v[at] = abs_v[np.isfinite(v)].max(initial=0)
+    return _Row(where, k, v, abs_k, abs_v, p, sink_p, res.spread[at], slope, slope_size, terms, kept, far)
 
 
 def _kept(call: Call, at: tuple[int, int, int], j: Array, kind: Any) -> Array:
@@ -385,21 +389,20 @@ def _kept(call: Call, at: tuple[int, int, int], j: Array, kind: Any) -> Array:
     return ((x >> np.uint64(11)) >= np.uint64(round(call.dropout_p * 2**53))) / (1 - kind.type(call.dropout_p))
 
 
-def _backward_row(call: Call, res: Result, row: _Row, at: tuple[int, int, int], g: int, do: Array, dlse: Any) -> None:
-    b, h, _ = at
-    j, k, v, p = row.j, row.k, row.v, row.p
+def _backward_row(call: Call, res: Result, row: _Row, at: tuple[int, int, int], do: Array, dlse: Any) -> None:
+    h, k, v, p = at[1], row.k, row.v, row.p
     q, weight, grads = call.q[at], 1 + row.spread + row.far, res.grads
-    dp, dp_size = row.kept * (v @ do), row.kept * (abs(v) @ abs(do))
+    dp, dp_size = row.kept * (v @ do), row.kept * (row.abs_v @ abs(do))
     mean, mean_size = p @ dp, p @ dp_size
     ds, ds_size = p * (dp - mean + dlse), p * (dp_size + mean_size + abs(dlse))
     mean_far = p @ (dp_size * row.far)
     if call.sinks is not None:
         size, far = row.sink * (mean_size + abs(dlse)), -np.log(row.sink) if call.exact and row.sink > 0 else 0
         grads["sinks"].add((h,), row.sink * (dlse - mean), size, size * (1 + row.spread + far) + row.sink * mean_far)
-    if not len(j):
+    if not len(k):
         return
     share = p * row.kept
-    grads["v"].add((b, g, j), share[:, None] * do, share[:, None] * abs(do), (share * weight)[:, None] * abs(do))
+    grads["v"].add(row.at, share[:, None] * do, share[:, None] * abs(do), (share * weight)[:, None] * abs(do))
     ds_weighted = ds_size * weight + p * mean_far
     for n in reversed(range(len(row.terms))):  # backwards through s -> gain * s + add
         term = row.terms[n]
@@ -411,7 +414,7 @@ def _backward_row(call: Call, res: Result, row: _Row, at: tuple[int, int, int], 
     dr, dr_size, dr_weighted = ds * row.slope, ds_size * row.slope, ds_weighted * row.slope_size
     scale, scale_size = call.scale, abs(call.scale)
     grads["q"].value[at] = scale * (dr @ k)
-    grads["q"].plain[at] = scale_size * (dr_size @ abs(k))
-    grads["q"].weighted[at] = scale_size * (dr_weighted @ abs(k))
+    grads["q"].plain[at] = scale_size * (dr_size @ row.abs_k)
+    grads["q"].weighted[at] = scale_size * (dr_weighted @ row.abs_k)
     outer = scale_size * abs(q)
-    grads["k"].add((b, g, j), dr[:, None] * (scale * q), dr_size[:, None] * outer, dr_weighted[:, None] * outer)
+    grads["k"].add(row.at, dr[:, None] * (scale * q), dr_size[:, None] * outer, dr_weighted[:, None] * outer)
