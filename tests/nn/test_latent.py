@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import qkv
 from qkv.errors import ArgumentError, ArgumentTypeError, ShapeError
-from qkv.nn import LatentAttention, latent
+from qkv.nn import LatentAttention, layer as nn_layer
 from qkv.rotary import Rotary, YaRN
 from tests.kit.layers import CLOSE, close, sample, turn
 
@@ -139,7 +139,7 @@ def test_the_absorbed_form_is_one_head_over_a_view(monkeypatch: pytest.MonkeyPat
         calls.append((q, k, v, options))
         return qkv.attention(q, k, v, *args, **options)
 
-    monkeypatch.setattr(latent, "attention", spy)
+    monkeypatch.setattr(nn_layer, "attention", spy)
     x = sample(2, 8, 24)
     for absorb in (False, True):
         built(absorb=absorb)(x)
@@ -157,7 +157,7 @@ def test_by_itself_it_takes_the_cheaper_form(rank: int, absorbed: bool, monkeypa
     """2 R + dr against dn + dr + dv numbers a pair: of dn = 5 and dv = 7, R = 5 is the smaller."""
     heads = []
     monkeypatch.setattr(
-        latent, "attention", lambda q, k, v, *_, **__: heads.append(k.shape[1]) or q[..., : v.shape[-1]]
+        nn_layer, "attention", lambda q, k, v, *_, **__: heads.append(k.shape[1]) or q[..., : v.shape[-1]]
     )
     for absorb in (None, True, False):
         layer = LatentAttention(24, 3, **{**SIZES, "kv_lora_rank": rank}, absorb=absorb)
@@ -333,9 +333,9 @@ x = torch.zeros(2, 5, 24)
 @pytest.mark.parametrize(
     ("kind", "text", "make"),
     [
-        (ArgumentError, "kv_lora_rank must be >= 1", lambda: given(kv_lora_rank=0)),
+        (ArgumentError, "kv_lora_rank must be an integer >= 1", lambda: given(kv_lora_rank=0)),
         (ArgumentTypeError, "q_lora_rank must be an integer", lambda: given(q_lora_rank="none")),
-        (ArgumentError, "qk_rope_head_dim must be >= 2", lambda: given(qk_rope_head_dim=0)),
+        (ArgumentError, "qk_rope_head_dim must be an integer >= 2", lambda: given(qk_rope_head_dim=0)),
         (ArgumentError, "dim must be even", lambda: given(qk_rope_head_dim=3)),
         (ArgumentError, "rotary.dim=8 and qk_rope_head_dim=4", lambda: given(rotary=Rotary(8))),
         (ArgumentTypeError, "rotary must be a Rotary", lambda: given(rotary=False)),

@@ -138,7 +138,7 @@ rotary = Rotary(8)
     ("kind", "text", "make"),
     [
         (ArgumentTypeError, "dim must be an integer", lambda: Attention(32.0, 4)),  # type: ignore[arg-type]
-        (ArgumentError, "num_heads must be >= 1", lambda: Attention(32, 0)),
+        (ArgumentError, "num_heads must be an integer >= 1", lambda: Attention(32, 0)),
         (ArgumentError, "dim must be a multiple of num_heads", lambda: Attention(32, 5)),
         (ArgumentError, r"Use num_kv_heads in \{1, 2, 4\}", lambda: Attention(32, 4, num_kv_heads=3)),
         (ArgumentError, "rotary.dim=16 and head_dim=8", lambda: Attention(32, 4, rotary=Rotary(16))),

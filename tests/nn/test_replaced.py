@@ -250,11 +250,11 @@ def test_a_hook_on_every_module_counts_and_a_flop_counter_changes_nothing() -> N
 def test_a_plain_linear_is_absorbed_and_a_parametrized_weight_is_computed_once() -> None:
     layer, x, calls = latent_layer(absorb=True), sample(2, L, 32), []
     shapes: list[Any] = []
-    own = qkv.nn.latent.attention
+    own = qkv.nn.layer.attention
     counted = Negated()
     counted.register_forward_hook(lambda *_: calls.append(1))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(qkv.nn.latent, "attention", lambda q, *rest, **o: shapes.append(q.shape) or own(q, *rest, **o))
+        patch.setattr(qkv.nn.layer, "attention", lambda q, *rest, **o: shapes.append(q.shape) or own(q, *rest, **o))
         layer(x)
         nn.utils.parametrize.register_parametrization(layer.kv_b_proj, "weight", counted)
         calls.clear()

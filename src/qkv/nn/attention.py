@@ -9,18 +9,18 @@ from torch import Tensor, nn
 
 from qkv.call import keywords
 from qkv.call.keys import KVView, LayerCache
+from qkv.checks import integer
 from qkv.errors import ArgumentError, ArgumentTypeError, ShapeError, describe
-from qkv.functional import attention
 from qkv.graph import eager
 from qkv.masks import Mask, as_mask
-from qkv.nn.parts import RMSNorm, check_step, check_tokens, combined, size
+from qkv.nn.layer import Layer, RMSNorm, check_step, check_tokens
 from qkv.rotary import Rotary, as_positions
 
 _CALL = "qkv.nn.Attention()"
 _FORWARD = "qkv.nn.Attention.forward()"
 
 
-class Attention(nn.Module):
+class Attention(Layer):
     """Let each token of x gather from the tokens of x, or of a context, what its query finds there.
 
     ::
@@ -128,14 +128,15 @@ class Attention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.dim, self.num_heads = size(_CALL, "dim", dim), size(_CALL, "num_heads", num_heads)
-        self.num_kv_heads = self.num_heads if num_kv_heads is None else size(_CALL, "num_kv_heads", num_kv_heads)
-        self.head_dim = self._head_dim() if head_dim is None else size(_CALL, "head_dim", head_dim)
-        self.context_dim = self.dim if context_dim is None else size(_CALL, "context_dim", context_dim)
-        self.value_dim = self.head_dim if value_dim is None else size(_CALL, "value_dim", value_dim)
+        self.dim, self.num_heads = integer(_CALL, "dim", dim, low=1), integer(_CALL, "num_heads", num_heads, low=1)
+        self.num_kv_heads = (
+            self.num_heads if num_kv_heads is None else integer(_CALL, "num_kv_heads", num_kv_heads, low=1)
+        )
+        self.head_dim = self._head_dim() if head_dim is None else integer(_CALL, "head_dim", head_dim, low=1)
+        self.context_dim = self.dim if context_dim is None else integer(_CALL, "context_dim", context_dim, low=1)
+        self.value_dim = self.head_dim if value_dim is None else integer(_CALL, "value_dim", value_dim, low=1)
         self.rotary, self.gate = rotary, gate
-        self.mask = as_mask(mask, _CALL)
-        self.softcap, self.scale, self.dropout_p, self.backend = softcap, scale, dropout_p, backend
+        self._hold(_CALL, mask, softcap, scale, dropout_p, backend)
         self._check()
 
         made: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -153,8 +154,7 @@ class Attention(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw all parameters anew, as construction does: for a layer that was built on the meta device."""
-        for module in self.children():
-            module.reset_parameters()  # type: ignore[operator]
+        super().reset_parameters()
         if self.sinks is not None:
             nn.init.zeros_(self.sinks)
 
@@ -227,7 +227,7 @@ class Attention(nn.Module):
         cache: LayerCache | None,
     ) -> Tensor:
         at: int | str | Tensor | None
-        seen = combined(self.mask, mask)
+        seen = self._seen(mask)
         if cache is None:
             at = self._query_positions(x, context, positions)
         else:
@@ -239,18 +239,8 @@ class Attention(nn.Module):
         if cache is not None:
             cache.append(k, v)
             keys, values = cache.view(), None
-        out = attention(
-            q,
-            keys,
-            values,
-            seen,
-            positions=_for_mask(at) if context is not None else None,
-            scale=self.scale,
-            softcap=self.softcap,
-            sinks=self.sinks,
-            dropout_p=self.dropout_p if self.training else 0.0,
-            backend=self.backend,
-        )
+        where = _for_mask(at) if context is not None else None
+        out = self._attend(q, keys, values, seen, positions=where, sinks=self.sinks)
         heads = out.transpose(1, 2)  # (B, Lq, Hq, Dv)
         if self.gate_proj is not None:
             gates: Tensor = self.gate_proj(x).sigmoid()
@@ -369,12 +359,8 @@ class Attention(nn.Module):
             raise ArgumentError(describe(_CALL, 'gate is a bool or "headwise"', f"gate={self.gate!r}", fix))
 
     def extra_repr(self) -> str:
-        given = [f"{self.dim}, {self.num_heads}, num_kv_heads={self.num_kv_heads}, head_dim={self.head_dim}"]
-        for name in ("rotary", "mask", "softcap", "scale", "backend"):
-            if getattr(self, name) is not None:
-                given.append(f"{name}={getattr(self, name)!r}")
-        given += [f"dropout_p={self.dropout_p}"] if self.dropout_p else []
-        return ", ".join(given)
+        sizes = f"{self.dim}, {self.num_heads}, num_kv_heads={self.num_kv_heads}, head_dim={self.head_dim}"
+        return ", ".join([sizes, *self._options("rotary")])
 
 
 def _for_mask(at: int | str | Tensor | None) -> int | str | Tensor | None:

@@ -11,18 +11,18 @@ from torch import Tensor, nn
 from qkv.call import keywords
 from qkv.call.keys import Clock, KVLayout, KVView, LayerCache
 from qkv.call.view import gathered
+from qkv.checks import integer
 from qkv.errors import ArgumentError, ArgumentTypeError, ShapeError, describe
-from qkv.functional import attention
 from qkv.graph import eager
 from qkv.masks import Mask, as_mask
-from qkv.nn.parts import RMSNorm, check_step, check_tokens, combined, matrix_of, size
+from qkv.nn.layer import Layer, RMSNorm, check_step, check_tokens, matrix_of
 from qkv.rotary import Rotary, as_positions
 
 _CALL = "qkv.nn.LatentAttention()"
 _FORWARD = "qkv.nn.LatentAttention.forward()"
 
 
-class LatentAttention(nn.Module):
+class LatentAttention(Layer):
     """Attend as DeepSeek-V2 and V3 do: each token keeps R + dr numbers, from which all heads' keys and values follow.
 
     ::
@@ -147,19 +147,19 @@ class LatentAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.dim, self.num_heads = size(_CALL, "dim", dim), size(_CALL, "num_heads", num_heads)
-        self.q_lora_rank = None if q_lora_rank is None else size(_CALL, "q_lora_rank", q_lora_rank)
-        self.kv_lora_rank = size(_CALL, "kv_lora_rank", kv_lora_rank)
-        self.qk_nope_head_dim = size(_CALL, "qk_nope_head_dim", qk_nope_head_dim)
-        self.qk_rope_head_dim = size(_CALL, "qk_rope_head_dim", qk_rope_head_dim, low=2)
-        self.v_head_dim = size(_CALL, "v_head_dim", v_head_dim)
+        self.dim, self.num_heads = integer(_CALL, "dim", dim, low=1), integer(_CALL, "num_heads", num_heads, low=1)
+        self.q_lora_rank = None if q_lora_rank is None else integer(_CALL, "q_lora_rank", q_lora_rank, low=1)
+        self.kv_lora_rank = integer(_CALL, "kv_lora_rank", kv_lora_rank, low=1)
+        self.qk_nope_head_dim = integer(_CALL, "qk_nope_head_dim", qk_nope_head_dim, low=1)
+        self.qk_rope_head_dim = integer(_CALL, "qk_rope_head_dim", qk_rope_head_dim, low=2)
+        self.v_head_dim = integer(_CALL, "v_head_dim", v_head_dim, low=1)
         self.rotary = Rotary(self.qk_rope_head_dim, interleaved=True) if rotary is None else rotary
         self._check_rotary()
         if absorb not in (None, False, True):
             fix = "Pass True, False, or None for the cheaper form"
             raise ArgumentError(describe(_CALL, "absorb is a bool or None", f"absorb={absorb!r}", fix))
-        self.absorb, self.mask = absorb, as_mask(mask, _CALL)
-        self.softcap, self.scale, self.dropout_p, self.backend = softcap, scale, dropout_p, backend
+        self.absorb = absorb
+        self._hold(_CALL, mask, softcap, scale, dropout_p, backend)
 
         made: dict[str, Any] = {"device": device, "dtype": dtype}
         H, R, D = self.num_heads, self.kv_lora_rank, self.qk_nope_head_dim + self.qk_rope_head_dim
@@ -173,11 +173,6 @@ class LatentAttention(nn.Module):
         self.kv_a_layernorm = RMSNorm(R, norm_eps, **made)
         self.kv_b_proj = nn.Linear(R, H * (self.qk_nope_head_dim + self.v_head_dim), bias=False, **made)
         self.o_proj = nn.Linear(H * self.v_head_dim, self.dim, bias=bias, **made)
-
-    def reset_parameters(self) -> None:
-        """Draw all parameters anew, as construction does: for a layer that was built on the meta device."""
-        for module in self.children():
-            module.reset_parameters()  # type: ignore[operator]
 
     def forward(
         self,
@@ -240,7 +235,7 @@ class LatentAttention(nn.Module):
         self, x: Tensor, mask: Mask | Tensor | None, positions: int | Tensor | None, cache: LayerCache | None
     ) -> Tensor:
         at: int | Tensor
-        seen = combined(self.mask, mask)
+        seen = self._seen(mask)
         matrix: Tensor | None = None  # W_UK and W_UV, of the absorbed form
         if cache is None:
             at = self._positions(x, positions)
@@ -268,16 +263,7 @@ class LatentAttention(nn.Module):
         if scale is None:  # of the head sizes, in both forms: the absorbed query is longer but means the same
             scale = (self.qk_nope_head_dim + self.qk_rope_head_dim) ** -0.5
             scale *= 1.0 if self.rotary.scaling is None else self.rotary.scaling.latent_scale
-        out = attention(
-            torch.cat((q_nope, q_rope), dim=-1),
-            keys,
-            values,
-            seen,
-            scale=scale,
-            softcap=self.softcap,
-            dropout_p=self.dropout_p if self.training else 0.0,
-            backend=self.backend,
-        )
+        out = self._attend(torch.cat((q_nope, q_rope), dim=-1), keys, values, seen, scale=scale)
         if matrix is not None:
             out = out @ w_uv.transpose(1, 2)  # (B, H, L, R) @ (H, R, dv)
         result: Tensor = self.o_proj(out.transpose(1, 2).flatten(2))
@@ -352,11 +338,7 @@ class LatentAttention(nn.Module):
             raise ArgumentError(describe(_CALL, "rotary must turn exactly the rotary part", given, fix))
 
     def extra_repr(self) -> str:
-        given = [f"{self.dim}, {self.num_heads}, q_lora_rank={self.q_lora_rank}, kv_lora_rank={self.kv_lora_rank}"]
-        for name in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "rotary", "absorb"):
-            given.append(f"{name}={getattr(self, name)!r}")
-        for name in ("mask", "softcap", "scale", "backend"):
-            if getattr(self, name) is not None:
-                given.append(f"{name}={getattr(self, name)!r}")
-        given += [f"dropout_p={self.dropout_p}"] if self.dropout_p else []
-        return ", ".join(given)
+        sizes = f"{self.dim}, {self.num_heads}, q_lora_rank={self.q_lora_rank}, kv_lora_rank={self.kv_lora_rank}"
+        names = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "rotary", "absorb")
+        own = [f"{name}={getattr(self, name)!r}" for name in names]
+        return ", ".join([sizes, *own, *self._options()])

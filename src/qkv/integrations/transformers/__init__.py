@@ -28,7 +28,7 @@ from qkv.functional import attention
 from qkv.integrations.features import features
 from qkv.integrations.transformers.askers import is_only_eager
 from qkv.integrations.transformers.mask import MaskTensor, ModelMask, model_mask
-from qkv.integrations.transformers.selection import selected_blocks, selected_keys
+from qkv.integrations.transformers.selection import selected
 from qkv.masks import Mask, causal, dense, documents, sliding_window, window
 
 __all__ = [
@@ -159,38 +159,25 @@ def attention_forward(
     if query.shape[0] != key.shape[0]:  # learned queries are one for all rows
         B = max(query.shape[0], key.shape[0])
         query, key, value = (x.expand(B, -1, -1, -1) if x.shape[0] == 1 else x for x in (query, key, value))
-    keys = key
-    mask: Mask | Tensor | None = None
-    bias: Tensor | None = position_bias
+    lengths = key.shape[2]
     positions: int | None = None
     if isinstance(attention_mask, ModelMask):
-        mask = attention_mask.mask
-        if mask is not None and mask.depends_on_position:
-            positions = attention_mask.start
-        if key.shape[2] != attention_mask.shape[3] or attention_mask.shape[2] not in (1, query.shape[2]):
-            _refuse_lengths(query, key, attention_mask)
-        if attention_mask.shape[2] != query.shape[2] and positions is not None:  # one row, for every query
-            assert mask is not None
-            mask = mask.tensor(1, attention_mask.keys, positions=positions, B=attention_mask.shape[0])
-            positions = None
-        if attention_mask.keys != key.shape[2]:
+        mask, positions = _of_model(attention_mask, query, key)
+        if attention_mask.keys != lengths:
             key, value = key[:, :, : attention_mask.keys], value[:, :, : attention_mask.keys]
-            bias = None if bias is None else bias[..., : attention_mask.keys] if bias.shape[-1] > 1 else bias
+            if position_bias is not None and position_bias.shape[-1] > 1:
+                position_bias = position_bias[..., : attention_mask.keys]
     elif attention_mask is None:
         mask = _without_mask(module, query, key, is_causal, sliding_window)
     else:
         mask, added = _users_mask(attention_mask)
-        bias = added if bias is None else bias if added is None else bias + added
+        position_bias = added if position_bias is None else position_bias if added is None else position_bias + added
     if cu_seq_lens_q is not None or cu_seq_lens_k is not None:
         mask, positions = _packed(mask, positions, query, key, cu_seq_lens_q, cu_seq_lens_k)
-    if indices is not None or block_indices is not None:
-        chosen = None if indices is None else selected_keys(indices, query, keys)
-        if block_indices is not None:
-            blocks = selected_blocks(block_indices, module, query, keys)
-            chosen = blocks if chosen is None else chosen & blocks
-        if chosen is not None:
-            chosen = chosen[..., : key.shape[2]]
-            mask = chosen if mask is None else mask & (dense(chosen) if isinstance(mask, Mask) else chosen)
+    chosen = selected(module, query, lengths, indices, block_indices)
+    if chosen is not None:
+        chosen = chosen[..., : key.shape[2]]
+        mask = chosen if mask is None else mask & (dense(chosen) if isinstance(mask, Mask) else chosen)
     if sinks is not None and sinks.shape == query.shape[1:2] and s_aux is None:
         sinks, s_aux = None, sinks
     if isinstance(scaling, Tensor):
@@ -198,20 +185,26 @@ def attention_forward(
     if torch.is_autocast_enabled(query.device.type):
         to = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(to), key.to(to), value.to(to)
-    given: dict[str, Any] = {
-        "positions": positions,
-        "bias": bias,
-        "scale": scaling,
-        "softcap": softcap,
-        "sinks": s_aux,
-        "dropout_p": float(dropout) if dropout and getattr(module, "training", True) else 0.0,
-    }
-    if sinks is None:
-        out = attention(query, key, value, mask, **given)
-    else:
-        out, lse = attention(query, key, value, mask, return_lse=True, **given)
-        out = _with_sinks(out, lse, sinks, s_aux)
+    dropout_p = float(dropout) if dropout and getattr(module, "training", True) else 0.0
+    result: Any = attention(
+        query, key, value, mask, positions=positions, bias=position_bias, scale=scaling, softcap=softcap, sinks=s_aux,
+        dropout_p=dropout_p, return_lse=sinks is not None,
+    )  # fmt: skip
+    out: Tensor = result if sinks is None else _with_sinks(result.out, result.lse, sinks, s_aux)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _of_model(made: ModelMask, query: Tensor, key: Tensor) -> tuple[Mask | Tensor | None, int | None]:
+    """The mask that was made for the model's inputs, for this layer's, and where its queries stand."""
+    mask, positions = made.mask, None
+    if mask is not None and mask.depends_on_position:
+        positions = made.start
+    if key.shape[2] != made.shape[3] or made.shape[2] not in (1, query.shape[2]):
+        _refuse_lengths(query, key, made)
+    if made.shape[2] != query.shape[2] and positions is not None:  # one row, for every query
+        assert mask is not None
+        return mask.tensor(1, made.keys, positions=positions, B=made.shape[0]), None
+    return mask, positions
 
 
 def _with_sinks(out: Tensor, lse: Tensor, sinks: Tensor, s_aux: Tensor | None) -> Tensor:

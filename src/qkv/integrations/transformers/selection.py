@@ -14,12 +14,23 @@ from qkv.integrations.transformers.parts import quadratic
 _CALL = "attn_implementation='qkv'"
 
 
-def selected_keys(indices: Tensor, query: Tensor, key: Tensor) -> Tensor | None:
+def selected(
+    module: Any, query: Tensor, Lk: int, indices: Tensor | None, block_indices: Tensor | None
+) -> Tensor | None:
+    """Which of Lk keys are selected by both, where they are given: bool (B, 1 or Hq, Lq, Lk), or None = all of them."""
+    keys = None if indices is None else selected_keys(indices, query, Lk)
+    if block_indices is None:
+        return keys
+    blocks = selected_blocks(block_indices, module, query, Lk)
+    return blocks if keys is None else keys & blocks
+
+
+def selected_keys(indices: Tensor, query: Tensor, Lk: int) -> Tensor | None:
     """Which keys are selected by int `indices` (B, Lq, n): bool (B, 1, Lq, Lk), or None = all of them.
 
     Negative entries select nothing. Cost: B Lq Lk bytes where n < Lk, with one warning; else nothing.
     """
-    B, Lq, Lk = query.shape[0], query.shape[2], key.shape[2]
+    B, Lq = query.shape[0], query.shape[2]
     if indices.ndim != 3 or indices.shape[:2] != (B, Lq):
         rule = "indices must select keys for each query: int (B, Lq, n)"
         raise ShapeError(describe(_CALL, rule, f"indices {shown(indices)}, B={B} and Lq={Lq}", "Use 'eager'"))
@@ -28,12 +39,12 @@ def selected_keys(indices: Tensor, query: Tensor, key: Tensor) -> Tensor | None:
     return _scattered(indices, Lk, Lq)[:, None]
 
 
-def selected_blocks(block_indices: Tensor, module: Any, query: Tensor, key: Tensor) -> Tensor:
+def selected_blocks(block_indices: Tensor, module: Any, query: Tensor, Lk: int) -> Tensor:
     """Which keys lie in selected blocks, `block_indices` (B, groups of heads, Lq, n): bool (B, Hq, Lq, Lk).
 
     The size of a block is that of the layer's indexer. Negative entries select nothing. Cost: B Hq Lq Lk bytes.
     """
-    B, Hq, Lq, Lk = query.shape[0], query.shape[1], query.shape[2], key.shape[2]
+    B, Hq, Lq = query.shape[:3]
     size = getattr(getattr(module, "indexer", None), "block_size", None)
     if not isinstance(size, int):
         rule = "block_indices need a layer whose `indexer` has a `block_size`"

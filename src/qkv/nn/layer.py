@@ -1,4 +1,4 @@
-"""What the layers share: checks of sizes, inputs and caches, the norm, masks combined."""
+"""What the layers share: the options of their attention, checks of inputs and of caches, the norm."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from qkv import _torch
-from qkv.checks import given_as, shown, whole
+from qkv.call.keys import KVView
+from qkv.checks import given_as, shown
 from qkv.errors import ArgumentError, ArgumentTypeError, ShapeError, UnsupportedError, describe
-from qkv.masks import Mask
+from qkv.functional import attention
+from qkv.masks import Mask, as_mask
 from qkv.rotary import Rotary
 
 
@@ -40,15 +42,41 @@ class RMSNorm(nn.Module):
         return f"{self.weight.shape[0]}, eps={self.eps}"
 
 
-def size(call: str, name: str, value: Any, low: int = 1) -> int:
-    """A size given to a layer."""
-    number = whole(value)
-    fix = f"Pass a whole number >= {low}"
-    if number is None:
-        raise ArgumentTypeError(describe(call, f"{name} must be an integer", given_as(name, value), fix))
-    if number < low:
-        raise ArgumentError(describe(call, f"{name} must be >= {low}", f"{name}={number}", fix))
-    return number
+class Layer(nn.Module):
+    """A layer around `qkv.attention`: the options that all of them hand on."""
+
+    mask: Mask | None
+    scale: float | None
+    dropout_p: float
+
+    def _hold(
+        self, call: str, mask: Any, softcap: float | None, scale: float | None, dropout_p: float, backend: str | None
+    ) -> None:
+        self.mask = as_mask(mask, call)
+        self.softcap, self.scale, self.dropout_p, self.backend = softcap, scale, dropout_p, backend
+
+    def _attend(self, q: Tensor, k: Tensor | KVView, v: Tensor | None, mask: Any, **more: Any) -> Tensor:
+        """attention() with the layer's options; `more` are positions, scale and sinks."""
+        more = {"scale": self.scale, "softcap": self.softcap, "backend": self.backend, **more}
+        out: Tensor = attention(q, k, v, mask, dropout_p=self.dropout_p if self.training else 0.0, **more)
+        return out
+
+    def reset_parameters(self) -> None:
+        """Draw all parameters anew, as construction does: for a layer that was built on the meta device."""
+        for module in self.children():
+            module.reset_parameters()  # type: ignore[operator]
+
+    def _options(self, *names: str) -> list[str]:
+        """The options that were given, as `extra_repr` shows them; `names` are the layer's own."""
+        names = (*names, "mask", "softcap", "scale", "backend")
+        shown = [f"{name}={getattr(self, name)!r}" for name in names if getattr(self, name) is not None]
+        return [*shown, *([f"dropout_p={self.dropout_p}"] if self.dropout_p else [])]
+
+    def _seen(self, mask: Mask | Tensor | None) -> Mask | Tensor | None:
+        """What both the layer's and the call's mask allow."""
+        if self.mask is None or mask is None:
+            return mask if self.mask is None else self.mask
+        return self.mask & mask
 
 
 def check_tokens(call: str, name: str, x: Any, width_name: str, width: int) -> None:
@@ -66,15 +94,15 @@ def check_tokens(call: str, name: str, x: Any, width_name: str, width: int) -> N
         raise ShapeError(describe(call, f"{name} must be (B, L, {width_name})", given, fix))
 
 
-def check_step(call: str, layer: nn.Module, x: Tensor, positions: Any, rotary: Rotary | None, held: Any) -> Tensor:
+def check_step(call: str, layer: Layer, x: Tensor, positions: Any, rotary: Rotary | None, cache: Any) -> Tensor:
     """Where the step's tokens stand, int64 (B, L); an error unless x fits the layer of a cache's step.
 
     All that can be told before keys are stored is told here: a layer that raises has not begun its step.
     """
-    at = getattr(held, "positions", None)
-    parts = getattr(held, "append", None), getattr(held, "view", None)
+    at = getattr(cache, "positions", None)
+    parts = getattr(cache, "append", None), getattr(cache, "view", None)
     if not isinstance(at, Tensor) or not all(map(callable, parts)):
-        rule, given = "cache must be one layer of a cache's step", f"cache of type {type(held).__name__}"
+        rule, given = "cache must be one layer of a cache's step", f"cache of type {type(cache).__name__}"
         fix = "Pass step.layer(i), of step = cache.step(seqs, T=1) or cache.step(seqs, lengths=[...])"
         raise ArgumentTypeError(describe(call, rule, given, fix))
     if positions is not None:
@@ -88,10 +116,9 @@ def check_step(call: str, layer: nn.Module, x: Tensor, positions: Any, rotary: R
         rule, given = "a cache keeps no gradients, so nothing is trained through one", "tensors that require grad"
         fix = "Run the model under torch.inference_mode() or torch.no_grad(); for training leave cache out"
         raise UnsupportedError(describe(call, rule, given, fix))
-    dropped = getattr(layer, "dropout_p", 0.0)
-    if layer.training and dropped:
-        fix = "Call model.eval() first"
-        raise UnsupportedError(describe(call, "a cache is for inference, without dropout", f"dropout_p={dropped}", fix))
+    if layer.training and layer.dropout_p:
+        rule, given = "a cache is for inference, without dropout", f"dropout_p={layer.dropout_p}"
+        raise UnsupportedError(describe(call, rule, given, "Call model.eval() first"))
     if rotary is not None and rotary.scaling is not None and rotary.scaling.depends_on_length:
         length = rotary.length(at, x.shape[1])
         if rotary.frequencies(length) != rotary.frequencies(0):
@@ -102,13 +129,6 @@ def check_step(call: str, layer: nn.Module, x: Tensor, positions: Any, rotary: R
             )
             raise UnsupportedError(describe(call, rule, given, fix))
     return at
-
-
-def combined(own: Mask | None, mask: Mask | Tensor | None) -> Mask | Tensor | None:
-    """What both the layer's and the call's mask allow."""
-    if own is None or mask is None:
-        return mask if own is None else own
-    return own & mask
 
 
 _LINEAR = nn.Linear.forward, nn.Linear.__call__
