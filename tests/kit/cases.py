@@ -1,4 +1,4 @@
-"""One attention call as data, and the named ones: what correctness, gradients and benchmarks run.
+"""One attention call as data, and the named ones: what correctness and gradients run, with what the benchmark times.
 
 A `Config` holds no tensor of the call, only sizes and descriptions, so it prints, compares and replays. A mask or a
 bias is a nested tuple such as `("and", ("causal",), ("sliding_window", 4))`, which builds the qkv value here and is
@@ -7,7 +7,7 @@ read by the oracle's own predicates there.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 import qkv
+from qkv.bench.calls import all_rows
 from tests.kit.oracle import MASK_MODS, Spec
 
 DTYPES = {"f64": torch.float64, "f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
@@ -173,7 +174,33 @@ def _case(name: str, **fields: Any) -> Config:
 _CAUSAL: Spec = ("causal",)
 _NEAR: Spec = ("and", _CAUSAL, ("or", ("prefix", 4), ("sliding_window", 24)))
 
-# The variants that have names. Small enough to judge row by row; benchmarks scale them up with `larger`.
+
+def timed() -> dict[str, Config]:
+    """What `qkv bench` times, once of each kind and type, small enough to judge row by row.
+
+    So a kind of call that a benchmark measures is one that the oracle has judged, forward and backward.
+    """
+    found: dict[str, Config] = {}
+    for row in all_rows(32 << 20):
+        case, group = row.case, row.case.Hq // row.case.Hkv
+        Hkv, Lq = min(case.Hkv, 2), min(case.Lq, 33)
+        Lk = Lq if case.Lq == case.Lk else min(case.Lk, 129)
+        masks: dict[str, Spec | None] = {
+            "full": None,
+            "causal": ("causal",),
+            "window": ("sliding_window", 9),
+            "documents": ("documents", (20, Lk - 20), None),
+        }
+        kind = "latent" if case.rank else "decode" if case.Lq == 1 else case.mask
+        name = f"timed {kind}{' grouped' if group > 1 else ''} {case.dtype}"
+        size = {"D": case.D, "Dv": case.rank} if case.rank else {"D": min(case.D, 64), "Dv": min(case.D, 64)}
+        sizes = {"B": min(case.B, 2), "Hq": Hkv * min(group, 8), "Hkv": Hkv, "Lq": Lq, "Lk": Lk, **size}
+        more = {"dtype": case.dtype, "mask": masks[case.mask], "v_in_k": bool(case.rank)}
+        found.setdefault(name, Config(name=name, **sizes, **more))
+    return found
+
+
+# The variants that have names, small enough to judge row by row, and those that the benchmark times.
 CASES: tuple[Config, ...] = (
     _case("self", B=2, Hq=4, Lq=50, D=64),
     _case("cross", B=2, Hq=2, Lq=17, Lk=65, D=32, Dv=48),
@@ -238,13 +265,9 @@ CASES: tuple[Config, ...] = (
     _case("one key", Hq=2, Lq=3, Lk=1, D=8),
     _case("no keys", B=2, Hq=2, Lq=3, Lk=0, D=8, sinks="f32"),
     _case("no rows", B=2, Hq=2, Lq=0, Lk=5, D=8),
+    *timed().values(),
 )
 
 
 def case(name: str) -> Config:
     return next(config for config in CASES if config.name == name)
-
-
-def larger(config: Config, *, Lq: int, Lk: int | None = None, **fields: Any) -> Config:
-    """The same variant at another length, for benchmarks. Masks that carry lengths keep them."""
-    return replace(config, Lq=Lq, Lk=Lq if Lk is None else Lk, **fields)
