@@ -10,10 +10,10 @@ from torch import Tensor
 
 from qkv.cache import checks
 from qkv.cache.ledger import Ledger, Recent
-from qkv.cache.sequence import Sequence
+from qkv.cache.sequence import Sequence, Unfinished
 from qkv.cache.state import check_repeated, check_seqs, other_step, refuse_layer, refuse_open
 from qkv.cache.stats import Stats
-from qkv.cache.step import Step, Unfinished
+from qkv.cache.step import Step
 from qkv.cache.storage import Places
 from qkv.call.keys import KVLayout, KVView
 from qkv.checks import integer, short, shown

@@ -11,9 +11,8 @@ import torch
 from qkv.cache import checks
 from qkv.cache.base import Cache
 from qkv.cache.pool import PagePool
-from qkv.cache.sequence import Sequence
+from qkv.cache.sequence import Sequence, Unfinished
 from qkv.cache.spec import Spec
-from qkv.cache.step import Unfinished
 from qkv.cache.storage import Storage
 from qkv.errors import ArgumentError, describe
 

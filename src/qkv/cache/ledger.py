@@ -13,8 +13,7 @@ from typing import Any
 
 from qkv import masks
 from qkv.cache.pool import PagePool
-from qkv.cache.sequence import Sequence
-from qkv.cache.step import Unfinished
+from qkv.cache.sequence import Sequence, Unfinished
 from qkv.cache.storage import Storage
 from qkv.call.keys import Clock, KVLayout
 

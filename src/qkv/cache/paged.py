@@ -12,10 +12,9 @@ from qkv.cache.base import Cache
 from qkv.cache.picture import picture
 from qkv.cache.pool import PagePool
 from qkv.cache.prefix import Entry, PrefixIndex, typed
-from qkv.cache.sequence import NEVER, Host, Sequence
+from qkv.cache.sequence import NEVER, Host, Sequence, Unfinished
 from qkv.cache.spec import Spec
 from qkv.cache.state import check_seqs, refuse_open
-from qkv.cache.step import Unfinished
 from qkv.cache.storage import Storage
 from qkv.checks import integer, short
 from qkv.errors import ArgumentError, PagesExhausted, describe

@@ -1,17 +1,13 @@
-"""A sequence of tokens in a cache: the handle that users hold."""
+"""A sequence of tokens in a cache, the handle that users hold, and the step that some of them are in."""
 
 from __future__ import annotations
 
 from array import array
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from qkv.cache.prefix import Entry, Root
-
-if TYPE_CHECKING:
-    from qkv.cache.base import Cache
-    from qkv.cache.step import Unfinished
+from qkv.cache.storage import Places
 
 NEVER = 1 << 62
 
@@ -40,9 +36,9 @@ class Sequence:
         "_own", "_root", "_step", "_table", "_tokens",
     )  # fmt: skip
 
-    def __init__(self, home: Cache, number: int, root: Root | None) -> None:
+    def __init__(self, home: object, number: int, root: Root | None) -> None:
         self._home = home
-        self._live: Cache | None = None  # `home` while the sequence may be used
+        self._live: object | None = None  # `home` while the sequence may be used
         self._number = number
         self._length = 0  # tokens of finished steps
         self._table: array[int] = array("i")  # logical page -> page, -1 where it was given back
@@ -86,3 +82,19 @@ class Sequence:
             return f"Sequence(#{self._number}, {self._length} tokens, {where})"
         held = sum(1 for page in self._table if page >= 0)
         return f"Sequence(#{self._number}, {self._length} tokens, {held} page{'s' * (held != 1)})"
+
+
+class Unfinished:
+    """What a cache knows about a step between its first layer and its last."""
+
+    __slots__ = ("T", "counts", "ends", "lengths", "next", "places", "seqs", "tokens", "total")
+
+    def __init__(
+        self, seqs: tuple[Sequence, ...], T: int, lengths: tuple[int, ...] | None, tokens: list[array[int]] | None
+    ) -> None:
+        self.seqs, self.T, self.lengths, self.tokens = seqs, T, lengths, tokens
+        self.counts = (T,) * len(seqs) if lengths is None else lengths
+        self.ends = [seq._length + count for seq, count in zip(seqs, self.counts, strict=True)]
+        self.total = T * len(seqs) if lengths is None else T
+        self.next = 0  # the layer that comes next
+        self.places: Places | None = None  # None where no token is stored

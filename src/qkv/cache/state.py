@@ -6,8 +6,7 @@ from typing import Any
 
 from qkv.cache import checks
 from qkv.cache.ledger import Ledger
-from qkv.cache.sequence import Sequence
-from qkv.cache.step import Unfinished
+from qkv.cache.sequence import Sequence, Unfinished
 from qkv.checks import given_as, shown
 from qkv.errors import ArgumentError, ArgumentTypeError, describe
 

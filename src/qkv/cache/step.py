@@ -3,35 +3,29 @@
 from __future__ import annotations
 
 from array import array
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence as Ordered
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from qkv.cache.sequence import Sequence
-from qkv.cache.storage import Places
 from qkv.call.keys import KVView, LayerCache
 from qkv.checks import integer
 from qkv.errors import ArgumentError, ShapeError, describe
 
-if TYPE_CHECKING:
-    from qkv.cache.base import Cache
 
+class Home(Protocol):
+    """What a step asks of its cache."""
 
-class Unfinished:
-    """What a cache knows about a step between its first layer and its last."""
+    layers: int
+    device: torch.device
 
-    __slots__ = ("T", "counts", "ends", "lengths", "next", "places", "seqs", "tokens", "total")
+    def append(
+        self, seqs: Ordered[Sequence], k: Tensor, v: Tensor, layer: int, *, lengths: Any, tokens: Any
+    ) -> None: ...
 
-    def __init__(
-        self, seqs: tuple[Sequence, ...], T: int, lengths: tuple[int, ...] | None, tokens: list[array[int]] | None
-    ) -> None:
-        self.seqs, self.T, self.lengths, self.tokens = seqs, T, lengths, tokens
-        self.counts = (T,) * len(seqs) if lengths is None else lengths
-        self.ends = [seq._length + count for seq, count in zip(seqs, self.counts, strict=True)]
-        self.total = T * len(seqs) if lengths is None else T
-        self.next = 0  # the layer that comes next
-        self.places: Places | None = None  # None where no token is stored
+    def view(self, seqs: Ordered[Sequence], layer: int, *, lengths: Any) -> KVView: ...
 
 
 class Step:
@@ -54,7 +48,7 @@ class Step:
     __slots__ = ("T", "_cache", "_positions", "_starts", "_tokens", "lengths", "seqs")
 
     def __init__(
-        self, cache: Cache, seqs: tuple[Sequence, ...], T: int, lengths: tuple[int, ...] | None, tokens: Any
+        self, cache: Home, seqs: tuple[Sequence, ...], T: int, lengths: tuple[int, ...] | None, tokens: Any
     ) -> None:
         self._cache, self.seqs, self.T, self.lengths, self._tokens = cache, seqs, T, lengths, tokens
         self._starts = [seq._length for seq in seqs]
