@@ -1,4 +1,4 @@
-"""Results as a table for people and as JSON for the record."""
+"""Results as a table for people, and as plain data."""
 
 from __future__ import annotations
 
