@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -q -c $(VENV)/constraints.txt
 CONSTRAIN := $(BIN)/python tools/lock.py constraints "$(TORCH)" > $(VENV)/constraints.txt
 CODE := src tests benchmarks examples docs tools
-NATIVE := CMakeLists.txt pyproject.toml $(wildcard csrc/*)
+NATIVE := CMakeLists.txt pyproject.toml $(wildcard cmake/* csrc/* csrc/*/*)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: demo test quick check gate soak sanitize bench models foreign format lock compatibility clean

@@ -12,10 +12,10 @@ enum class Type : int32_t { f32 = 0, bf16 = 1, f16 = 2, f64 = 3, i8 = 4, f8 = 5 
 
 enum class Status : int32_t {
     ok = 0,
-    bad_struct = 1,    // the struct's size is not one this build knows
-    unsupported = 2,   // a field asks for what no kernel here does (yet)
+    bad_struct = 1,   // the struct's size is not one this build knows
+    unsupported = 2,  // a field asks for what no kernel here does (yet)
     no_memory = 3,
-    bad_program = 4,   // the mask program is malformed or too deep
+    bad_program = 4,  // the mask program is malformed or too deep
 };
 
 // Words of a mask program in postfix order; arguments follow their opcode. Operands are named by index.
@@ -48,13 +48,13 @@ struct Operand {
 struct Sequence {
     int64_t q_first, q_count;
     int64_t k_count;
-    int64_t batch;              // row of q, out, masks and bias that this sequence belongs to
-    int64_t position;           // of its first query, when positions is null
-    const int64_t* positions;   // one a query, or null
-    const void* k;              // first key (of head 0); with a page table: slot 0 of page 0
+    int64_t batch;             // row of q, out, masks and bias that this sequence belongs to
+    int64_t position;          // of its first query, when positions is null
+    const int64_t* positions;  // one a query, or null
+    const void* k;             // first key (of head 0); with a page table: slot 0 of page 0
     const void* v;
-    const int32_t* pages;       // null: keys lie one stride apart. Else key j is in slot j % page_size of pages[j / page_size];
-                                // a negative entry is a page without memory, whose keys the mask has to hide
+    const int32_t* pages;  // null: keys lie one stride apart. Else key j is in slot j % page_size of pages[j /
+                           // page_size]; a negative entry is a page without memory, whose keys the mask has to hide
 };
 
 enum class BiasKind : int32_t { tensor = 0, alibi = 1, relative = 2 };
@@ -62,28 +62,28 @@ enum class BiasKind : int32_t { tensor = 0, alibi = 1, relative = 2 };
 struct Bias {
     BiasKind kind;
     Type type;
-    const void* data;     // tensor: values; alibi: slopes (Hq,); relative: table (Hq, 2 R + 1)
-    int64_t stride[4];    // tensor: b h i j (0 where broadcast); alibi: stride[1]; relative: stride[1], stride[3]
-    int64_t reach;        // relative: R
+    const void* data;   // tensor: values; alibi: slopes (Hq,); relative: table (Hq, 2 R + 1)
+    int64_t stride[4];  // tensor: b h i j (0 where broadcast); alibi: stride[1]; relative: stride[1], stride[3]
+    int64_t reach;      // relative: R
 };
 
 struct Attention {
-    uint64_t size;  // sizeof(Attention) of the caller
-    Type q_type, kv_type;   // kv_type differs from q_type where keys and values are stored in i8 or f8, with scales
+    uint64_t size;         // sizeof(Attention) of the caller
+    Type q_type, kv_type;  // kv_type differs from q_type where keys and values are stored in i8 or f8, with scales
     int64_t Hq, Hkv, D, Dv;
     const void* q;
-    int64_t q_stride[4];   // b h i d
-    int64_t k_stride[3];   // h j d
+    int64_t q_stride[4];  // b h i d
+    int64_t k_stride[3];  // h j d
     int64_t v_stride[3];
     void* out;
     int64_t out_stride[4];
-    void* lse;             // (B, Hq, Lq) float, double for f64; null: not wanted
+    void* lse;  // (B, Hq, Lq) float, double for f64; null: not wanted
     int64_t lse_stride[3];
     const Sequence* sequences;
     int64_t sequence_count;
     double scale;
-    double softcap;        // 0: none
-    const void* sinks;     // (Hq,) of sink_type, or null
+    double softcap;     // 0: none
+    const void* sinks;  // (Hq,) of sink_type, or null
     Type sink_type;
     int64_t sink_stride;
     const int64_t* program;
@@ -92,9 +92,9 @@ struct Attention {
     int64_t operand_count;
     const Bias* bias;
     int64_t bias_count;
-    int64_t page_size;     // slots of a page; the three below are used with page tables only
-    int64_t k_page, v_page;   // strides from page to page, in elements
-    const float* k_scale;  // what a stored number is multiplied by: one a key and head, for i8 and f8; null otherwise
+    int64_t page_size;       // slots of a page; the three below are used with page tables only
+    int64_t k_page, v_page;  // strides from page to page, in elements
+    const float* k_scale;    // what a stored number is multiplied by: one a key and head, for i8 and f8; null otherwise
     const float* v_scale;
     int64_t scale_stride[3];  // page h slot; the same for both
     uint64_t dropout_below;   // a weight is dropped where its 53-bit draw is below this: p 2^53; 0: none is
@@ -107,24 +107,25 @@ struct Attention {
 
 // A call's gradients: of sum(out * d_out) + sum(lse * d_lse), from the call's own results.
 //     p_ij = exp(s_ij - m_i) / l_i      ds_ij = p_ij (d_out_i . v_j - d_out_i . out_i + d_lse_i)
-// (m, l) is the row's state, made by the same instruction set: a weight made from lse alone would lose what lse rounds away.
-// d_bias += ds; dx = ds through the softcap; d_q = scale sum_j dx_ij k_j, d_k = scale sum_i dx_ij q_i, d_v = sum_i p_ij d_out_i.
+// (m, l) is the row's state, made by the same instruction set: a weight made from lse alone would lose what lse rounds
+// away. d_bias += ds; dx = ds through the softcap; d_q = scale sum_j dx_ij k_j, d_k = scale sum_i dx_ij q_i, d_v =
+// sum_i p_ij d_out_i.
 struct BiasGradient {
-    void* data;          // doubles (wide) or the accumulation type, zeroed by the caller; null: not wanted
-    int64_t stride[4];   // like the bias term's own
+    void* data;         // doubles (wide) or the accumulation type, zeroed by the caller; null: not wanted
+    int64_t stride[4];  // like the bias term's own
     int32_t wide;
 };
 
 struct Backward {
-    uint64_t size;       // sizeof(Backward) of the caller
-    Attention call;      // as it was run, with its out and state
+    uint64_t size;   // sizeof(Backward) of the caller
+    Attention call;  // as it was run, with its out and state
     const void* d_out;
     int64_t d_out_stride[4];
-    const void* d_lse;   // laid out like lse, or null: zero
-    void* d_q;           // null where not wanted, as the next two
+    const void* d_lse;  // laid out like lse, or null: zero
+    void* d_q;          // null where not wanted, as the next two
     int64_t d_q_stride[4];
     void* d_k;
-    int64_t d_k_stride[4];   // b h j d
+    int64_t d_k_stride[4];  // b h j d
     void* d_v;
     int64_t d_v_stride[4];
     const BiasGradient* d_bias;  // one for each of call.bias, or null
@@ -133,6 +134,14 @@ struct Backward {
 
 // The instruction sets of this build that this machine can run, best first, as a comma-separated list.
 const char* instruction_sets();
+
+// What a caller may have to know of an instruction set's kernels.
+struct Limits {
+    int32_t tile_rows;  // queries of one tile, in float
+    int32_t granule;    // keys that are visited or skipped together
+    int32_t terms;      // score terms that `backward` takes
+};
+Status limits(const char* instruction_set, Limits& to);
 
 // Whether the kernels can run this mask program: well formed, not nested too deeply.
 bool program_fits(const int64_t* words, int64_t length, int64_t operands);

@@ -4,32 +4,14 @@
 #include <cstring>
 
 #include "attention.h"
-#include "mutants.h"
+#include "kernel/kernels.h"
+#include "mask/validate.h"
 
 namespace qkv {
 
-#ifdef QKV_MUTATE
-int mutant = 0;
-#endif
-
-#define QKV_DECLARE(isa)                     \
-    namespace isa {                          \
-    Status run(const Attention& call);       \
-    Status run_backward(const Backward& call); \
-    }
-#ifdef QKV_WITH_AVX512BF16
-QKV_DECLARE(avx512bf16)
-#endif
-#ifdef QKV_WITH_AVX512
-QKV_DECLARE(avx512)
-#endif
-#ifdef QKV_WITH_AVX2
-QKV_DECLARE(avx2)
-#endif
-QKV_DECLARE(portable)
-namespace portable {
-bool program_fits(const int64_t* words, int64_t length, int64_t operands);
-}
+#define QKV_ISA(name, runs) QKV_DECLARE_KERNELS(name)
+#include "isas.inc"
+#undef QKV_ISA
 
 namespace {
 
@@ -37,32 +19,16 @@ struct Entry {
     const char* name;
     Status (*run)(const Attention&);
     Status (*run_backward)(const Backward&);
+    Limits (*limits)();
     bool (*supported)();
 };
 
+// Best first.
 const Entry kEntries[] = {
-#ifdef QKV_WITH_AVX512BF16
-    {"avx512bf16", avx512bf16::run, avx512bf16::run_backward,
-     [] {
-         return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-     }},
-#endif
-#ifdef QKV_WITH_AVX512
-    {"avx512", avx512::run, avx512::run_backward,
-     [] {
-         return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-                __builtin_cpu_supports("avx512dq");
-     }},
-#endif
-#ifdef QKV_WITH_AVX2
-    // Every processor with AVX2 has F16C.
-    {"avx2", avx2::run, avx2::run_backward, [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
-#endif
-    {"portable", portable::run, portable::run_backward, [] { return true; }},
+#define QKV_ISA(name, runs) {#name, name::run, name::run_backward, name::limits, [] { return runs; }},
+#include "isas.inc"
+#undef QKV_ISA
 };
-
-bool supported(const Entry& entry) { return entry.supported(); }
 
 }  // namespace
 
@@ -70,7 +36,7 @@ const char* instruction_sets() {
     static char names[128] = "";
     static const bool made = [] {
         for (const Entry& entry : kEntries)
-            if (supported(entry)) {
+            if (entry.supported()) {
                 if (names[0] != 0) std::strcat(names, ",");
                 std::strcat(names, entry.name);
             }
@@ -80,39 +46,51 @@ const char* instruction_sets() {
     return names;
 }
 
-bool program_fits(const int64_t* words, int64_t length, int64_t operands) { return portable::program_fits(words, length, operands); }
-
 namespace {
 
 Status acceptable(const Attention& call) {
     if (call.size != sizeof(Attention)) return Status::bad_struct;
-    if (call.dropout_below > UINT64_C(1) << 53 || (call.dropout_below > 0 && !(call.dropout_scale >= 1 && std::isfinite(call.dropout_scale)))) return Status::unsupported;
-    const bool scaled = call.k_scale != nullptr && call.v_scale != nullptr;
-    if (call.kv_type == call.q_type ? call.k_scale != nullptr || call.v_scale != nullptr
-                                    : !scaled || call.q_type == Type::f64 || (call.kv_type != Type::i8 && call.kv_type != Type::f8))
+    if (call.dropout_below > UINT64_C(1) << 53 ||
+        (call.dropout_below > 0 && !(call.dropout_scale >= 1 && std::isfinite(call.dropout_scale))))
         return Status::unsupported;
-    if (call.D < 1 || call.Hkv < 0 || call.Hq < 0 || (call.Hkv > 0 && call.Hq % call.Hkv != 0)) return Status::unsupported;
+    const bool scaled = call.k_scale != nullptr && call.v_scale != nullptr;
+    if (call.kv_type == call.q_type
+            ? call.k_scale != nullptr || call.v_scale != nullptr
+            : !scaled || call.q_type == Type::f64 || (call.kv_type != Type::i8 && call.kv_type != Type::f8))
+        return Status::unsupported;
+    if (call.D < 1 || call.Hkv < 0 || call.Hq < 0 || (call.Hkv > 0 && call.Hq % call.Hkv != 0))
+        return Status::unsupported;
     // Scales have strides of pages: scaled keys lie on pages.
     for (int64_t i = 0; i < call.sequence_count; ++i)
         if (call.sequences[i].pages != nullptr ? call.page_size < 1 : scaled) return Status::unsupported;
     return Status::ok;
 }
 
+bool empty(const Attention& call) { return call.Hkv == 0 || call.Hq == 0 || call.sequence_count == 0; }
+
 const Entry* find(const char* instruction_set) {
     const bool best = instruction_set == nullptr || instruction_set[0] == 0;
     for (const Entry& entry : kEntries)
-        if ((best || std::strcmp(entry.name, instruction_set) == 0) && supported(entry)) return &entry;
+        if ((best || std::strcmp(entry.name, instruction_set) == 0) && entry.supported()) return &entry;
     return nullptr;
 }
 
 }  // namespace
+
+Status limits(const char* instruction_set, Limits& to) {
+    const Entry* entry = find(instruction_set);
+    if (entry == nullptr) return Status::unsupported;
+    to = entry->limits();
+    return Status::ok;
+}
 
 Status attention(const Attention& call, const char* instruction_set) {
     const Status status = acceptable(call);
     if (status != Status::ok) return status;
     const Entry* entry = find(instruction_set);
     if (entry == nullptr) return Status::unsupported;
-    return call.Hkv == 0 || call.Hq == 0 || call.sequence_count == 0 ? Status::ok : entry->run(call);
+    if (empty(call)) return Status::ok;
+    return program_runs(call) ? entry->run(call) : Status::bad_program;
 }
 
 Status backward(const Backward& call, const char* instruction_set) {
@@ -124,7 +102,9 @@ Status backward(const Backward& call, const char* instruction_set) {
     if (call.d_out == nullptr || call.call.out == nullptr) return Status::unsupported;
     const Entry* entry = find(instruction_set);
     if (entry == nullptr) return Status::unsupported;
-    return call.call.Hkv == 0 || call.call.Hq == 0 || call.call.sequence_count == 0 ? Status::ok : entry->run_backward(call);
+    if (empty(call.call)) return Status::ok;
+    if (call.call.bias_count > entry->limits().terms) return Status::unsupported;
+    return program_runs(call.call) ? entry->run_backward(call) : Status::bad_program;
 }
 
 }  // namespace qkv

@@ -242,7 +242,7 @@ def test_every_promised_ratio_is_a_row():
     }
     for (name, against), needed in promised.items():
         assert {t.against: t.needed for t in rows[name].targets}[against] == pytest.approx(needed), name
-    held = {row.name: row.avx2 for row in rows.values() if row.avx2}
+    held = {row.name: row.held for row in rows.values() if row.held}
     assert held["full 2048 d128 f32"] == (Target(BEST, 1.0),)
     assert held["causal 2048 d128 f32"] == (Target(BEST, 1.3),)
     assert held["decode 32/8 bf16 warm"] == (Target("sdpa", 3.0),)

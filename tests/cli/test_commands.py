@@ -316,7 +316,7 @@ def _without_native(load: object) -> object:
 
 
 def test_doctor_knows_the_instruction_sets(monkeypatch: pytest.MonkeyPatch) -> None:
-    flags = "flags : fpu avx2 fma avx512f avx512bw avx512vl avx512dq"
+    flags = "flags : fpu avx2 fma f16c avx512f avx512bw avx512vl avx512dq"
     monkeypatch.setattr(Path, "read_text", lambda self, **options: f"model name : Test CPU\n{flags}\n")
     assert doctor.instruction_sets() == ["avx512", "avx2"]
     assert doctor.cpu_name() == "Test CPU"

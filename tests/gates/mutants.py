@@ -3,10 +3,10 @@
     python -m tests.gates.mutants            # the table: every mutant, and the configuration that killed it
 
 A Python mutant is the plain implementation of `plain.py` with one line wrong. A native mutant is the shipped kernel
-compiled once more with a run-time number that switches one mistake on (`_native_mutants`, absent from what is
-shipped). Both face the gate's own checks on the gate's own configurations; no mutant has a test of its own. A native
-one that is still alive then faces the configurations of `view_calls` and the sums of `saturated`, and those of
-`glue.GLUE_MUTANTS`, mistakes between a view and its kernels, face these alone.
+with a mistake of `native_mutants.py`, compiled from a copy in which a run-time number switches one of them on
+(`_native_mutants`, absent from what is shipped). Both face the gate's own checks on the gate's own configurations; no
+mutant has a test of its own. A native one that is still alive then faces the configurations of `view_calls` and the
+sums of `saturated`, and those of `glue.GLUE_MUTANTS`, mistakes between a view and its kernels, face these alone.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from tests.kit import backends, private, saturated
 from tests.kit.cases import CASES, Config
 from tests.kit.gate import Gate
 from tests.kit.generator import random_config
+from tests.kit.native_mutants import MUTANTS, set_mutant
 from tests.kit.plain import PYTHON_MUTANTS, Plain
 from tests.kit.views import ViewConfig
 
@@ -89,7 +90,7 @@ def try_native(number: int, name: str, asked: Sequence[calls.Question], isas: Se
     """Ask the native backends with mistake `number` switched on; 0 is none."""
     module = native_mutants()
     count = 0
-    module.set_mutant(number)
+    set_mutant(module, number)
     try:
         with private.native_kernels(module):
             for count, question in enumerate([*asked, *view_questions()], 1):
@@ -101,7 +102,7 @@ def try_native(number: int, name: str, asked: Sequence[calls.Question], isas: Se
                 if fault := saturated.fault(isa):
                     return Trial("native", name, -1, f"{isa}: {fault}", 0)
     finally:
-        module.set_mutant(0)
+        set_mutant(module, 0)
     return Trial("native", name, None, "", count)
 
 
@@ -171,7 +172,7 @@ def main(arguments: list[str] | None = None) -> int:
     if args.only in (None, "native") and module is not None:
         isas = [name for name in backends.available() if name.startswith("cpu")]
         native = [q for q in asked if not backends.may_refuse("cpu", q.config)]
-        for number, name in enumerate(("", *module.mutant_names())):
+        for number, name in enumerate(("", *(mutant.name for mutant in MUTANTS))):
             tell(try_native_apart(number, name, native, isas), [*native, *view_questions()])
     elif args.only in (None, "native"):
         print("native  _native_mutants is not built here (make gate builds it): nothing says that they die")

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import ctypes
+from dataclasses import replace
 from functools import cache
+from pathlib import Path
 
 import pytest
 
 from tests.gates import calls, mutants
-from tests.kit import backends, skips
+from tests.kit import backends, native_mutants, skips
 from tests.kit.plain import PYTHON_MUTANTS
 
 # one process prepares the questions for all of them
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.xdist_group("mutants")]
 CONFIGS = 60  # random ones after the named cases
+CSRC = Path(__file__).parents[2] / "csrc"
 
 
 @cache
@@ -30,6 +34,25 @@ def test_python_mutant_is_killed(bug: str) -> None:
     assert mutants.try_python(bug, asked()).seed is not None, f"nothing noticed: {PYTHON_MUTANTS[bug]}"
 
 
+def test_every_native_mutant_has_its_place_in_the_kernels() -> None:
+    texts = native_mutants.mutated(CSRC)
+    for number, mutant in enumerate(native_mutants.MUTANTS, 1):
+        for edit in mutant.edits:
+            assert f"{native_mutants.SWITCH} == {number})" in texts[edit.file], mutant.name
+    assert len({mutant.name for mutant in native_mutants.MUTANTS}) == len(native_mutants.MUTANTS)
+
+
+@pytest.mark.parametrize(
+    ("place", "times"), [("«no such text»", 0), ("«const» Attention&", None)], ids=["is not there", "is there twice"]
+)
+def test_a_mutant_that_does_not_fit_is_an_error(monkeypatch: pytest.MonkeyPatch, place: str, times: int | None) -> None:
+    first = native_mutants.MUTANTS[0]
+    wrong = replace(first, edits=(replace(first.edits[0], place=place),))
+    monkeypatch.setattr(native_mutants, "MUTANTS", (wrong,))
+    with pytest.raises(ValueError, match=f"holds {'[0-9]+' if times is None else times} times, not once: «"):
+        native_mutants.mutated(CSRC)
+
+
 def test_native_mutants_are_killed() -> None:
     """Where the build of the mutants is there. It is not shipped; `make gate` makes it and asks far more."""
     module = mutants.native_mutants()
@@ -39,7 +62,7 @@ def test_native_mutants_are_killed() -> None:
     questions = [q for q in asked() if not backends.may_refuse("cpu", q.config)]
     trials = [
         mutants.try_native_apart(number, name, questions, isas)
-        for number, name in enumerate(["", *module.mutant_names()])
+        for number, name in enumerate(["", *(mutant.name for mutant in native_mutants.MUTANTS)])
     ]
     assert trials[0].seed is None, trials[0].fault
     assert not [trial.name for trial in trials[1:] if trial.seed is None], "survivors"
@@ -49,4 +72,4 @@ def test_the_shipped_build_cannot_be_told_to_be_wrong() -> None:
     if "cpu:portable" in backends.required():
         from qkv import _native
 
-        assert not hasattr(_native, "set_mutant")
+        assert not hasattr(ctypes.CDLL(_native.__file__), native_mutants.SWITCH)

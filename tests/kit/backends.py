@@ -11,11 +11,10 @@ import torch
 
 import qkv
 
-ISAS = {
-    "avx512bf16": {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16"},
-    "avx512": {"avx512f", "avx512bw", "avx512vl", "avx512dq"},
-    "avx2": {"avx2", "fma", "f16c"},
-    "portable": set[str](),
+ISAS = {  # of each instruction set, what a processor has to have
+    words[0]: set(words[3:])
+    for line in (Path(__file__).parents[2] / "csrc/isas.def").read_text().splitlines()
+    if (words := line.partition("#")[0].split())
 }
 
 
@@ -25,7 +24,8 @@ def required() -> tuple[str, ...]:
     if importlib.util.find_spec("qkv._native") is not None:
         cpuinfo = Path("/proc/cpuinfo")
         lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-        flags = next((set(line.split(":")[1].split()) for line in lines if line.startswith("flags")), set())
+        told = next((line.split(":")[1] for line in lines if line.startswith("flags")), "")
+        flags = set(told.replace("_", "").split())  # Linux writes avx512_bf16 for avx512bf16
         names += [f"cpu:{isa}" for isa, needed in ISAS.items() if needed <= flags]
     return tuple(names)
 

@@ -4,7 +4,7 @@
 #include <thread>
 
 #include "masks.h"
-#include "pool.h"
+#include "runtime/pool.h"
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>

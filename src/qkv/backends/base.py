@@ -9,6 +9,7 @@ from typing import NamedTuple, Protocol, TypeAlias
 
 from torch import Tensor
 
+from qkv.backends.isas import ISAS
 from qkv.call.problem import Inputs, Output, Problem
 
 # execute(q, k, v, positions, bias_tensors, sinks, return_lse, seed=0) -> (out, lse or None, state or None), as in
@@ -78,7 +79,6 @@ _PLACES = {
     "sdpa": ("qkv.backends.sdpa", "SdpaBackend"),
     "cpu": ("qkv.backends.cpu", "CpuBackend"),
 }
-ISAS = ("avx512bf16", "avx512", "avx2", "portable")
 NAMES = (*_PLACES, *(f"cpu:{isa}" for isa in ISAS))
 
 

@@ -13,17 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qkv.backends.base import ISAS, Execute, ExecuteView, Gradients
+from qkv.backends.base import Execute, ExecuteView, Gradients
 from qkv.call.keys import KVView
 from qkv.call.problem import Inputs, Output, Problem, dense_strides
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 _STORED = {**_TYPES, torch.int8: 4, torch.float8_e4m3fn: 5}
 _BIAS_KINDS = {"tensor": 0, "alibi": 1, "relative": 2}
-# Rows of a tile by instruction set: three vectors of queries.
-_TILE_ROWS = {"avx512bf16": 48, "avx512": 48, "avx2": 24, "portable": 12}
-_MAX_TERMS = 16  # of a bias that the backward kernel takes (csrc/backward.h)
-_GRANULE = 16  # keys that are visited or skipped together (csrc/blocks.h)
 
 
 @lru_cache(maxsize=1)
@@ -79,8 +75,9 @@ class CpuBackend:
         return None
 
     def tile(self, problem: Problem) -> tuple[int, int]:
-        rows = _TILE_ROWS.get(self.isa or (instruction_sets() or ("portable",))[0], 12)
-        return (rows // 2 if problem.dtype == torch.float64 else rows), _GRANULE
+        assert not isinstance(self.module, str)
+        rows, keys, _ = self.module.limits(self.isa)
+        return (rows // 2 if problem.dtype == torch.float64 else rows), keys
 
     def note(self, problem: Problem) -> str:
         return f"instruction set {self.isa or (instruction_sets() or ('none',))[0]}"
@@ -163,9 +160,12 @@ class CpuBackend:
 
     def backward_supports(self, problem: Problem) -> str | None:
         """None if `backward` can run the problem, else the reason why not."""
-        if len(problem.bias) > _MAX_TERMS:
-            return f"it differentiates at most {_MAX_TERMS} score terms"
-        return self.supports(problem)
+        refused = self.supports(problem)
+        if refused is None and not isinstance(self.module, str):
+            *_, terms = self.module.limits(self.isa)
+            if len(problem.bias) > terms:
+                return f"it differentiates at most {terms} score terms"
+        return refused
 
     def backward(self, problem: Problem, inputs: Inputs, output: Output, d_out: Tensor, d_lse: Tensor) -> Gradients:
         """Gradients of sum(out * d_out) + sum(lse * d_lse)."""
@@ -305,4 +305,4 @@ def _bias(kind: str, term: Tensor) -> list[int]:
     return [_BIAS_KINDS[kind], _TYPES[term.dtype], 0, term.stride(0), 0, term.stride(1), (term.shape[1] - 1) // 2]
 
 
-__all__ = ["ISAS", "CpuBackend", "instruction_sets"]
+__all__ = ["CpuBackend", "instruction_sets"]

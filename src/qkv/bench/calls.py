@@ -37,9 +37,9 @@ def prefill() -> Iterator[Row]:
                     targets = (Target(BEST, 1.1 if dtype == "bf16" else 1.0),)
                 else:
                     targets = (Target(BEST, 2.0 if dtype == "bf16" else 1.3),)
-                avx2 = None
+                held = None
                 if dtype == "f32" and tokens == 2048:
-                    avx2 = (Target(BEST, 1.0 if mask == "full" else 1.3),)
+                    held = (Target(BEST, 1.0 if mask == "full" else 1.3),)
                 yield Row(
                     f"{mask} {tokens} d{D} {dtype}",
                     case,
@@ -48,7 +48,7 @@ def prefill() -> Iterator[Row]:
                     {"qkv f32": replace(case, dtype="f32")} if dtype == "f16" else {},
                     "gemm",
                     quick=D == 128 and tokens == 2048 and dtype != "f16",
-                    avx2=avx2,
+                    held=held,
                 )
     case = Case("f16", 512, 512, 64, B=8)
     yield Row("full 8x512 d64 f16", case, ("sdpa",), f16_target, {"qkv f32": replace(case, dtype="f32")}, "gemm")
@@ -111,7 +111,7 @@ def decode(cache_bytes: int) -> Iterator[Row]:
                     {},
                     "read",
                     quick=dtype == "bf16" and B == 1,
-                    avx2=(Target("sdpa", 3.0),) if dtype == "bf16" and not cold else None,
+                    held=(Target("sdpa", 3.0),) if dtype == "bf16" and not cold else None,
                 )
 
 

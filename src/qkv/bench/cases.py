@@ -109,4 +109,6 @@ class Row:
     own: dict[str, Case] = field(default_factory=dict, hash=False)  # other calls of ours to compare with
     limit: str = ""  # "gemm", "read" or nothing
     quick: bool = False
-    avx2: tuple[Target, ...] | None = None  # targets when everybody is held to AVX2; None: not a row of that mode
+    held: tuple[Target, ...] | None = (
+        None  # targets when everybody is held to isas.SHARED; None: not a row of that mode
+    )

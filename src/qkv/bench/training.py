@@ -40,7 +40,7 @@ def training_rows() -> list[Row]:
                 {},
                 row.limit,
                 quick=needed is not None and row.case.D == 128,
-                avx2=(),  # a row of that mode, without a promise
+                held=(),  # a row of that mode, without a promise
             )
     return list(rows.values())
 

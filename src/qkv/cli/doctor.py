@@ -13,6 +13,7 @@ import torch
 
 from qkv import __version__
 from qkv.backends import base
+from qkv.backends.isas import ISAS, TUNED, tuned_for
 from qkv.bench.machine import cpu_name
 from qkv.errors import QKVError
 from qkv.insight.terminal import paint, table
@@ -34,12 +35,6 @@ CURE = (
     "attention runs in plain PyTorch and is slower. Install a C++20 compiler (g++ 10, clang 13 or newer), then in the "
     "folder of qkv: pip install --force-reinstall --no-deps ."
 )
-
-ISAS = {  # the flags, as Linux names them, that the native kernels are built for
-    "avx512bf16": {"avx512_bf16", "avx512f", "avx512bw", "avx512vl", "avx512dq"},
-    "avx512": {"avx512f", "avx512bw", "avx512vl", "avx512dq"},
-    "avx2": {"avx2", "fma"},
-}
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -82,7 +77,7 @@ def _facts() -> list[list[str]]:
         ["python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"],
         ["torch", f"{torch.__version__}, {torch.get_num_threads()} threads, {capability}"],
         ["cpu", f"{cpu_name()}, {usable} cores usable"],
-        ["instructions", ", ".join(instruction_sets()) or "none of " + ", ".join(ISAS)],
+        ["instructions", ", ".join(instruction_sets()) or "none of " + ", ".join(TUNED)],
         ["gpu", torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none that this torch can use"],
         ["transformers", _transformers()],
         ["native", _native()],
@@ -113,8 +108,7 @@ def instruction_sets() -> list[str]:
     except OSError:
         return []
     line = next((line for line in text.splitlines() if line.startswith("flags")), "")
-    flags = set(line.partition(":")[2].split())
-    return [name for name, needed in ISAS.items() if needed <= flags]
+    return tuned_for(line.partition(":")[2])
 
 
 def _transformers() -> str:
@@ -141,7 +135,7 @@ def _native() -> str:
         return f"not usable: {missing}; {CURE}"
     able = []
     q = torch.empty(1, 1, 1, 64)
-    for isa in base.ISAS:
+    for isa in ISAS:
         try:
             plan(q, q, q, backend=f"cpu:{isa}")
         except QKVError:

@@ -33,7 +33,7 @@ class Prepared:
 @dataclass(frozen=True)
 class Setup:
     threads: int
-    isa: str | None = None  # "avx2" when everybody is held to it
+    isa: str | None = None  # isas.SHARED when everybody is held to it
 
 
 class Peer(Protocol):

@@ -8,9 +8,14 @@ import subprocess
 import sys
 from importlib import import_module
 
+from qkv.backends.isas import SHARED
 from qkv.cli.bench import options
 
-_AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
+_HELD = {
+    "ATEN_CPU_CAPABILITY": SHARED,
+    "ONEDNN_MAX_CPU_ISA": SHARED.upper(),
+    "MKL_ENABLE_INSTRUCTIONS": SHARED.upper(),
+}
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -24,15 +29,15 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Run `qkv bench`; the exit code is 1 if a result of ours was wrong, else 0, fast or not."""
-    if args.isa == "avx2" and any(os.environ.get(key) != value for key, value in _AVX2.items()):
-        return _again_as_avx2(args)
+    if args.isa == SHARED and any(os.environ.get(key) != value for key, value in _HELD.items()):
+        return _again_held(args)
     options.check(args)
     kind = options.kind(args)
     module = import_module(f"qkv.cli.bench.{'calls' if kind == 'training' else kind}")
     return int(module.run(args))
 
 
-def _again_as_avx2(args: argparse.Namespace) -> int:
+def _again_held(args: argparse.Namespace) -> int:
     """The libraries read these variables when they load, so the run begins anew with them set."""
     given: list[str] = []
     for key, value in vars(args).items():
@@ -40,4 +45,4 @@ def _again_as_avx2(args: argparse.Namespace) -> int:
             continue
         given += [f"--{key.replace('_', '-')}", *([] if value is True else [str(value)])]
     command = [sys.executable, "-m", "qkv.cli", "bench", *given]
-    return subprocess.run(command, env={**os.environ, **_AVX2}, check=False).returncode
+    return subprocess.run(command, env={**os.environ, **_HELD}, check=False).returncode

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from qkv.backends.isas import SHARED
 from qkv.bench import machine, readme, report, results, session
 from qkv.bench.budget import Budget
 from qkv.bench.calls import all_rows
@@ -42,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
             results.check(args.json, kind(args), about, isa)
         size = f"last-level cache {cache_bytes >> 20} MB"
         print(f"{about['cpu']}, {threads} threads, {size}, torch {torch.__version__}\n", flush=True)
-        roster = Roster(Setup(threads, "avx2" if isa == "avx2" else None), backend, _peers(args))
+        roster = Roster(Setup(threads, SHARED if isa == SHARED else None), backend, _peers(args))
         settings = {"isa": isa, "backend": backend, "quick": args.quick, "only": args.only, "training": args.training}
 
         def save(so_far: list[Result], extra: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -91,8 +92,8 @@ def _peers(args: argparse.Namespace) -> set[str] | None:
 
 def _choose(args: argparse.Namespace, cache_bytes: int) -> list[Row]:
     rows = training_rows() if args.training else all_rows(cache_bytes, more_mla=args.mla)
-    if args.isa == "avx2":
-        rows = [replace(row, targets=row.avx2) for row in rows if row.avx2 is not None]
+    if args.isa == SHARED:
+        rows = [replace(row, targets=row.held) for row in rows if row.held is not None]
     if args.quick:
         absent = set() if args.peers else Roster.KNOWN.keys() - set(QUICK_PEERS)
         quick = [row for row in rows if row.quick]

@@ -6,9 +6,9 @@ import argparse
 import re
 from pathlib import Path
 
+from qkv.backends.isas import ISAS, SHARED
 from qkv.errors import ArgumentError, describe
 
-ISAS = ("avx512bf16", "avx512", "avx2", "portable")
 DESCRIPTION = (
     "Time attention in qkv, PyTorch, and OpenVINO, ONNX Runtime, JAX and llama.cpp's ggml where "
     "installed (pip install 'qkv[bench]' llama-cpp-python). Results are checked against float64 first, calls are "
@@ -53,7 +53,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     give("--sweep", action="store_true", help="also 200 shapes against PyTorch; any slower is listed")
     give("--mla", action="store_true", help="also latent decode with 16 to 64 heads and longer caches")
     give("--no-memory", action="store_true", help="leave out the memory of a call")
-    give("--isa", choices=ISAS, help="hold qkv to an instruction set; avx2 holds the peers too")
+    give("--isa", choices=tuple(ISAS), help=f"hold qkv to an instruction set; {SHARED} holds the peers too")
     give("--backend", help="a backend of qkv by name (default: the one that qkv.plan() chooses)")
     give("--threads", type=int, metavar="N", help="threads of every contender (default: PyTorch's)")
     give(

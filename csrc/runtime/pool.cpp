@@ -1,4 +1,4 @@
-#include "pool.h"
+#include "runtime/pool.h"
 
 #include <atomic>
 #include <condition_variable>
@@ -9,12 +9,11 @@
 #include <thread>
 #include <vector>
 
+#include "simd/relax.h"
+
 #if defined(__unix__) || defined(__APPLE__)
 #include <pthread.h>
 #define QKV_HAS_FORK 1
-#endif
-#if defined(__x86_64__) || defined(_M_X64)
-#include <immintrin.h>
 #endif
 
 namespace qkv {
@@ -24,14 +23,6 @@ constexpr int kMaxThreads = 256;
 // Long enough to bridge the gap between two calls of a decode loop, short enough not to starve other runtimes.
 constexpr int kSpins = 3000;
 constexpr uint32_t kClosed = 1u << 31;
-
-inline void relax() {
-#if defined(__x86_64__) || defined(_M_X64)
-    _mm_pause();
-#else
-    std::this_thread::yield();
-#endif
-}
 
 struct Worker {
     std::atomic<uint64_t> ticket{0};

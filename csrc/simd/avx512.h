@@ -1,4 +1,16 @@
-// Included by simd.h inside the namespace of the instruction set.
+// AVX-512 (F, BW, VL, DQ), and BF16 where the compiler may use it.
+#pragma once
+#include <immintrin.h>
+
+#include "simd.h"
+
+namespace qkv {
+namespace QKV_ISA {
+
+QKV_INLINE float widen(f16 x) { return _cvtsh_ss(x.bits); }
+QKV_INLINE void narrow(float x, f16& to) {
+    to.bits = static_cast<uint16_t>(_cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
 
 struct VF {
     using E = float;
@@ -20,16 +32,20 @@ struct VF {
     static QKV_INLINE VF load(const f8* p) {  // as widen(f8)
         const __m512i x = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
         const __m512i rest = _mm512_and_si512(x, _mm512_set1_epi32(0x7f)), up = _mm512_slli_epi32(rest, 20);
-        const __m512 small = _mm512_sub_ps(_mm512_castsi512_ps(_mm512_or_si512(up, _mm512_set1_epi32(0x3c800000))), _mm512_set1_ps(0.015625f));
+        const __m512 small = _mm512_sub_ps(_mm512_castsi512_ps(_mm512_or_si512(up, _mm512_set1_epi32(0x3c800000))),
+                                           _mm512_set1_ps(0.015625f));
         __m512i bits = _mm512_add_epi32(up, _mm512_set1_epi32(0x3c000000));
-        bits = _mm512_mask_mov_epi32(bits, _mm512_cmplt_epi32_mask(rest, _mm512_set1_epi32(8)), _mm512_castps_si512(small));
-        bits = _mm512_mask_mov_epi32(bits, _mm512_cmpeq_epi32_mask(rest, _mm512_set1_epi32(0x7f)), _mm512_set1_epi32(0x7fc00000));
+        bits = _mm512_mask_mov_epi32(bits, _mm512_cmplt_epi32_mask(rest, _mm512_set1_epi32(8)),
+                                     _mm512_castps_si512(small));
+        bits = _mm512_mask_mov_epi32(bits, _mm512_cmpeq_epi32_mask(rest, _mm512_set1_epi32(0x7f)),
+                                     _mm512_set1_epi32(0x7fc00000));
         const __m512i sign = _mm512_slli_epi32(_mm512_and_si512(x, _mm512_set1_epi32(0x80)), 24);
         return {_mm512_castsi512_ps(_mm512_or_si512(bits, sign))};
     }
     QKV_INLINE void store(float* p) const { _mm512_storeu_ps(p, r); }
     QKV_INLINE void store(f16* p) const {
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(r, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                            _mm512_cvtps_ph(r, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
     }
     QKV_INLINE void store(bf16* p) const {
         const __m512i u = _mm512_castps_si512(r);
@@ -53,7 +69,9 @@ QKV_INLINE VF copy_sign(VF a, VF sign) {
     return {_mm512_castsi512_ps(_mm512_ternarylogic_epi32(_mm512_castps_si512(a.r), _mm512_castps_si512(sign.r),
                                                           _mm512_set1_epi32(INT32_MIN), 0xD8))};
 }
-QKV_INLINE VF choose(uint32_t bits, VF yes, VF no) { return {_mm512_mask_mov_ps(no.r, static_cast<__mmask16>(bits), yes.r)}; }
+QKV_INLINE VF choose(uint32_t bits, VF yes, VF no) {
+    return {_mm512_mask_mov_ps(no.r, static_cast<__mmask16>(bits), yes.r)};
+}
 QKV_INLINE VF less_then(VF a, VF b, VF yes, VF no) {
     return {_mm512_mask_mov_ps(no.r, _mm512_cmp_ps_mask(a.r, b.r, _CMP_LT_OQ), yes.r)};
 }
@@ -65,20 +83,21 @@ QKV_INLINE VF exp2_poly(VF x) {
     const __m512 f = _mm512_sub_ps(t, n);
     constexpr const float* c = Degree == 5 ? kExp2Degree5 : kExp2Degree6;
     __m512 p = _mm512_set1_ps(c[Degree]);
-    QKV_UNROLL for (int i = Degree - 1; i >= 0; --i) p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(c[i]));
+    QKV_UNROLL for (int i = Degree - 1; i >= 0; --i)
+        p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(c[i]));
     return {_mm512_scalef_ps(p, n)};
 }
 // Sums each of 16 vectors; lane i of the result is the sum of t[i].
 QKV_INLINE VF sums(VF* t) {
-    QKV_UNROLL for (int i = 0; i < 8; ++i) {
+    QKV_FOR(i, 8) {
         const __m512 a = t[2 * i].r, b = t[2 * i + 1].r;
         t[i].r = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
     }
-    QKV_UNROLL for (int i = 0; i < 4; ++i) {
+    QKV_FOR(i, 4) {
         const __m512d a = _mm512_castps_pd(t[2 * i].r), b = _mm512_castps_pd(t[2 * i + 1].r);
         t[i].r = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
     }
-    QKV_UNROLL for (int i = 0; i < 2; ++i) {
+    QKV_FOR(i, 2) {
         const __m512 a = t[2 * i].r, b = t[2 * i + 1].r;
         t[i].r = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
     }
@@ -90,23 +109,23 @@ QKV_INLINE float largest(VF a) { return _mm512_reduce_max_ps(a.r); }
 // Transposes 16 x 16 words in registers.
 QKV_INLINE void transpose(__m512i* r) {
     __m512i t[16];
-    QKV_UNROLL for (int i = 0; i < 8; ++i) {
+    QKV_FOR(i, 8) {
         t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
         t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
     }
-    QKV_UNROLL for (int i = 0; i < 4; ++i) {
+    QKV_FOR(i, 4) {
         r[4 * i + 0] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
         r[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
         r[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
         r[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
     }
-    QKV_UNROLL for (int i = 0; i < 4; ++i) {
+    QKV_FOR(i, 4) {
         t[i] = _mm512_shuffle_i32x4(r[i], r[4 + i], 0x88);
         t[4 + i] = _mm512_shuffle_i32x4(r[i], r[4 + i], 0xdd);
         t[8 + i] = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0x88);
         t[12 + i] = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0xdd);
     }
-    QKV_UNROLL for (int i = 0; i < 4; ++i) {
+    QKV_FOR(i, 4) {
         r[i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0x88);
         r[8 + i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0xdd);
         r[4 + i] = _mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0x88);
@@ -116,9 +135,9 @@ QKV_INLINE void transpose(__m512i* r) {
 // to[j * to_stride + i] = from[i * from_stride + j] for 16 x 16 words.
 QKV_INLINE void transpose_tile(const uint32_t* from, int64_t from_stride, uint32_t* to, int64_t to_stride) {
     __m512i r[16];
-    QKV_UNROLL for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_si512(from + i * from_stride);
+    QKV_FOR(i, 16) r[i] = _mm512_loadu_si512(from + i * from_stride);
     transpose(r);
-    QKV_UNROLL for (int i = 0; i < 16; ++i) _mm512_storeu_si512(to + i * to_stride, r[i]);
+    QKV_FOR(i, 16) _mm512_storeu_si512(to + i * to_stride, r[i]);
 }
 inline constexpr int kTransposeTile = 16;
 
@@ -140,22 +159,25 @@ QKV_INLINE VD fused(VD a, VD b, VD c) { return fma(a, b, c); }
 QKV_INLINE VD maximum(VD a, VD b) { return {_mm512_max_pd(a.r, b.r)}; }
 QKV_INLINE VD minimum(VD a, VD b) { return {_mm512_min_pd(a.r, b.r)}; }
 QKV_INLINE VD absolute(VD a) { return {_mm512_abs_pd(a.r)}; }
-QKV_INLINE VD choose(uint32_t bits, VD yes, VD no) { return {_mm512_mask_mov_pd(no.r, static_cast<__mmask8>(bits), yes.r)}; }
+QKV_INLINE VD choose(uint32_t bits, VD yes, VD no) {
+    return {_mm512_mask_mov_pd(no.r, static_cast<__mmask8>(bits), yes.r)};
+}
 template <int>
 QKV_INLINE VD exp2_poly(VD x) {
     const __m512d t = _mm512_max_pd(_mm512_set1_pd(-1200.), x.r);
     const __m512d n = _mm512_roundscale_pd(t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     const __m512d f = _mm512_sub_pd(t, n);
     __m512d p = _mm512_set1_pd(kExp2Degree11[11]);
-    QKV_UNROLL for (int i = 10; i >= 0; --i) p = _mm512_fmadd_pd(p, f, _mm512_set1_pd(kExp2Degree11[i]));
+    QKV_UNROLL for (int i = 10; i >= 0; --i)
+        p = _mm512_fmadd_pd(p, f, _mm512_set1_pd(kExp2Degree11[i]));
     return {_mm512_scalef_pd(p, n)};
 }
 QKV_INLINE VD sums(VD* t) {
-    QKV_UNROLL for (int i = 0; i < 4; ++i) {
+    QKV_FOR(i, 4) {
         const __m512d a = t[2 * i].r, b = t[2 * i + 1].r;
         t[i].r = _mm512_add_pd(_mm512_unpacklo_pd(a, b), _mm512_unpackhi_pd(a, b));
     }
-    QKV_UNROLL for (int i = 0; i < 2; ++i) {
+    QKV_FOR(i, 2) {
         const __m512d a = t[2 * i].r, b = t[2 * i + 1].r;
         t[i].r = _mm512_add_pd(_mm512_shuffle_f64x2(a, b, 0x88), _mm512_shuffle_f64x2(a, b, 0xdd));
     }
@@ -167,8 +189,73 @@ QKV_INLINE double largest(VD a) { return _mm512_reduce_max_pd(a.r); }
 inline constexpr int kDrawLanes = 8;
 QKV_INLINE uint32_t keep_bits(const uint64_t* draws, uint64_t key, uint64_t below) {
     __m512i x = _mm512_add_epi64(_mm512_loadu_si512(draws), _mm512_set1_epi64(static_cast<int64_t>(key)));
-    x = _mm512_mullo_epi64(_mm512_xor_si512(x, _mm512_srli_epi64(x, 30)), _mm512_set1_epi64(static_cast<int64_t>(kMixFirst)));
-    x = _mm512_mullo_epi64(_mm512_xor_si512(x, _mm512_srli_epi64(x, 27)), _mm512_set1_epi64(static_cast<int64_t>(kMixSecond)));
+    x = _mm512_mullo_epi64(_mm512_xor_si512(x, _mm512_srli_epi64(x, 30)),
+                           _mm512_set1_epi64(static_cast<int64_t>(kMixFirst)));
+    x = _mm512_mullo_epi64(_mm512_xor_si512(x, _mm512_srli_epi64(x, 27)),
+                           _mm512_set1_epi64(static_cast<int64_t>(kMixSecond)));
     x = _mm512_srli_epi64(_mm512_xor_si512(x, _mm512_srli_epi64(x, 31)), 11);
     return _mm512_cmpge_epu64_mask(x, _mm512_set1_epi64(static_cast<int64_t>(below)));
 }
+
+#if defined(__AVX512BF16__)
+inline constexpr bool kPairs = true;
+// Products of bfloat16 in pairs, added in float (VDPBF16PS). A register holds 16 pairs. Narrowing here takes denormal
+// numbers as zeros, which VF::store does not.
+struct Pairs {
+    struct R {
+        __m512i r;
+    };
+    struct Half {  // 16 numbers
+        __m256i r;
+    };
+    static QKV_INLINE R load(const void* p) { return {_mm512_loadu_si512(p)}; }
+    static QKV_INLINE Half load_half(const bf16* p) {
+        return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))};
+    }
+    static QKV_INLINE R zero() { return {_mm512_setzero_si512()}; }
+    static QKV_INLINE R broadcast(uint32_t pair) { return {_mm512_set1_epi32(static_cast<int>(pair))}; }
+    static QKV_INLINE void store(R a, void* p) { _mm512_storeu_si512(p, a.r); }
+    static QKV_INLINE void store(Half a, bf16* p) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a.r); }
+    // acc + a.low b.low + a.high b.high in each lane.
+    static QKV_INLINE VF dot(VF acc, R a, R b) {
+        return {_mm512_dpbf16_ps(acc.r, reinterpret_cast<__m512bh>(a.r), reinterpret_cast<__m512bh>(b.r))};
+    }
+    // The pair in every lane, its halves as 0 in lanes whose bit is not set.
+    static QKV_INLINE R hide(uint32_t pair, uint32_t low_bits, uint32_t high_bits) {
+        const __m512i low = _mm512_maskz_set1_epi32(static_cast<__mmask16>(low_bits), static_cast<int>(pair & 0xffffu));
+        const __m512i high =
+            _mm512_maskz_set1_epi32(static_cast<__mmask16>(high_bits), static_cast<int>(pair & 0xffff0000u));
+        return {_mm512_or_si512(low, high)};
+    }
+    static QKV_INLINE Half narrow(VF a) { return {reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(a.r))}; }
+    // 32 numbers in order.
+    static QKV_INLINE R narrow(VF low, VF high) {
+        return {reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high.r, low.r))};
+    }
+    // Lane l: the number of even[l] below the number of odd[l].
+    static QKV_INLINE R pack(VF even, VF odd) {
+        const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22,
+                                               6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+        return {_mm512_permutexvar_epi16(order, narrow(even, odd).r)};
+    }
+    static QKV_INLINE R zip(Half low, Half high) {
+        return {_mm512_or_si512(_mm512_cvtepu16_epi32(low.r), _mm512_slli_epi32(_mm512_cvtepu16_epi32(high.r), 16))};
+    }
+    // Pairs of the 32 numbers of a and those of b, in an order that is the set's own; in_order mends it, of pairs and
+    // of floats.
+    static QKV_INLINE R zip_low(R a, R b) { return {_mm512_unpacklo_epi16(a.r, b.r)}; }
+    static QKV_INLINE R zip_high(R a, R b) { return {_mm512_unpackhi_epi16(a.r, b.r)}; }
+    static QKV_INLINE void in_order(R& low, R& high) {
+        const __m512i first = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11),
+                      second = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
+        const __m512i mended = _mm512_permutex2var_epi64(low.r, first, high.r);
+        high.r = _mm512_permutex2var_epi64(low.r, second, high.r);
+        low.r = mended;
+    }
+};
+#else
+inline constexpr bool kPairs = false;
+#endif
+
+}  // namespace QKV_ISA
+}  // namespace qkv

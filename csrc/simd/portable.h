@@ -1,20 +1,49 @@
-// Included by simd.h inside the namespace of the instruction set. Plain C++: fixed-length loops that a compiler turns into
-// whatever vectors its target has.
+// Numbers C++: fixed-length loops that a compiler turns into whatever vectors its target has.
+#pragma once
+#include "simd.h"
+
+namespace qkv {
+namespace QKV_ISA {
+
+QKV_INLINE float widen(f16 x) {
+    const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
+    const uint32_t rest = x.bits & 0x7fffu;
+    if (rest >= 0x7c00u) return cast_bits<float>(sign | 0x7f800000u | (rest & 0x3ffu) << 13);
+    // Scaling by 2^112 moves the exponent into place for normal and subnormal numbers alike.
+    const float magnitude = cast_bits<float>(rest << 13) * cast_bits<float>(0x77800000u);
+    return cast_bits<float>(sign | cast_bits<uint32_t>(magnitude));
+}
+QKV_INLINE void narrow(float x, f16& to) {
+    const uint32_t u = cast_bits<uint32_t>(x);
+    const uint32_t sign = u >> 16 & 0x8000u;
+    const uint32_t rest = u & 0x7fffffffu;
+    uint32_t half;
+    if (rest > 0x7f800000u) {
+        half = 0x7e00u;
+    } else if (rest >= 0x477ff000u) {  // rounds to infinity from 65520 on
+        half = 0x7c00u;
+    } else if (rest < 0x38800000u) {  // subnormal: let the addition of 0.5 round
+        half = cast_bits<uint32_t>(cast_bits<float>(rest) + 0.5f) - 0x3f000000u;
+    } else {
+        half = (rest - 0x38000000u + 0xfffu + (rest >> 13 & 1u)) >> 13;
+    }
+    to.bits = static_cast<uint16_t>(sign | half);
+}
 
 template <class T, int N>
-struct Plain {
+struct Numbers {
     using E = T;
     static constexpr int W = N;
     T r[N];
-    static QKV_INLINE Plain zero() { return set1(T(0)); }
-    static QKV_INLINE Plain set1(T x) {
-        Plain v;
+    static QKV_INLINE Numbers zero() { return set1(T(0)); }
+    static QKV_INLINE Numbers set1(T x) {
+        Numbers v;
         for (int i = 0; i < N; ++i) v.r[i] = x;
         return v;
     }
     template <class S>
-    static QKV_INLINE Plain load(const S* p) {
-        Plain v;
+    static QKV_INLINE Numbers load(const S* p) {
+        Numbers v;
         for (int i = 0; i < N; ++i) v.r[i] = widen(p[i]);
         return v;
     }
@@ -23,74 +52,74 @@ struct Plain {
         for (int i = 0; i < N; ++i) narrow(r[i], p[i]);
     }
     template <class F>
-    static QKV_INLINE Plain each(Plain a, Plain b, F f) {
-        Plain v;
+    static QKV_INLINE Numbers each(Numbers a, Numbers b, F f) {
+        Numbers v;
         for (int i = 0; i < N; ++i) v.r[i] = f(a.r[i], b.r[i]);
         return v;
     }
-    friend QKV_INLINE Plain operator+(Plain a, Plain b) {
+    friend QKV_INLINE Numbers operator+(Numbers a, Numbers b) {
         return each(a, b, [](T x, T y) { return x + y; });
     }
-    friend QKV_INLINE Plain operator-(Plain a, Plain b) {
+    friend QKV_INLINE Numbers operator-(Numbers a, Numbers b) {
         return each(a, b, [](T x, T y) { return x - y; });
     }
-    friend QKV_INLINE Plain operator*(Plain a, Plain b) {
+    friend QKV_INLINE Numbers operator*(Numbers a, Numbers b) {
         return each(a, b, [](T x, T y) { return x * y; });
     }
-    friend QKV_INLINE Plain operator/(Plain a, Plain b) {
+    friend QKV_INLINE Numbers operator/(Numbers a, Numbers b) {
         return each(a, b, [](T x, T y) { return x / y; });
     }
-    friend QKV_INLINE Plain fma(Plain a, Plain b, Plain c) {
-        Plain v;
+    friend QKV_INLINE Numbers fma(Numbers a, Numbers b, Numbers c) {
+        Numbers v;
         for (int i = 0; i < N; ++i) v.r[i] = a.r[i] * b.r[i] + c.r[i];
         return v;
     }
     // Rounded once, which fma here is not. A function call a lane: for what is done once a score.
-    friend QKV_INLINE Plain fused(Plain a, Plain b, Plain c) {
-        Plain v;
+    friend QKV_INLINE Numbers fused(Numbers a, Numbers b, Numbers c) {
+        Numbers v;
         for (int i = 0; i < N; ++i) v.r[i] = std::fma(a.r[i], b.r[i], c.r[i]);
         return v;
     }
-    friend QKV_INLINE Plain maximum(Plain a, Plain b) {
+    friend QKV_INLINE Numbers maximum(Numbers a, Numbers b) {
         return each(a, b, [](T x, T y) { return x > y ? x : y; });
     }
-    friend QKV_INLINE Plain minimum(Plain a, Plain b) {
+    friend QKV_INLINE Numbers minimum(Numbers a, Numbers b) {
         return each(a, b, [](T x, T y) { return x < y ? x : y; });
     }
-    friend QKV_INLINE Plain absolute(Plain a) {
+    friend QKV_INLINE Numbers absolute(Numbers a) {
         for (int i = 0; i < N; ++i) a.r[i] = std::fabs(a.r[i]);
         return a;
     }
-    friend QKV_INLINE Plain copy_sign(Plain a, Plain sign) {
+    friend QKV_INLINE Numbers copy_sign(Numbers a, Numbers sign) {
         return each(a, sign, [](T x, T y) { return std::copysign(x, y); });
     }
-    friend QKV_INLINE Plain choose(uint32_t bits, Plain yes, Plain no) {
+    friend QKV_INLINE Numbers choose(uint32_t bits, Numbers yes, Numbers no) {
         for (int i = 0; i < N; ++i) no.r[i] = (bits >> i & 1u) ? yes.r[i] : no.r[i];
         return no;
     }
-    friend QKV_INLINE Plain less_then(Plain a, Plain b, Plain yes, Plain no) {
+    friend QKV_INLINE Numbers less_then(Numbers a, Numbers b, Numbers yes, Numbers no) {
         for (int i = 0; i < N; ++i) no.r[i] = a.r[i] < b.r[i] ? yes.r[i] : no.r[i];
         return no;
     }
-    friend QKV_INLINE Plain sums(Plain* t) {
-        Plain v;
+    friend QKV_INLINE Numbers sums(Numbers* t) {
+        Numbers v;
         for (int i = 0; i < N; ++i) v.r[i] = sum(t[i]);
         return v;
     }
-    friend QKV_INLINE T sum(Plain a) {
+    friend QKV_INLINE T sum(Numbers a) {
         T s = a.r[0];
         for (int i = 1; i < N; ++i) s += a.r[i];
         return s;
     }
-    friend QKV_INLINE T largest(Plain a) {
+    friend QKV_INLINE T largest(Numbers a) {
         T m = a.r[0];
         for (int i = 1; i < N; ++i) m = a.r[i] > m ? a.r[i] : m;
         return m;
     }
 };
 
-using VF = Plain<float, 4>;
-using VD = Plain<double, 2>;
+using VF = Numbers<float, 4>;
+using VD = Numbers<double, 2>;
 
 // Also right for NaN (stays) and -inf (0). Results below 2^-126 (2^-1022) are 0.
 template <int Degree>
@@ -133,5 +162,11 @@ inline constexpr int kTransposeTile = 4;
 
 inline constexpr int kDrawLanes = 2;
 QKV_INLINE uint32_t keep_bits(const uint64_t* draws, uint64_t key, uint64_t below) {
-    return static_cast<uint32_t>(draw_mix(draws[0] + key) >> 11 >= below) | static_cast<uint32_t>(draw_mix(draws[1] + key) >> 11 >= below) << 1;
+    return static_cast<uint32_t>(draw_mix(draws[0] + key) >> 11 >= below) |
+           static_cast<uint32_t>(draw_mix(draws[1] + key) >> 11 >= below) << 1;
 }
+
+inline constexpr bool kPairs = false;
+
+}  // namespace QKV_ISA
+}  // namespace qkv

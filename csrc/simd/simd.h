@@ -8,13 +8,6 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(QKV_ISA_AVX2) || defined(QKV_ISA_AVX512) || defined(QKV_ISA_AVX512BF16)
-#include <immintrin.h>
-#endif
-#if defined(QKV_ISA_AVX512) || defined(QKV_ISA_AVX512BF16)
-#define QKV_512 1
-#endif
-
 #if defined(_MSC_VER)
 #define QKV_INLINE __forceinline
 #define QKV_APART __declspec(noinline)
@@ -24,6 +17,8 @@
 #define QKV_APART __attribute__((noinline))  // a loop that has all registers to itself
 #define QKV_UNROLL _Pragma("GCC unroll 32")
 #endif
+
+#define QKV_FOR(i, n) QKV_UNROLL for (int i = 0; i < (n); ++i)  // unrolled
 
 namespace qkv {
 namespace QKV_ISA {
@@ -46,28 +41,24 @@ QKV_INLINE To cast_bits(From from) {
     return to;
 }
 
-QKV_INLINE float widen(float x) { return x; }
-QKV_INLINE double widen(double x) { return x; }
-QKV_INLINE float widen(bf16 x) { return cast_bits<float>(static_cast<uint32_t>(x.bits) << 16); }
-QKV_INLINE float widen(f16 x) {
-#if defined(QKV_512) || defined(QKV_ISA_AVX2)
-    return _cvtsh_ss(x.bits);
-#else
-    const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
-    const uint32_t rest = x.bits & 0x7fffu;
-    if (rest >= 0x7c00u) return cast_bits<float>(sign | 0x7f800000u | (rest & 0x3ffu) << 13);
-    // Scaling by 2^112 moves the exponent into place for normal and subnormal numbers alike.
-    const float magnitude = cast_bits<float>(rest << 13) * cast_bits<float>(0x77800000u);
-    return cast_bits<float>(sign | cast_bits<uint32_t>(magnitude));
+// A hint: what is at the address will be read. There need not be anything.
+QKV_INLINE void prefetch([[maybe_unused]] uintptr_t address) {
+#if defined(__GNUC__)
+    __builtin_prefetch(reinterpret_cast<const void*>(address));
 #endif
 }
 
+QKV_INLINE float widen(float x) { return x; }
+QKV_INLINE double widen(double x) { return x; }
+QKV_INLINE float widen(bf16 x) { return cast_bits<float>(static_cast<uint32_t>(x.bits) << 16); }
+QKV_INLINE float widen(f16 x);
 QKV_INLINE float widen(int8_t x) { return static_cast<float>(x); }
 QKV_INLINE float widen(f8 x) {
     const uint32_t sign = static_cast<uint32_t>(x.bits & 0x80u) << 24, rest = x.bits & 0x7fu;
     if (rest == 0x7fu) return cast_bits<float>(sign | 0x7fc00000u);
     // Below the least exponent the leading 1 is put there and taken away again: denormal numbers may be switched off.
-    const float magnitude = rest < 8 ? cast_bits<float>(0x3c800000u | rest << 20) - 0.015625f : cast_bits<float>((rest << 20) + 0x3c000000u);
+    const float magnitude = rest < 8 ? cast_bits<float>(0x3c800000u | rest << 20) - 0.015625f
+                                     : cast_bits<float>((rest << 20) + 0x3c000000u);
     return cast_bits<float>(sign | cast_bits<uint32_t>(magnitude));
 }
 
@@ -81,28 +72,10 @@ QKV_INLINE void narrow(float x, bf16& to) {
     }
     to.bits = static_cast<uint16_t>((u + 0x7fffu + (u >> 16 & 1u)) >> 16);
 }
-QKV_INLINE void narrow(float x, f16& to) {
-#if defined(QKV_512) || defined(QKV_ISA_AVX2)
-    to.bits = static_cast<uint16_t>(_cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-#else
-    const uint32_t u = cast_bits<uint32_t>(x);
-    const uint32_t sign = u >> 16 & 0x8000u;
-    const uint32_t rest = u & 0x7fffffffu;
-    uint32_t half;
-    if (rest > 0x7f800000u) {
-        half = 0x7e00u;
-    } else if (rest >= 0x477ff000u) {  // rounds to infinity from 65520 on
-        half = 0x7c00u;
-    } else if (rest < 0x38800000u) {  // subnormal: let the addition of 0.5 round
-        half = cast_bits<uint32_t>(cast_bits<float>(rest) + 0.5f) - 0x3f000000u;
-    } else {
-        half = (rest - 0x38000000u + 0xfffu + (rest >> 13 & 1u)) >> 13;
-    }
-    to.bits = static_cast<uint16_t>(sign | half);
-#endif
-}
+QKV_INLINE void narrow(float x, f16& to);
 
-// 2^f on [-1/2, 1/2]: minimax polynomials in the relative error (7.5e-8, 1.9e-9 and 3.1e-18), computed with Remez' algorithm.
+// 2^f on [-1/2, 1/2]: minimax polynomials in the relative error (7.5e-8, 1.9e-9 and 3.1e-18), computed with Remez'
+// algorithm.
 inline constexpr float kExp2Degree5[] = {1.0000000716551239f, 0.69314696706227247f,   0.24022119722860972f,
                                          0.055507132756957f,  0.0096755413713432092f, 0.0013276471543198622f};
 inline constexpr float kExp2Degree6[] = {1.0000000005541557f,    0.69314720573733291f,   0.24022646890650353f,
@@ -130,13 +103,12 @@ QKV_INLINE uint64_t draw_mix(uint64_t x) {
 }
 // keep_bits(draws, key, below): bit r says whether draw_mix(draws[r] + key) >> 11 is not below, for kDrawLanes rows.
 
-#if defined(QKV_512)
-#include "simd_avx512.inc"
-#elif defined(QKV_ISA_AVX2)
-#include "simd_avx2.inc"
-#else
-#include "simd_portable.inc"
-#endif
+// What a set's file defines, besides VF and VD and their functions:
+//   widen and narrow of f16; transpose_tile of kTransposeTile x kTransposeTile words; keep_bits and kDrawLanes;
+//   kPairs, and Pairs where it is true: products of bfloat16 in pairs, two neighbours of a sum in 32 bits.
+struct Pairs;
 
 }  // namespace QKV_ISA
 }  // namespace qkv
+
+#include QKV_SIMD

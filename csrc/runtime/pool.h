@@ -17,8 +17,8 @@ int worker_limit(int threads);
 // Counts down; true for the caller that reaches zero, who then sees what the others wrote.
 bool last_of(int32_t* counter);
 
-// Memory of the calling thread, aligned to 64 bytes, valid until its next call; null when there is none. Small requests are
-// kept for the next call, since fresh pages cost more than a short attention call.
+// Memory of the calling thread, aligned to 64 bytes, valid until its next call; null when there is none. Small requests
+// are kept for the next call, since fresh pages cost more than a short attention call.
 void* scratch_memory(size_t bytes);
 void release_large_scratch();
 

@@ -1,9 +1,9 @@
 // Which chunks of keys several sequences of a batch have in common: they are read once, for all of them.
 //
-// A chunk is shared where the page tables name the same pages and every row of the sequences sees all of its keys. Each row
-// then goes through the same arithmetic as alone, so sharing changes no bit of a result.
+// A chunk is shared where the page tables name the same pages and every row of the sequences sees all of its keys. Each
+// row then goes through the same arithmetic as alone, so sharing changes no bit of a result.
 #pragma once
-#include "blocks.h"
+#include "kernel/score.h"
 
 namespace qkv {
 namespace QKV_ISA {
@@ -15,8 +15,8 @@ struct Share {
     int64_t chunk, first_member, members;
 };
 
-// What the search needs of a sequence: the keys of a chunk, which keys all rows see (a sink and a window at most: two ranges),
-// and its place in a list of equal chunks.
+// What the search needs of a sequence: the keys of a chunk, which keys all rows see (a sink and a window at most: two
+// ranges), and its place in a list of equal chunks.
 struct Candidate {
     int64_t sequence, chunk, chunks;
     int64_t first[2], last[2];
@@ -34,9 +34,10 @@ class Cascade {
     // Sequences that decode in chunks are candidates, if their mask is the same for all heads and batch rows.
     static bool possible(const Attention& a) {
         if (a.bias_count > 0 || a.dropout_below > 0) return false;
-        for (int64_t at = 0; at < a.program_length; at += Program::instruction_length(a.program, at, a.program_length)) {
+        for (int64_t at = 0; at < a.program_length; at += instruction_length(a.program, at, a.program_length)) {
             const int64_t op = a.program[at];
-            const bool plain = op == kMaskAll || op == kMaskWindow || op == kMaskChunked || op >= kMaskAnd || (op == kMaskPrefix && a.program[at + 2] < 0);
+            const bool plain = op == kMaskAll || op == kMaskWindow || op == kMaskChunked || op >= kMaskAnd ||
+                               (op == kMaskPrefix && a.program[at + 2] < 0);
             if (!plain) return false;
         }
         return true;
@@ -59,7 +60,8 @@ class Cascade {
                 x.leader = x.next = -1;
                 x.end = i;
                 if (!sees(a, x, c)) continue;
-                int64_t s = static_cast<int64_t>(static_cast<uint32_t>(*pages(a, x, c)) * UINT64_C(0x9E3779B1) % static_cast<uint64_t>(slots));
+                int64_t s = static_cast<int64_t>(static_cast<uint32_t>(*pages(a, x, c)) * UINT64_C(0x9E3779B1) %
+                                                 static_cast<uint64_t>(slots));
                 while (table[s] >= 0 && !same(a, candidates[table[s]], x, c)) s = s + 1 < slots ? s + 1 : 0;
                 if (table[s] < 0) table[s] = static_cast<int32_t>(i);
                 x.leader = table[s];
@@ -87,10 +89,12 @@ class Cascade {
         if (k1 > a.sequences[x.sequence].k_count) return false;
         return (x.first[0] <= k0 && x.last[0] >= k1) || (x.first[1] <= k0 && x.last[1] >= k1);
     }
-    static const int32_t* pages(const Attention& a, const Candidate& x, int64_t c) { return a.sequences[x.sequence].pages + c * x.chunk / a.page_size; }
+    static const int32_t* pages(const Attention& a, const Candidate& x, int64_t c) {
+        return a.sequences[x.sequence].pages + c * x.chunk / a.page_size;
+    }
     static bool same(const Attention& a, const Candidate& x, const Candidate& y, int64_t c) {
         const int64_t first = c * x.chunk / a.page_size, last = ((c + 1) * x.chunk - 1) / a.page_size;
-        const size_t n = QKV_MUTANT(cascade_pages) ? 1 : static_cast<size_t>(last - first + 1);
+        const size_t n = static_cast<size_t>(last - first + 1);
         return x.chunk == y.chunk && std::memcmp(pages(a, x, c), pages(a, y, c), n * sizeof(int32_t)) == 0;
     }
 };

@@ -1,4 +1,16 @@
-// Included by simd.h inside the namespace of the instruction set.
+// AVX2 with FMA and F16C.
+#pragma once
+#include <immintrin.h>
+
+#include "simd.h"
+
+namespace qkv {
+namespace QKV_ISA {
+
+QKV_INLINE float widen(f16 x) { return _cvtsh_ss(x.bits); }
+QKV_INLINE void narrow(float x, f16& to) {
+    to.bits = static_cast<uint16_t>(_cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
 
 struct VF {
     using E = float;
@@ -11,23 +23,28 @@ struct VF {
         const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
         return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16))};
     }
-    static QKV_INLINE VF load(const f16* p) { return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))}; }
+    static QKV_INLINE VF load(const f16* p) {
+        return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+    }
     static QKV_INLINE VF load(const int8_t* p) {
         return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))))};
     }
     static QKV_INLINE VF load(const f8* p) {  // as widen(f8)
         const __m256i x = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
         const __m256i rest = _mm256_and_si256(x, _mm256_set1_epi32(0x7f)), up = _mm256_slli_epi32(rest, 20);
-        const __m256 small = _mm256_sub_ps(_mm256_castsi256_ps(_mm256_or_si256(up, _mm256_set1_epi32(0x3c800000))), _mm256_set1_ps(0.015625f));
+        const __m256 small = _mm256_sub_ps(_mm256_castsi256_ps(_mm256_or_si256(up, _mm256_set1_epi32(0x3c800000))),
+                                           _mm256_set1_ps(0.015625f));
         __m256i bits = _mm256_add_epi32(up, _mm256_set1_epi32(0x3c000000));
         bits = _mm256_blendv_epi8(bits, _mm256_castps_si256(small), _mm256_cmpgt_epi32(_mm256_set1_epi32(8), rest));
-        bits = _mm256_blendv_epi8(bits, _mm256_set1_epi32(0x7fc00000), _mm256_cmpeq_epi32(rest, _mm256_set1_epi32(0x7f)));
+        bits =
+            _mm256_blendv_epi8(bits, _mm256_set1_epi32(0x7fc00000), _mm256_cmpeq_epi32(rest, _mm256_set1_epi32(0x7f)));
         const __m256i sign = _mm256_slli_epi32(_mm256_and_si256(x, _mm256_set1_epi32(0x80)), 24);
         return {_mm256_castsi256_ps(_mm256_or_si256(bits, sign))};
     }
     QKV_INLINE void store(float* p) const { _mm256_storeu_ps(p, r); }
     QKV_INLINE void store(f16* p) const {
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(r, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                         _mm256_cvtps_ph(r, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
     }
     QKV_INLINE void store(bf16* p) const {
         alignas(32) float x[8];
@@ -64,13 +81,14 @@ QKV_INLINE VF exp2_poly(VF x) {
     const __m256 f = _mm256_sub_ps(t, n);
     constexpr const float* c = Degree == 5 ? kExp2Degree5 : kExp2Degree6;
     __m256 p = _mm256_set1_ps(c[Degree]);
-    QKV_UNROLL for (int i = Degree - 1; i >= 0; --i) p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(c[i]));
+    QKV_UNROLL for (int i = Degree - 1; i >= 0; --i)
+        p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(c[i]));
     const __m256i power = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
     return {_mm256_mul_ps(p, _mm256_castsi256_ps(power))};
 }
 QKV_INLINE VF sums(VF* t) {
-    QKV_UNROLL for (int i = 0; i < 4; ++i) t[i].r = _mm256_hadd_ps(t[2 * i].r, t[2 * i + 1].r);
-    QKV_UNROLL for (int i = 0; i < 2; ++i) t[i].r = _mm256_hadd_ps(t[2 * i].r, t[2 * i + 1].r);
+    QKV_FOR(i, 4) t[i].r = _mm256_hadd_ps(t[2 * i].r, t[2 * i + 1].r);
+    QKV_FOR(i, 2) t[i].r = _mm256_hadd_ps(t[2 * i].r, t[2 * i + 1].r);
     return {_mm256_add_ps(_mm256_permute2f128_ps(t[0].r, t[1].r, 0x20), _mm256_permute2f128_ps(t[0].r, t[1].r, 0x31))};
 }
 QKV_INLINE float sum(VF a) {
@@ -87,20 +105,21 @@ QKV_INLINE float largest(VF a) {
 }
 QKV_INLINE void transpose_tile(const uint32_t* from, int64_t from_stride, uint32_t* to, int64_t to_stride) {
     __m256 r[8], t[8];
-    QKV_UNROLL for (int i = 0; i < 8; ++i) r[i] = _mm256_loadu_ps(reinterpret_cast<const float*>(from + i * from_stride));
-    QKV_UNROLL for (int i = 0; i < 4; ++i) {
+    QKV_FOR(i, 8) r[i] = _mm256_loadu_ps(reinterpret_cast<const float*>(from + i * from_stride));
+    QKV_FOR(i, 4) {
         t[2 * i] = _mm256_unpacklo_ps(r[2 * i], r[2 * i + 1]);
         t[2 * i + 1] = _mm256_unpackhi_ps(r[2 * i], r[2 * i + 1]);
     }
-    QKV_UNROLL for (int i = 0; i < 2; ++i) {
+    QKV_FOR(i, 2) {
         r[4 * i + 0] = _mm256_shuffle_ps(t[4 * i], t[4 * i + 2], 0x44);
         r[4 * i + 1] = _mm256_shuffle_ps(t[4 * i], t[4 * i + 2], 0xee);
         r[4 * i + 2] = _mm256_shuffle_ps(t[4 * i + 1], t[4 * i + 3], 0x44);
         r[4 * i + 3] = _mm256_shuffle_ps(t[4 * i + 1], t[4 * i + 3], 0xee);
     }
-    QKV_UNROLL for (int i = 0; i < 4; ++i) {
+    QKV_FOR(i, 4) {
         _mm256_storeu_ps(reinterpret_cast<float*>(to + i * to_stride), _mm256_permute2f128_ps(r[i], r[4 + i], 0x20));
-        _mm256_storeu_ps(reinterpret_cast<float*>(to + (4 + i) * to_stride), _mm256_permute2f128_ps(r[i], r[4 + i], 0x31));
+        _mm256_storeu_ps(reinterpret_cast<float*>(to + (4 + i) * to_stride),
+                         _mm256_permute2f128_ps(r[i], r[4 + i], 0x31));
     }
 }
 inline constexpr int kTransposeTile = 8;
@@ -134,7 +153,8 @@ QKV_INLINE VD exp2_poly(VD x) {
     const __m256d n = _mm256_round_pd(t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     const __m256d f = _mm256_sub_pd(t, n);
     __m256d p = _mm256_set1_pd(kExp2Degree11[11]);
-    QKV_UNROLL for (int i = 10; i >= 0; --i) p = _mm256_fmadd_pd(p, f, _mm256_set1_pd(kExp2Degree11[i]));
+    QKV_UNROLL for (int i = 10; i >= 0; --i)
+        p = _mm256_fmadd_pd(p, f, _mm256_set1_pd(kExp2Degree11[i]));
     // Adding 1.5 * 2^52 leaves the integer in the low bits of the sum.
     const __m256d shifted = _mm256_add_pd(n, _mm256_set1_pd(6755399441055744.0 + 1023.0));
     const __m256i power = _mm256_slli_epi64(_mm256_castpd_si256(shifted), 52);
@@ -160,15 +180,22 @@ QKV_INLINE double largest(VD a) {
 
 inline constexpr int kDrawLanes = 4;
 QKV_INLINE __m256i multiply_words(__m256i a, uint64_t b) {  // 64-bit products by 32-bit ones
-    const __m256i low = _mm256_set1_epi64x(static_cast<int64_t>(b)), high = _mm256_set1_epi64x(static_cast<int64_t>(b >> 32));
+    const __m256i low = _mm256_set1_epi64x(static_cast<int64_t>(b)),
+                  high = _mm256_set1_epi64x(static_cast<int64_t>(b >> 32));
     const __m256i cross = _mm256_add_epi64(_mm256_mul_epu32(_mm256_srli_epi64(a, 32), low), _mm256_mul_epu32(a, high));
     return _mm256_add_epi64(_mm256_mul_epu32(a, low), _mm256_slli_epi64(cross, 32));
 }
 QKV_INLINE uint32_t keep_bits(const uint64_t* draws, uint64_t key, uint64_t below) {
-    __m256i x = _mm256_add_epi64(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(draws)), _mm256_set1_epi64x(static_cast<int64_t>(key)));
+    __m256i x = _mm256_add_epi64(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(draws)),
+                                 _mm256_set1_epi64x(static_cast<int64_t>(key)));
     x = multiply_words(_mm256_xor_si256(x, _mm256_srli_epi64(x, 30)), kMixFirst);
     x = multiply_words(_mm256_xor_si256(x, _mm256_srli_epi64(x, 27)), kMixSecond);
     x = _mm256_srli_epi64(_mm256_xor_si256(x, _mm256_srli_epi64(x, 31)), 11);  // 53 bits: signed comparison will do
     const __m256i drop = _mm256_cmpgt_epi64(_mm256_set1_epi64x(static_cast<int64_t>(below)), x);
     return static_cast<uint32_t>(_mm256_movemask_pd(_mm256_castsi256_pd(drop))) ^ 15u;
 }
+
+inline constexpr bool kPairs = false;
+
+}  // namespace QKV_ISA
+}  // namespace qkv

@@ -1,0 +1,816 @@
+// Gradients of one call: one sweep over chunks of keys, weights recomputed from the rows' states.
+//
+// A task owns a chunk of one key/value head's keys, and with it those rows of dK and dV. It goes through the tiles of
+// queries from the last to the first; each tile's dQ is added to by one chunk after another, in the order of the
+// chunks, whichever thread they run on: a chunk waits until those before it have passed the tile. So nothing is summed
+// twice, nothing quadratic is kept, and the bits of a result do not depend on the number of threads.
+//
+// Scores come out as in the forward kernel for many rows, bit for bit, and out . d_out is summed as v . d_out is:
+// however large scores are, a row's weights sum to 1, and a saturated row's gradient of scores is 0. Rows that the
+// kernel for few rows took get states of their own first.
+#pragma once
+#include <atomic>
+#include <thread>
+
+#include "kernel/bias_sums.h"
+#include "kernel/dropout.h"
+#include "kernel/products.h"
+#include "kernel/rowstate.h"
+#include "kernel/schedule.h"
+#include "kernel/tasks.h"
+#include "runtime/arena.h"
+
+namespace qkv {
+namespace QKV_ISA {
+
+QKV_INLINE bool finite(float x) { return (cast_bits<uint32_t>(x) & 0x7f800000u) != 0x7f800000u; }
+QKV_INLINE bool finite(double x) { return (cast_bits<uint64_t>(x) >> 52 & 0x7ff) != 0x7ff; }
+
+template <class M>
+class Gradients {
+  public:
+    explicit Gradients(const Backward& call)
+        : b_(call), a_(call.call), job_(call.call), program_(job_.program), group_(job_.group) {
+        D_ = round_up(a_.D, W), Dv_ = round_up(a_.Dv, W);
+        const int64_t keys =
+            32768 / upper(upper(D_, Dv_), 64);  // a chunk's operands and sums share the second-level cache
+        chunk_ = clamp(keys / kGranule * kGranule, kStepKeys, 512);
+        double flops = 0;
+        for (int64_t i = 0; i < a_.sequence_count; ++i) {
+            const Sequence& s = a_.sequences[i];
+            longest_ = upper(longest_, s.q_count);
+            chunks_ = upper(chunks_, (s.k_count + chunk_ - 1) / chunk_);
+            flops += 10.0 * static_cast<double>(s.q_count) * static_cast<double>(s.k_count * a_.Hq * a_.D);
+        }
+        by_head_ = longest_ >= kTileRows;
+        const int64_t span = by_head_ ? longest_ : longest_ * group_;
+        tiles_ = span == 0 ? 0 : (span + kTileRows - 1) / kTileRows * (by_head_ ? group_ : 1);
+        rows_ = group_ * longest_;
+        threads_ = worker_limit(flops < 4e5 ? 1 : a_.threads);
+        bias_.begin(b_, longest_, chunks_);
+        for (int64_t t = 0; b_.d_bias != nullptr && t < a_.bias_count; ++t) {
+            const BiasGradient& d = b_.d_bias[t];
+            if (d.data == nullptr) continue;
+            wanted_ = true;
+            const bool by_key = a_.bias[t].kind == BiasKind::tensor && d.stride[3] != 0;
+            // Where tasks would add to the same place, they take their turns inside one task, or add to copies.
+            if (by_key && d.stride[0] == 0) one_task_for_batch_ = true;
+            if (by_key && d.stride[1] == 0) one_task_for_heads_ = true;
+        }
+    }
+
+    Status go() {
+        Measure worker, all;
+        Work unused;
+        worker.take<Work>(1);
+        lay_out(worker, unused);
+        worker_bytes_ = worker.used;
+        lay_out(all);
+        char* memory = static_cast<char*>(scratch_memory(static_cast<size_t>(all.used)));
+        if (memory == nullptr) return Status::no_memory;
+        Arena arena{memory};
+        lay_out(arena);
+        const int64_t heads = a_.sequence_count * a_.Hkv, batches = one_task_for_batch_ ? 1 : a_.sequence_count;
+        for (int64_t i = 0; i < heads * chunks_; ++i) new (passed_ + i) std::atomic<int64_t>(0);
+        bias_.clear();
+        for_each_task<&Gradients::prepare>(this, threads_, heads * tiles_);
+        for_each_task<&Gradients::task>(this, threads_, chunks_ * batches * (one_task_for_heads_ ? 1 : a_.Hkv));
+        if (b_.d_q != nullptr) for_each_task<&Gradients::write_d_q>(this, threads_, heads * tiles_);
+        if (b_.d_sinks != nullptr) for_each_task<&Gradients::sink>(this, threads_, a_.Hq);
+        bias_.finish();
+        release_large_scratch();
+        return Status::ok;
+    }
+
+  private:
+    using T = typename M::T;
+    using E = typename M::E;
+    using V = typename M::V;
+    using Single = typename M::Single;
+    using Lane = typename M::Lane;
+    using P = Product<M>;
+    static constexpr int W = V::W;
+    static constexpr int kPair = M::kPair;
+    static constexpr int kTileRows = 4 * W;
+    static constexpr int kRowUnit = W > 4 ? W : 4;
+    static constexpr int kStepGranules = 8;
+    static constexpr int kStepKeys = kStepGranules * kGranule;
+    static_assert(kTileRows <= kMaxRows);
+
+    struct Span {
+        int64_t first, last;  // keys outside are seen by no row of the tile
+    };
+
+    // One chunk of keys of one key/value head.
+    struct Chunk {
+        const Sequence* sequence;
+        int64_t at, kv_head, number, k0, k1;
+        const Single* k;  // rows to broadcast from
+        int64_t k_stride;
+        const Single* v;
+        int64_t v_stride;
+        const Lane* k_lanes;  // rows, or pairs of rows, of whole vectors
+        int64_t k_lanes_stride;
+        bool any_bad;
+    };
+
+    struct Work {
+        Scratch scratch;
+        Bounds bounds;
+        Block block;
+        Tile tile;
+        int64_t n;  // rows of the tile, rounded up to whole vectors
+        uint64_t bad_rows;
+        int64_t row[kTileRows];  // of delta_, lse2_ and d_q_
+        Lane* q_lanes;           // transposed queries, or outputs: [steps of D or Dv][n]
+        Lane* do_lanes;          // [steps of Dv][n]
+        Lane* q_rows;            // [n / pair][D_]
+        Lane* do_rows;           // [n / pair][Dv_]
+        E* flat;                 // rows on their way to be transposed
+        E *s, *dp;               // one granule: [16][n]
+        E* bias;                 // [16][n]
+        E* ds;                   // [16][n], before the softcap, where a bias wants it
+        Single* p;               // [kStepKeys][n]
+        Single* dx;              // [kStepKeys][n]
+        Lane* dx_lanes;          // pairs of keys: [kStepKeys / 2][n]
+        E* d_q;                  // [n][D_]
+        E* d_k;                  // [chunk][D_]
+        E* d_v;                  // [chunk][Dv_]
+        Single* k_copy;          // [chunk][D_]
+        Single* v_copy;
+        Lane* k_lanes;      // [chunk / pair][D_]
+        uint8_t* bad_keys;  // [chunk]
+        E m[kTileRows], inverse[kTileRows], delta[kTileRows], rise[kTileRows];
+        uint64_t draws[kTileRows];  // dropout's numbers, but for the key
+    };
+
+    static int64_t steps(int64_t D) { return (D + kPair - 1) / kPair; }
+    static int64_t even(int64_t D) { return steps(D) * kPair; }
+
+    template <class From>
+    void lay_out(From& arena) {
+        const int64_t heads = a_.sequence_count * a_.Hkv, all = heads * rows_;
+        delta_ = arena.template take<E>(all);
+        rise_ = arena.template take<E>(all);
+        max_ = arena.template take<E>(all);
+        inverse_ = arena.template take<E>(all);
+        d_q_ = arena.template take<E>(all * D_);
+        spans_ = arena.template take<Span>(heads * tiles_);
+        passed_ = arena.template take<std::atomic<int64_t>>(heads * chunks_);
+        bias_.lay_out(arena);
+        workers_ = arena.template take<char>(worker_bytes_ * threads_);
+    }
+    template <class From>
+    void lay_out(From& arena, Work& w) const {
+        const int64_t n = kTileRows, width = upper(D_, Dv_);
+        w.q_lanes = arena.template take<Lane>(steps(upper(a_.D, a_.Dv)) * n);
+        w.do_lanes = arena.template take<Lane>(steps(a_.Dv) * n);
+        w.q_rows = arena.template take<Lane>(n / kPair * D_);
+        w.do_rows = arena.template take<Lane>(n / kPair * Dv_);
+        w.flat = arena.template take<E>(n * width);
+        w.s = arena.template take<E>(kGranule * n);
+        w.dp = arena.template take<E>(kGranule * n);
+        w.bias = arena.template take<E>(kGranule * n);
+        w.ds = arena.template take<E>(kGranule * n);
+        w.p = arena.template take<Single>(kStepKeys * n);
+        w.dx = arena.template take<Single>(kStepKeys * n);
+        w.dx_lanes = arena.template take<Lane>(kPair == 2 ? kStepKeys / 2 * n : 0);
+        w.d_q = arena.template take<E>(n * D_);
+        w.d_k = arena.template take<E>(chunk_ * D_);
+        w.d_v = arena.template take<E>(chunk_ * Dv_);
+        w.k_copy = arena.template take<Single>(chunk_ * even(D_));
+        w.v_copy = arena.template take<Single>(chunk_ * even(Dv_));
+        w.k_lanes = arena.template take<Lane>(kPair == 2 ? chunk_ / 2 * D_ : 0);
+        w.bad_keys = arena.template take<uint8_t>(chunk_);
+    }
+    Work& work(int worker) const {
+        Arena arena{workers_ + worker * worker_bytes_};
+        Work& w = *arena.take<Work>(1);
+        lay_out(arena, w);
+        return w;
+    }
+
+    int64_t first_row(int64_t at, int64_t g) const { return (at * a_.Hkv + g) * rows_; }
+    std::atomic<int64_t>* passed(int64_t at, int64_t g) const { return passed_ + (at * a_.Hkv + g) * chunks_; }
+
+    // The rows of tile t; false if there are none (another sequence has more).
+    bool fill(int64_t at, int64_t g, int64_t t, Tile& tile) const {
+        const Sequence& s = a_.sequences[at];
+        tile.sequence = &s;
+        tile.kv_head = g;
+        Rows& rows = tile.rows;
+        rows.batch = s.batch;
+        rows.key_count = s.k_count;
+        const int64_t per_head = by_head_ ? tiles_ / group_ : 0;
+        const int64_t first = (by_head_ ? t % per_head : t) * kTileRows,
+                      span = by_head_ ? s.q_count : s.q_count * group_;
+        rows.count = static_cast<int>(clamp(span - first, 0, kTileRows));
+        for (int r = 0; r < rows.count; ++r) {
+            const int64_t x = first + r, i = by_head_ ? x : x % s.q_count;
+            rows.head[r] = g * group_ + (by_head_ ? t / per_head : x / s.q_count);
+            rows.index[r] = i;
+            rows.position[r] = s.positions != nullptr ? s.positions[i] : s.position + i;
+        }
+        return rows.count > 0;
+    }
+    int64_t row_of(int64_t at, const Tile& tile, int r) const {
+        return first_row(at, tile.kv_head) + (tile.rows.head[r] - tile.kv_head * group_) * longest_ +
+               tile.rows.index[r];
+    }
+    template <class X>
+    static X* element(X* base, const int64_t* stride, int64_t b, int64_t h, int64_t i) {
+        return base + b * stride[0] + h * stride[1] + i * stride[2];
+    }
+
+    // Per tile: delta (d_lse is kept apart: added to a large delta it would be lost), the rows' states, the keys it may
+    // see, and dQ set to zero.
+    void prepare(int64_t i, int worker) {
+        const int64_t t = i % tiles_, g = i / tiles_ % a_.Hkv, at = i / tiles_ / a_.Hkv;
+        Work& w = work(worker);
+        Span& span = spans_[i];
+        span = {0, 0};
+        if (!fill(at, g, t, w.tile)) return;
+        const Rows& rows = w.tile.rows;
+        const Sequence& sequence = *w.tile.sequence;
+        if (program_.empty()) {
+            span = {0, rows.key_count};
+        } else {
+            program_.bounds(rows, w.scratch, w.bounds);
+            const Ranges& seen = w.bounds.seen;
+            if (seen.count > 0) span = {seen.first[0], lower(seen.last[seen.count - 1], rows.key_count)};
+        }
+        w.n = round_up(rows.count, kRowUnit);
+        w.bad_rows = 0;
+        pack(w.tile, a_.out, a_.out_stride, a_.Dv, Dv_, w, w.q_lanes, w.do_rows);
+        pack(w.tile, b_.d_out, b_.d_out_stride, a_.Dv, Dv_, w, w.do_lanes, w.do_rows);
+        for (int64_t z = 0; z < w.n; z += W)
+            P::dot(steps(a_.Dv), w.q_lanes + z, w.do_lanes + z, w.n).store(w.delta + z);
+        const E* state = static_cast<const E*>(a_.state);
+        for (int r = 0; r < rows.count; ++r) {
+            const int64_t row = row_of(at, w.tile, r), q = sequence.q_first + rows.index[r];
+            const int64_t place =
+                rows.batch * a_.lse_stride[0] + rows.head[r] * a_.lse_stride[1] + q * a_.lse_stride[2];
+            E delta = w.delta[r];
+            if (w.bad_rows >> r & 1) {
+                const T* o = element(static_cast<const T*>(a_.out), a_.out_stride, rows.batch, rows.head[r], q);
+                delta = dot(o, a_.out_stride[3],
+                            element(static_cast<const T*>(b_.d_out), b_.d_out_stride, rows.batch, rows.head[r], q),
+                            b_.d_out_stride[3]);
+            }
+            delta_[row] = delta;
+            rise_[row] = b_.d_lse != nullptr ? static_cast<const E*>(b_.d_lse)[place] : E(0);
+            w.m[r] = -static_cast<E>(INFINITY), w.inverse[r] = 0;  // here l, until it is turned over
+            if (state != nullptr) w.m[r] = state[place], w.inverse[r] = state[place + a_.state_step];
+            std::memset(d_q_ + row * D_, 0, sizeof(E) * static_cast<size_t>(D_));
+        }
+        if (state == nullptr || sequence.q_count * group_ <= kDotRows) find_states(at, g, span, w);
+        for (int r = 0; r < rows.count; ++r) {
+            const int64_t row = row_of(at, w.tile, r);
+            // A row that sees nothing gets weights of 0, whatever its scores.
+            const bool dead = RowState<E>{w.m[r], {w.inverse[r]}}.empty();
+            max_[row] = dead ? kLargest<E> : w.m[r];
+            inverse_[row] = dead ? E(0) : E(1) / w.inverse[r];
+        }
+    }
+
+    // The states of a tile's rows: (m, l) in w.m and w.inverse.
+    void find_states(int64_t at, int64_t g, const Span& span, Work& w) {
+        const Rows& rows = w.tile.rows;
+        RowStates<E, kTileRows> states;
+        states.clear();
+        w.bad_rows = 0;
+        pack(w.tile, a_.q, a_.q_stride, a_.D, D_, w, w.q_lanes, w.q_rows);
+        Chunk c{};
+        c.sequence = w.tile.sequence;
+        c.at = at, c.kv_head = g;
+        const auto visit = [&](Block& block) {
+            for (int x = 0; x < block.granules; ++x) absorb_granule(c, w, block, x, states);
+        };
+        for (c.number = span.first / chunk_; c.number * chunk_ < span.last; ++c.number) {
+            c.k0 = c.number * chunk_, c.k1 = lower(c.sequence->k_count, c.k0 + chunk_);
+            c.any_bad = false;
+            load_keys(c, w);
+            walk<kStepGranules>(program_, rows, c.k0, c.k1, w.scratch, w.block, visit);
+        }
+        for (int r = 0; r < rows.count; ++r) {
+            E score = 0;
+            const bool has_sink = sink_of(a_, rows.head[r], score);
+            const Closing<E> end = states.row(r).close(job_, has_sink, score);
+            w.m[r] = end.m, w.inverse[r] = end.l;
+        }
+    }
+    void absorb_granule(const Chunk& c, Work& w, Block& block, int g, RowStates<E, kTileRows>& states) {
+        products(c, w, block, g);
+        const uint64_t* words = block.words + g * kGranule;
+        const int live = static_cast<int>(lower(kGranule, c.k1 - block.key[g]));
+        // What is not finite was taken as zeros.
+        for (int j = 0; j < live && (c.any_bad || w.bad_rows != 0); ++j)
+            for (int r = 0; r < w.tile.rows.count; ++r)
+                if (const int64_t key = block.key[g] + j - c.k0; w.bad_keys[key] || w.bad_rows >> r & 1)
+                    w.s[j * w.n + r] = product_of(c, w, key, r);
+        const Score<M> score(job_);
+        const V factor = V::set1(static_cast<E>(job_.factor));
+        for (int64_t z = 0; z < w.n; z += W) {
+            V s[kGranule], slope, top = V::set1(-static_cast<E>(INFINITY)), sum = V::zero();
+            for (int j = 0; j < kGranule; ++j) {
+                const V product = V::load(w.s + j * w.n + z);
+                s[j] = job_.transform ? score.template held<true>(product, w.bias + j * w.n + z, slope)
+                                      : score.template held<false>(product, nullptr, slope);
+                s[j] = shown(j < live ? words[j] >> z : 0u, s[j]);
+                top = maximum(top, s[j]);
+            }
+            RowState<V> rows = states.template rows<V>(z);
+            const Shift<V> shift = rows.template raise<M::kDegree>(top, factor);
+            for (int j = 0; j < kGranule; ++j) sum = sum + weight<M::kDegree>(s[j], shift.from, factor);
+            rows.absorb(shift.keep, {sum});
+            states.set_rows(z, rows);
+        }
+    }
+    // One product of a query and a key where they lie.
+    E product_of(const Chunk& c, const Work& w, int64_t key, int r) const {
+        const Rows& rows = w.tile.rows;
+        const T* q = element(static_cast<const T*>(a_.q), a_.q_stride, rows.batch, rows.head[r],
+                             w.tile.sequence->q_first + rows.index[r]);
+        const T* k = static_cast<const T*>(c.sequence->k) + c.kv_head * a_.k_stride[0] + (c.k0 + key) * a_.k_stride[1];
+        E s = 0;
+        for (int64_t d = 0; d < a_.D; ++d) s += widen(q[d * a_.q_stride[3]]) * widen(k[d * a_.k_stride[2]]);
+        return s;
+    }
+
+    // out . d_out. Where out is 0 a dead row's gradient, whatever it holds, counts as nothing.
+    E dot(const T* o, int64_t o_stride, const T* g, int64_t g_stride) const {
+        E total = 0;
+        int64_t d = 0;
+        // The same order of additions whatever the strides: so are the bits.
+        V acc = V::zero();
+        for (; d + W <= a_.Dv; d += W) {
+            if (o_stride == 1 && g_stride == 1) {
+                acc = fma(V::load(o + d), V::load(g + d), acc);
+                continue;
+            }
+            E x[W], y[W];
+            for (int i = 0; i < W; ++i) x[i] = widen(o[(d + i) * o_stride]), y[i] = widen(g[(d + i) * g_stride]);
+            acc = fma(V::load(x), V::load(y), acc);
+        }
+        total = sum(acc);
+        for (; d < a_.Dv; ++d) total += widen(o[d * o_stride]) * widen(g[d * g_stride]);
+        if (finite(total)) return total;
+        total = 0;
+        for (d = 0; d < a_.Dv; ++d) {
+            const E x = widen(o[d * o_stride]);
+            if (x != 0) total += x * widen(g[d * g_stride]);
+        }
+        return total;
+    }
+    // Copies a row widened, or for pairs as it is, and pads it with zeros; false if something in it is not finite.
+    template <class To>
+    static bool copy_row(const T* from, int64_t stride, int64_t D, int64_t padded, To* to) {
+        bool clean = true;
+        int64_t d = 0;
+        if constexpr (std::is_same_v<To, T> && kPair == 2) {
+            if (stride == 1 && D > 0) {
+                std::memcpy(static_cast<void*>(to), from, sizeof(T) * static_cast<size_t>(D));
+                uint32_t worst = 0;
+                for (int64_t x = 0; x < D; ++x) worst |= static_cast<uint32_t>((from[x].bits & 0x7f80u) == 0x7f80u);
+                clean = worst == 0;
+            } else {
+                for (; d < D; ++d) {
+                    to[d] = from[d * stride];
+                    clean &= finite(widen(to[d]));
+                }
+            }
+        } else {
+            if (stride == 1) {
+                V nothing = V::zero();
+                for (; d + W <= D; d += W) {
+                    const V x = V::load(from + d);
+                    nothing = fma(x, V::zero(), nothing);
+                    x.store(to + d);
+                }
+                clean = sum(nothing) == 0;
+            }
+            for (; d < D; ++d) {
+                to[d] = widen(from[d * stride]);
+                clean &= finite(to[d]);
+            }
+        }
+        for (d = D; d < padded; ++d) to[d] = To{};
+        return clean;
+    }
+
+    void task(int64_t i, int worker) {
+        const int64_t batches = one_task_for_batch_ ? 1 : a_.sequence_count, heads = one_task_for_heads_ ? 1 : a_.Hkv;
+        const int64_t number = i / (batches * heads), rest = i % (batches * heads);
+        Work& w = work(worker);
+        // The first chunks first: under a causal mask they are the longest.
+        for (int64_t at = rest / heads; at < (one_task_for_batch_ ? a_.sequence_count : rest / heads + 1); ++at)
+            for (int64_t g = rest % heads; g < (one_task_for_heads_ ? a_.Hkv : rest % heads + 1); ++g)
+                if (number * chunk_ < a_.sequences[at].k_count) chunk(at, g, number, w);
+    }
+
+    void chunk(int64_t at, int64_t g, int64_t number, Work& w) {
+        Chunk c{};
+        c.sequence = a_.sequences + at;
+        c.at = at, c.kv_head = g, c.number = number;
+        c.k0 = number * chunk_, c.k1 = lower(c.sequence->k_count, c.k0 + chunk_);
+        load_keys(c, w);
+        std::memset(w.d_k, 0, sizeof(E) * static_cast<size_t>(chunk_ * D_));
+        std::memset(w.d_v, 0, sizeof(E) * static_cast<size_t>(chunk_ * Dv_));
+        std::atomic<int64_t>* done = passed(at, g);
+        int64_t behind = 0;
+        for (int64_t x = 0; x < tiles_; ++x) {
+            const int64_t t = tiles_ - 1 - x;
+            const Span& span = spans_[(at * a_.Hkv + g) * tiles_ + t];
+            if (span.first < c.k1 && span.last > c.k0 && fill(at, g, t, w.tile)) {
+                tile(c, w);
+                for (int64_t before = behind; before < number; ++before) {
+                    for (int spin = 0; done[before].load(std::memory_order_acquire) <= x; ++spin)
+                        if (spin > 1000) std::this_thread::yield();
+                    if (before == behind && done[before].load(std::memory_order_acquire) >= tiles_) ++behind;
+                }
+                for (int r = 0; r < w.tile.rows.count; ++r) {
+                    E* to = d_q_ + w.row[r] * D_;
+                    const E* from = w.d_q + r * D_;
+                    for (int64_t d = 0; d < D_; d += W) (V::load(to + d) + V::load(from + d)).store(to + d);
+                }
+            }
+            done[number].store(x + 1, std::memory_order_release);
+        }
+        done[number].store(tiles_, std::memory_order_release);
+        const int64_t batch = c.sequence->batch;
+        for (int64_t j = c.k0; j < c.k1; ++j) {
+            if (b_.d_k != nullptr)
+                write(w.d_k + (j - c.k0) * D_, static_cast<E>(a_.scale), a_.D,
+                      element(static_cast<T*>(b_.d_k), b_.d_k_stride, batch, g, j), b_.d_k_stride[3]);
+            if (b_.d_v != nullptr)
+                write(w.d_v + (j - c.k0) * Dv_, E(1), a_.Dv,
+                      element(static_cast<T*>(b_.d_v), b_.d_v_stride, batch, g, j), b_.d_v_stride[3]);
+        }
+    }
+
+    static void write(const E* from, E scale, int64_t D, T* to, int64_t stride) {
+        int64_t d = 0;
+        if (stride == 1)
+            for (; d + W <= D; d += W) fma(V::load(from + d), V::set1(scale), V::zero()).store(to + d);
+        for (; d < D; ++d) narrow(from[d] * scale + E(0), to[d * stride]);
+    }
+
+    // The chunk's keys and values as the products want them.
+    void load_keys(Chunk& c, Work& w) {
+        const T* k = static_cast<const T*>(c.sequence->k) + c.kv_head * a_.k_stride[0] + c.k0 * a_.k_stride[1];
+        const T* v = static_cast<const T*>(c.sequence->v) + c.kv_head * a_.v_stride[0] + c.k0 * a_.v_stride[1];
+        const int64_t keys = c.k1 - c.k0, padded = (keys + kGranule - 1) / kGranule * kGranule;
+        const int64_t k_width = even(D_), v_width = even(Dv_);
+        for (int64_t j = 0; j < padded; ++j) {
+            bool clean = true;
+            if (j < keys) {
+                clean &= copy_row(k + j * a_.k_stride[1], a_.k_stride[2], a_.D, k_width, w.k_copy + j * k_width);
+                clean &= copy_row(v + j * a_.v_stride[1], a_.v_stride[2], a_.Dv, v_width, w.v_copy + j * v_width);
+            }
+            if (j >= keys || !clean) {
+                std::memset(static_cast<void*>(w.k_copy + j * k_width), 0,
+                            sizeof(Single) * static_cast<size_t>(k_width));
+                std::memset(static_cast<void*>(w.v_copy + j * v_width), 0,
+                            sizeof(Single) * static_cast<size_t>(v_width));
+            }
+            w.bad_keys[j] = !clean;
+            c.any_bad |= w.bad_keys[j] != 0;
+        }
+        c.k = w.k_copy, c.k_stride = k_width, c.v = w.v_copy, c.v_stride = v_width;
+        if constexpr (kPair == 2) {
+            for (int64_t j = 0; j < padded; j += 2)
+                interleave(w.k_copy + j * k_width, w.k_copy + (j + 1) * k_width, D_, w.k_lanes + j / 2 * D_);
+            c.k_lanes = w.k_lanes, c.k_lanes_stride = D_;
+        } else {
+            c.k_lanes = w.k_copy, c.k_lanes_stride = k_width;
+        }
+    }
+
+    // to[d]: low half from x, high half from y. D is a multiple of 16.
+    static QKV_INLINE void interleave(const Single* x, const Single* y, int64_t D, Lane* to) {
+        using H = typename M::Pairs;
+        for (int64_t d = 0; d < D; d += W) H::store(H::zip(H::load_half(x + d), H::load_half(y + d)), to + d);
+    }
+
+    // Queries or output gradients of a tile, as rows and transposed.
+    void pack(const Tile& tile, const void* base, const int64_t* stride, int64_t D, int64_t padded, Work& w,
+              Lane* lanes, Lane* rows) {
+        const int64_t u = steps(D), width = padded, n = w.n;
+        Single* flat = kPair == 2 ? reinterpret_cast<Single*>(w.flat) : reinterpret_cast<Single*>(rows);
+        for (int r = 0; r < n; ++r) {
+            Single* to = flat + r * width;
+            const bool there = r < tile.rows.count;
+            bool clean = true;
+            if (there) {
+                const T* from = element(static_cast<const T*>(base), stride, tile.rows.batch, tile.rows.head[r],
+                                        tile.sequence->q_first + tile.rows.index[r]);
+                clean = copy_row(from, stride[3], D, width, to);
+                if (!clean) w.bad_rows |= UINT64_C(1) << r;
+            }
+            if (!there || !clean) std::memset(static_cast<void*>(to), 0, sizeof(Single) * static_cast<size_t>(width));
+        }
+        if constexpr (kPair == 2)
+            for (int r = 0; r < n; r += 2)
+                interleave(flat + r * width, flat + (r + 1) * width, padded, rows + r / 2 * padded);
+        // width is a multiple of kPair here: columns() rounds to whole vectors.
+        const Lane* from = reinterpret_cast<const Lane*>(flat);
+        const int64_t from_stride = width / kPair;
+        int64_t d = 0;
+        if constexpr (sizeof(Lane) == 4) {
+            if (n % kTransposeTile == 0)
+                for (; d + kTransposeTile <= u; d += kTransposeTile)
+                    for (int r = 0; r < n; r += kTransposeTile)
+                        transpose_tile(reinterpret_cast<const uint32_t*>(from) + r * from_stride + d, from_stride,
+                                       reinterpret_cast<uint32_t*>(lanes) + d * n + r, n);
+        }
+        for (; d < u; ++d)
+            for (int r = 0; r < n; ++r) std::memcpy(lanes + d * n + r, from + r * from_stride + d, sizeof(Lane));
+    }
+
+    // One tile of queries against the chunk: adds to its dK and dV, and leaves the tile's share of dQ in w.d_q.
+    void tile(const Chunk& c, Work& w) {
+        const Rows& rows = w.tile.rows;
+        w.n = round_up(rows.count, kRowUnit);
+        w.bad_rows = 0;
+        pack(w.tile, a_.q, a_.q_stride, a_.D, D_, w, w.q_lanes, w.q_rows);
+        pack(w.tile, b_.d_out, b_.d_out_stride, a_.Dv, Dv_, w, w.do_lanes, w.do_rows);
+        for (int r = 0; r < w.n; ++r) {
+            const bool there = r < rows.count;
+            w.row[r] = there ? row_of(c.at, w.tile, r) : 0;
+            w.m[r] = there ? max_[w.row[r]] : kLargest<E>;
+            w.inverse[r] = there ? inverse_[w.row[r]] : E(0);
+            w.delta[r] = there ? delta_[w.row[r]] : E(0);
+            w.rise[r] = there ? rise_[w.row[r]] : E(0);
+            w.draws[r] = there && a_.dropout_below > 0 ? draw_row(a_, rows, r) : 0;
+        }
+        std::memset(w.d_q, 0, sizeof(E) * static_cast<size_t>(w.n * D_));
+        walk<kStepGranules>(program_, rows, c.k0, c.k1, w.scratch, w.block, [&](Block& block) { step(c, w, block); });
+    }
+
+    void step(const Chunk& c, Work& w, Block& block) {
+        uint64_t visible[kStepKeys];
+        const bool careful = c.any_bad || w.bad_rows != 0;
+        if (careful) {
+            // Pairs of a query and a key that are not both finite are taken one by one; the products see zeros there.
+            for (int j = 0; j < block.keys(); ++j) {
+                const int64_t key = block.key[j / kGranule] + j % kGranule - c.k0;
+                visible[j] = key < c.k1 - c.k0 ? block.words[j] : 0;
+                block.words[j] &= c.k0 + key < c.k1 && w.bad_keys[key] ? 0 : ~w.bad_rows;
+                if (w.bad_rows != 0 || (c.k0 + key < c.k1 && w.bad_keys[key])) block.masked = true;
+            }
+        }
+        for (int g = 0; g < block.granules; ++g) scores(c, w, block, g);
+        for (int g = 0, end; g < block.granules; g = end) {
+            for (end = g + 1; end < block.granules && block.key[end] == block.key[end - 1] + kGranule;) ++end;
+            accumulate(c, w, block.key[g] - c.k0, g * kGranule, (end - g) * kGranule);
+        }
+        if (careful)
+            for (int j = 0; j < block.keys(); ++j) {
+                const int64_t key = block.key[j / kGranule] + j % kGranule - c.k0;
+                const uint64_t left = visible[j] & (c.k0 + key < c.k1 && w.bad_keys[key] ? ~UINT64_C(0) : w.bad_rows);
+                for (int r = 0; r < w.tile.rows.count && left != 0; ++r)
+                    if (left >> r & 1) one(c, w, key, r);
+            }
+    }
+
+    // A granule's products q . k, and its biases.
+    void products(const Chunk& c, Work& w, Block& block, int g) {
+        const int64_t n = w.n, key = block.key[g] - c.k0;
+        P::scores({.rows = kGranule,
+                   .vectors = n / W,
+                   .count = steps(a_.D),
+                   .a = c.k + key * c.k_stride,
+                   .a_row = c.k_stride,
+                   .a_step = kPair,
+                   .b = w.q_lanes,
+                   .b_step = n,
+                   .c = w.s,
+                   .c_row = n});
+        if (a_.bias_count == 0) return;
+        std::memset(w.bias, 0, sizeof(E) * static_cast<size_t>(kGranule * n));
+        for (int r = 0; r < w.tile.rows.count; ++r) {
+            gather_bias<E>(a_, w.tile, r, block.key[g], kGranule, w.bias + r, n);
+            hide_by_bias<E>(block, r, g * kGranule, kGranule, w.bias + r, n);
+        }
+    }
+
+    // A granule's scores and gradients of scores: w.p, w.dx (and pairs), and the gradients of biases.
+    void scores(const Chunk& c, Work& w, Block& block, int g) {
+        const int64_t n = w.n;
+        products(c, w, block, g);
+        P::run({.rows = kGranule,
+                .vectors = n / W,
+                .count = steps(a_.Dv),
+                .a = c.v + (block.key[g] - c.k0) * c.v_stride,
+                .a_row = c.v_stride,
+                .a_step = kPair,
+                .b = w.do_lanes,
+                .b_step = n,
+                .c = w.dp,
+                .c_row = n},
+               false);
+        const bool masked = block.masked;
+        if (a_.dropout_below > 0)
+            job_.transform ? element_wise<true, true, true>(w, block, g) : element_wise<false, true, true>(w, block, g);
+        else if (job_.transform)
+            element_wise<true, true, false>(w, block, g);
+        else
+            masked ? element_wise<false, true, false>(w, block, g) : element_wise<false, false, false>(w, block, g);
+        if (wanted_) add_bias(c, w, block, g);
+    }
+
+    // The weights, and the gradients of scores, of some rows and all keys of a granule.
+    template <bool Transform, bool Masked, bool Dropped>
+    struct Slopes {
+        const Attention& a;
+        const Score<M> score;
+        const V factor, grown;
+        explicit Slopes(const Attention& call, const Job& job)
+            : a(call),
+              score(job),
+              factor(V::set1(static_cast<E>(job.factor))),
+              grown(V::set1(static_cast<E>(call.dropout_scale))) {}
+
+        // Rows [z, z + W), key j of the granule g.
+        QKV_INLINE void of(Work& w, const Block& block, int g, int j, int64_t z, V& p, V& dx) const {
+            const int64_t n = w.n;
+            const V zero = V::zero(), m = V::load(w.m + z), inverse = V::load(w.inverse + z);
+            const V delta = V::load(w.delta + z), rise = V::load(w.rise + z);
+            const uint64_t bits = block.words[g * kGranule + j] >> z;
+            V slope = V::set1(1), dp = V::load(w.dp + j * n + z);
+            const V x = score.template held<Transform>(V::load(w.s + j * n + z), w.bias + j * n + z, slope);
+            p = weight<M::kDegree>(x, m, factor) * inverse;
+            if constexpr (Dropped) {
+                uint32_t kept = 0;
+                for (int r = 0; r < W; r += kDrawLanes)
+                    kept |= keep_bits(w.draws + z + r, draw_index(block.key[g] + j), a.dropout_below) << r;
+                dp = choose(kept, dp * grown, zero);
+                dx = p * (dp - delta + rise);
+                p = choose(kept, p * grown, zero);
+            } else {
+                dx = p * (dp - delta + rise);
+            }
+            if constexpr (Masked) {
+                p = choose(static_cast<uint32_t>(bits), p, zero);
+                dx = choose(static_cast<uint32_t>(bits), dx, zero);
+            }
+            if constexpr (Transform) {
+                dx.store(w.ds + j * n + z);
+                // A hidden score may have overflowed: its slope is nothing to multiply by.
+                dx = choose(Masked ? static_cast<uint32_t>(bits) : ~0u, dx * slope, zero);
+            }
+        }
+    };
+
+    template <bool Transform, bool Masked, bool Dropped>
+    void element_wise(Work& w, const Block& block, int g) {
+        const int64_t n = w.n;
+        const Slopes<Transform, Masked, Dropped> slopes(a_, job_);
+        for (int64_t z = 0; z < n; z += W)
+            for (int j = 0; j < kGranule; j += kPair) {
+                const int64_t at = (g * kGranule + j) * n + z;
+                V p, dx;
+                slopes.of(w, block, g, j, z, p, dx);
+                if constexpr (kPair == 2) {
+                    using H = typename M::Pairs;
+                    V p2, dx2;
+                    slopes.of(w, block, g, j + 1, z, p2, dx2);
+                    H::store(H::narrow(p), w.p + at);
+                    H::store(H::narrow(p2), w.p + at + n);
+                    const auto x = H::narrow(dx), y = H::narrow(dx2);
+                    H::store(x, w.dx + at);
+                    H::store(y, w.dx + at + n);
+                    H::store(H::zip(x, y), w.dx_lanes + (g * kGranule + j) / 2 * n + z);
+                } else {
+                    p.store(w.p + at);
+                    dx.store(w.dx + at);
+                }
+            }
+    }
+
+    // dV += P dO, dK += dX Q, dQ += dX^T K for `keys` neighbouring keys: `first` in the chunk, `from` in the step.
+    void accumulate(const Chunk& c, Work& w, int64_t first, int64_t from, int64_t keys) {
+        const int64_t n = w.n;
+        if (b_.d_v != nullptr)
+            P::run({.rows = keys,
+                    .vectors = Dv_ / W,
+                    .count = n / kPair,
+                    .a = w.p + from * n,
+                    .a_row = n,
+                    .a_step = kPair,
+                    .b = w.do_rows,
+                    .b_step = Dv_,
+                    .c = w.d_v + first * Dv_,
+                    .c_row = Dv_},
+                   true);
+        if (b_.d_k != nullptr)
+            P::run({.rows = keys,
+                    .vectors = D_ / W,
+                    .count = n / kPair,
+                    .a = w.dx + from * n,
+                    .a_row = n,
+                    .a_step = kPair,
+                    .b = w.q_rows,
+                    .b_step = D_,
+                    .c = w.d_k + first * D_,
+                    .c_row = D_},
+                   true);
+        if (b_.d_q == nullptr) return;
+        typename P::Factors f{.rows = n,
+                              .vectors = D_ / W,
+                              .count = keys / kPair,
+                              .a = w.dx + from * n,
+                              .a_row = 1,
+                              .a_step = n,
+                              .b = c.k_lanes + first / kPair * c.k_lanes_stride,
+                              .b_step = c.k_lanes_stride,
+                              .c = w.d_q,
+                              .c_row = D_};
+        if constexpr (kPair == 2)
+            f.a = reinterpret_cast<const Single*>(w.dx_lanes + from / 2 * n), f.a_row = 2, f.a_step = 2 * n;
+        P::run(f, true);
+    }
+
+    // One pair of a query and a key of which something is not finite, by the definition. Infinities count as zeros in
+    // the last products: their own row is NaN already.
+    void one(const Chunk& c, Work& w, int64_t key, int r) {
+        const Rows& rows = w.tile.rows;
+        const int64_t j = c.k0 + key, row = w.tile.sequence->q_first + rows.index[r];
+        const T* q = element(static_cast<const T*>(a_.q), a_.q_stride, rows.batch, rows.head[r], row);
+        const T* g = element(static_cast<const T*>(b_.d_out), b_.d_out_stride, rows.batch, rows.head[r], row);
+        const T* k = static_cast<const T*>(c.sequence->k) + c.kv_head * a_.k_stride[0] + j * a_.k_stride[1];
+        const T* v = static_cast<const T*>(c.sequence->v) + c.kv_head * a_.v_stride[0] + j * a_.v_stride[1];
+        E dp = 0, add = 0;
+        for (int64_t d = 0; d < a_.Dv; ++d) dp += widen(g[d * b_.d_out_stride[3]]) * widen(v[d * a_.v_stride[2]]);
+        if (a_.bias_count > 0) gather_bias<E>(a_, w.tile, r, j, 1, &add, 1);
+        if (add == -static_cast<E>(INFINITY)) return;
+        const OneScore<E> of = one_score<E>(job_, product_of(c, w, key, r), add);
+        if (of.score == -static_cast<E>(INFINITY)) return;
+        E p = std::exp2((of.score - w.m[r]) * static_cast<E>(job_.factor)) * w.inverse[r], kept = 1;
+        if (a_.dropout_below > 0)
+            kept = draw_mix(w.draws[r] + draw_index(j)) >> 11 >= a_.dropout_below ? static_cast<E>(a_.dropout_scale)
+                                                                                  : E(0);
+        const E ds = p * ((kept > 0 ? dp * kept : E(0)) - w.delta[r] + w.rise[r]), dx = ds * of.slope;
+        p *= kept;
+        if (wanted_) bias_.add(place_of(c), rows, r, j, ds);
+        const auto tame = [](E x) { return finite(x) ? x : E(0); };
+        for (int64_t d = 0; d < a_.Dv; ++d) w.d_v[key * Dv_ + d] += p * widen(g[d * b_.d_out_stride[3]]);
+        for (int64_t d = 0; d < a_.D; ++d) {
+            w.d_k[key * D_ + d] += dx * tame(widen(q[d * a_.q_stride[3]]));
+            w.d_q[r * D_ + d] += dx * tame(widen(k[d * a_.k_stride[2]]));
+        }
+    }
+
+    static ChunkPlace place_of(const Chunk& c) { return {c.at, c.kv_head, c.number}; }
+    void add_bias(const Chunk& c, Work& w, const Block& block, int g) {
+        for (int r = 0; r < w.tile.rows.count; ++r)
+            for (int j = 0; j < kGranule && block.key[g] + j < c.k1; ++j)
+                if (block.words[g * kGranule + j] >> r & 1)
+                    bias_.add(place_of(c), w.tile.rows, r, block.key[g] + j, w.ds[j * w.n + r]);
+    }
+
+    void sink(int64_t h, int) {
+        E score = 0;
+        sink_of(a_, h, score);
+        double total = 0;
+        const int64_t g = h / group_;
+        const bool absent = score == -static_cast<E>(INFINITY);  // its share is 0, but 0 times NaN is still NaN
+        for (int64_t at = 0; at < a_.sequence_count; ++at)
+            for (int64_t i = 0; i < a_.sequences[at].q_count; ++i) {
+                const int64_t row = first_row(at, g) + (h - g * group_) * longest_ + i;
+                const double share = absent ? 0
+                                            : std::exp(static_cast<double>(score) - static_cast<double>(max_[row])) *
+                                                  static_cast<double>(inverse_[row]);
+                total -= share * (static_cast<double>(delta_[row]) - static_cast<double>(rise_[row]));
+            }
+        b_.d_sinks[h] = total;
+    }
+
+    void write_d_q(int64_t i, int worker) {
+        const int64_t t = i % tiles_, g = i / tiles_ % a_.Hkv, at = i / tiles_ / a_.Hkv;
+        Work& w = work(worker);
+        if (!fill(at, g, t, w.tile)) return;
+        for (int r = 0; r < w.tile.rows.count; ++r)
+            write(d_q_ + row_of(at, w.tile, r) * D_, static_cast<E>(a_.scale), a_.D,
+                  element(static_cast<T*>(b_.d_q), b_.d_q_stride, w.tile.rows.batch, w.tile.rows.head[r],
+                          w.tile.sequence->q_first + w.tile.rows.index[r]),
+                  b_.d_q_stride[3]);
+    }
+
+    const Backward& b_;
+    const Attention& a_;
+    Job job_;
+    const Program& program_;
+    int64_t group_, D_ = 0, Dv_ = 0, chunk_ = 0, chunks_ = 0, longest_ = 0, tiles_ = 0, rows_ = 0;
+    bool by_head_ = false, wanted_ = false, one_task_for_batch_ = false, one_task_for_heads_ = false;
+    int threads_ = 1;
+    E *delta_ = nullptr, *rise_ = nullptr, *max_ = nullptr, *inverse_ = nullptr, *d_q_ = nullptr;
+    Span* spans_ = nullptr;
+    std::atomic<int64_t>* passed_ = nullptr;
+    BiasSums<E> bias_;
+    char* workers_ = nullptr;
+    int64_t worker_bytes_ = 0;
+};
+
+}  // namespace QKV_ISA
+}  // namespace qkv

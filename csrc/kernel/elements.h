@@ -1,0 +1,92 @@
+// What the kernels multiply, by element type: what is held of it, how it is loaded, and how two of them are multiplied
+// and added up.
+#pragma once
+#include <type_traits>
+
+#include "simd/simd.h"
+
+namespace qkv {
+namespace QKV_ISA {
+
+template <class T>
+struct Storage {  // the accumulation type of an element type
+    using E = float;
+};
+template <>
+struct Storage<double> {
+    using E = double;
+};
+
+// Products in float or double. Elements of another type are widened: as they are loaded, or before.
+template <class Element>
+struct Plain {
+    using T = Element;
+    using E = typename Storage<T>::E;
+    using V = std::conditional_t<sizeof(E) == 8, VD, VF>;
+    using Single = E;                  // what is broadcast
+    using Lane = E;                    // what stands in vectors
+    using R = V;                       // either, in a register
+    static constexpr int kPair = 1;    // numbers of a Lane, and of what is broadcast at a time
+    static constexpr int kDegree = 6;  // of the polynomial for weights
+    static constexpr int kRun = 64;  // products of values summed before they are added up: rounding grows with the run
+    static constexpr int kStep = V::W;                      // numbers that a register holds
+    static constexpr bool kInPlace = std::is_same_v<T, E>;  // keys and values may be multiplied where they lie
+    template <class X>
+    static QKV_INLINE R load(const X* p) {
+        return V::load(p);
+    }
+    static QKV_INLINE R broadcast(const Single* p) { return V::set1(*p); }
+    static QKV_INLINE R broadcast_lane(const Lane* p) { return V::set1(*p); }
+    static QKV_INLINE V multiply(V acc, R a, R b) { return fma(a, b, acc); }
+    // Broadcast, but 0 in the lanes whose bit of words[0] >> shift is not set.
+    static QKV_INLINE R hide(const Lane* p, const uint64_t* words, int shift) {
+        return choose(static_cast<uint32_t>(words[0] >> shift), V::set1(*p), V::zero());
+    }
+};
+
+// Products of bfloat16 pairs, added in float: P is Pairs, as a parameter since not every instruction set has them.
+template <class P>
+struct Paired {
+    using T = bf16;
+    using E = float;
+    using V = VF;
+    using Single = bf16;
+    using Lane = uint32_t;
+    using R = typename P::R;
+    static constexpr int kPair = 2;
+    static constexpr int kDegree = 5;
+    static constexpr int kRun = 1 << 20;  // float's rounding is far below bfloat16's
+    static constexpr int kStep = 2 * V::W;
+    static constexpr bool kInPlace = true;
+    static QKV_INLINE R load(const void* p) { return P::load(p); }
+    static QKV_INLINE R broadcast(const Single* p) {
+        uint32_t both;
+        std::memcpy(&both, p, sizeof both);
+        return P::broadcast(both);
+    }
+    static QKV_INLINE R broadcast_lane(const Lane* p) { return P::broadcast(*p); }
+    static QKV_INLINE V multiply(V acc, R a, R b) { return P::dot(acc, a, b); }
+    static QKV_INLINE R hide(const Lane* p, const uint64_t* words, int shift) {
+        return P::hide(*p, static_cast<uint32_t>(words[0] >> shift), static_cast<uint32_t>(words[1] >> shift));
+    }
+    // Pairs of n neighbours of x and y, which is n / kStep kSteps: to[i] holds x[i] below y[i]. Returns how many were
+    // made.
+    static QKV_INLINE int64_t zip(const T* x, const T* y, int64_t n, Lane* to) {
+        int64_t d = 0;
+        for (; d + kStep <= n; d += kStep) {
+            const R a = P::load(x + d), b = P::load(y + d);
+            R low = P::zip_low(a, b), high = P::zip_high(a, b);
+            P::in_order(low, high);
+            P::store(low, to + d);
+            P::store(high, to + d + V::W);
+        }
+        return d;
+    }
+    using Pairs = P;
+};
+
+template <class T>
+using Elements = std::conditional_t<kPairs && std::is_same_v<T, bf16>, Paired<Pairs>, Plain<T>>;
+
+}  // namespace QKV_ISA
+}  // namespace qkv

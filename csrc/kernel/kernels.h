@@ -1,0 +1,10 @@
+// What every instruction set's kernels offer to dispatch.cpp, each in a namespace of its name.
+#pragma once
+#include "attention.h"
+
+#define QKV_DECLARE_KERNELS(isa)               \
+    namespace isa {                            \
+    Status run(const Attention& call);         \
+    Status run_backward(const Backward& call); \
+    Limits limits();                           \
+    }

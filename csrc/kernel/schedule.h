@@ -1,0 +1,152 @@
+// How a call is cut into tasks.
+//
+// A sequence's rows (all query heads of a key/value head) are cut into tiles. Many rows: one task a tile, over all
+// keys. Few rows: one task a chunk of keys, over all rows; the chunks' results are merged in order. What is cut how
+// depends on the sequence alone, never on its neighbours in the batch or the number of threads, and so do the bits of
+// the result.
+#pragma once
+#include <bit>
+
+#include "kernel/score.h"
+
+namespace qkv {
+namespace QKV_ISA {
+
+inline constexpr int64_t kShortTiles = 4;    // up to here, keys are cut into chunks
+inline constexpr double kSerialFlops = 2e5;  // below, waking a thread costs more than it saves
+inline constexpr int64_t kPackKeys = 256;    // of one packing task
+// Rows of a sequence and key/value head up to which dot products beat queries in lanes.
+inline constexpr int64_t kDotRows = VF::W == 16 ? 10 : VF::W == 8 ? 6 : 3;
+
+// How one sequence is cut.
+struct Cut {
+    bool dots;     // by the kernel for few rows
+    bool split;    // into chunks of keys
+    bool by_head;  // tiles hold rows of one head
+    int64_t rows;  // of all heads of a group
+    int64_t tile_rows, tiles;
+    int64_t chunk, chunks;
+    int64_t first_task;  // of the call
+    int64_t first_row;   // of the partial results
+    int64_t first_counter;
+    int64_t first_pack, packs;  // of the packing tasks
+    int64_t pairs;              // offset of interleaved values, or -1
+    uint64_t shared;            // chunks that are computed together with other sequences'
+
+    bool merged() const { return split && chunks > 1; }
+    int64_t tasks(int64_t kv_heads) const {
+        return rows == 0 ? 0 : kv_heads * (split ? chunks - std::popcount(shared) : tiles);
+    }
+    // The chunk of one's own tasks.
+    int64_t chunk_of(int64_t n) const {
+        int64_t c = 0;
+        for (uint64_t bits = shared; bits != 0; bits >>= 1, ++c)
+            if (!(bits & 1) && n-- == 0) return c;
+        return c + n;
+    }
+    // Tiles of one head follow each other; tasks go by tile first, so that heads of a group share keys in the cache.
+    int64_t by_index(int64_t tile, int64_t group) const {
+        return by_head ? tile % group * (tiles / group) + tile / group : tile;
+    }
+};
+
+// What a call's sequences come to. L: the kernel for many rows.
+template <class L>
+struct Schedule {
+    const Attention& a;
+    const Job& job;
+    Cut* cuts = nullptr;  // of each sequence
+    int64_t tasks = 0, packs = 0, partial_rows = 0, counters = 0, pair_words = 0;
+    int64_t states = 1;  // of the kernel for many rows, that one task holds
+    bool any_dots = false, any_lanes = false;
+
+    Cut cut(const Sequence& s) const {
+        Cut c{};
+        c.rows = s.q_count * job.group;
+        c.pairs = -1;
+        c.dots = c.rows <= kDotRows;
+        if (c.dots) {
+            c.tile_rows = c.rows;
+            c.tiles = c.rows > 0;
+            c.split = true;
+        } else {
+            c.by_head = s.q_count >= L::kTileRows;
+            const int64_t span = c.by_head ? s.q_count : c.rows;
+            const int64_t n = (span + L::kTileRows - 1) / L::kTileRows;
+            c.tile_rows = round_up((span + n - 1) / n, L::W);
+            c.tiles = (span + c.tile_rows - 1) / c.tile_rows * (c.by_head ? job.group : 1);
+            c.split = !c.by_head && c.tiles <= kShortTiles;
+        }
+        c.chunk = c.split ? (a.Dv > 256 && !c.dots ? 1024 : 512) : s.k_count;
+        if (c.split && s.k_count > c.chunk * 64) c.chunk = round_up(s.k_count / 64, kGranule);
+        c.chunks = c.split && s.k_count > 0 ? (s.k_count + c.chunk - 1) / c.chunk : 1;
+        return c;
+    }
+
+    // Cuts all sequences, into `cuts`, and counts what they need.
+    void fill() {
+        tasks = packs = partial_rows = counters = pair_words = 0;
+        for (int64_t i = 0; i < a.sequence_count; ++i) {
+            const Sequence& s = a.sequences[i];
+            Cut c = cut(s);
+            (c.dots ? any_dots : any_lanes) = true;
+            if (c.split && !c.dots) states = upper(states, c.tiles);
+            c.first_task = tasks;
+            tasks += c.tasks(a.Hkv);
+            c.first_row = partial_rows;
+            c.first_counter = counters;
+            if (c.merged()) {
+                partial_rows += c.rows * c.chunks * a.Hkv;
+                counters += a.Hkv;
+            }
+            c.first_pack = packs;
+            if (L::Elements::kPair == 2 && !c.split && c.tiles > 2 && !is_scaled(a)) {
+                c.pairs = pair_words;
+                pair_words += a.Hkv * round_up(s.k_count, kGranule) / 2 * a.Dv;
+                c.packs = (s.k_count + kPackKeys - 1) / kPackKeys * a.Hkv;
+                packs += c.packs;
+            }
+            cuts[i] = c;
+        }
+    }
+
+    double flops() const {
+        int64_t pairs_of = 0;  // of a query and a key
+        for (int64_t i = 0; i < a.sequence_count; ++i) pairs_of += cuts[i].rows * a.Hkv * a.sequences[i].k_count;
+        return 4.0 * static_cast<double>(pairs_of) * static_cast<double>(a.D + a.Dv) / 2;
+    }
+
+    // The sequence that number i of a running count belongs to. Sequences that count nothing share their first number
+    // with the next: the last one at or before i is meant.
+    int64_t find(int64_t i, int64_t Cut::* first) const {
+        int64_t lo = 0, hi = a.sequence_count;
+        while (hi - lo > 1) {
+            const int64_t mid = (lo + hi) / 2;
+            (cuts[mid].*first <= i ? lo : hi) = mid;
+        }
+        return lo;
+    }
+
+    // The rows of a tile.
+    void rows_of(const Sequence& s, const Cut& c, int64_t kv_head, int64_t tile, Tile& to) const {
+        to.sequence = &s;
+        to.kv_head = kv_head;
+        Rows& rows = to.rows;
+        rows.batch = s.batch;
+        rows.key_count = s.k_count;
+        const int64_t per_head = c.by_head ? c.tiles / job.group : 0;
+        const int64_t first = (c.by_head ? tile % per_head : tile) * c.tile_rows;
+        const int64_t span = c.by_head ? s.q_count : c.rows;
+        rows.count = static_cast<int>(lower(c.tile_rows, span - first));
+        for (int r = 0; r < rows.count; ++r) {
+            const int64_t x = first + r;
+            const int64_t i = c.by_head ? x : x % s.q_count;
+            rows.head[r] = kv_head * job.group + (c.by_head ? tile / per_head : x / s.q_count);
+            rows.index[r] = i;
+            rows.position[r] = s.positions != nullptr ? s.positions[i] : s.position + i;
+        }
+    }
+};
+
+}  // namespace QKV_ISA
+}  // namespace qkv

@@ -1,0 +1,261 @@
+"""Deliberate mistakes of the native kernels: what is wrong, and the one place in csrc where.
+
+The build with -DQKV_MUTANTS=ON compiles a copy of csrc that holds all of them, one of which a number switches on:
+
+    python tests/kit/native_mutants.py csrc build/csrc    # writes the copy; CMake calls it
+
+A place is the text of the source, up to white space, and has to occur there exactly once. What stands between « and »
+is what the mistake replaces: an expression by another, or nothing by statements. The shipped kernels know nothing of
+all this.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+SWITCH = "qkv_mutant"  # the number in the mutated module; 0: no mistake
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One place, and what stands there instead."""
+
+    file: str
+    place: str
+    wrong: str
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One mistake."""
+
+    name: str
+    what: str
+    edits: tuple[Edit, ...]
+
+
+def _mutant(name: str, what: str, *edits: tuple[str, str, str]) -> Mutant:
+    return Mutant(name, what, tuple(Edit(*edit) for edit in edits))
+
+
+KEYS, SCORE, STATE = "kernel/keys.h", "kernel/score.h", "kernel/rowstate.h"
+LANES, DOTS, FORWARD = "kernel/lanes.h", "kernel/dots.h", "kernel/forward.cpp"
+SCHEDULE, CASCADE, MASK = "kernel/schedule.h", "kernel/cascade.h", "mask/atoms.h"
+BACKWARD, PRODUCTS, BIAS = "kernel/backward.h", "kernel/products.h", "kernel/bias_sums.h"
+
+# fmt: off
+MUTANTS = (
+    _mutant("rescale_forgotten", "lanes: earlier blocks are not rescaled to the new maximum",
+            (LANES, "keep[z] = «shift.keep»;", "V::set1(1)")),
+    _mutant("last_granule", "lanes: the last 16 keys of a block have no values",
+            (LANES, "const int granules = «block.granules»;", "block.granules - 1")),
+    _mutant("head_map", "query heads are dealt to key/value heads in turn",
+            (SCHEDULE, "rows.head[r] = «kv_head * job.group + (c.by_head ? tile / per_head : x / s.q_count)»;",
+             "(c.by_head ? tile / per_head : x / s.q_count) * a.Hkv + kv_head")),
+    _mutant("window_right", "a window ends one key early",
+            (MASK, "b = w[2] < 0 ? kFar : «p + w[2] + 1»;", "p + w[2]")),
+    _mutant("window_left", "a window begins one key early",
+            (MASK, "a = w[1] < 0 ? -kFar : «p - w[1]»;", "p - w[1] - 1")),
+    _mutant("chunk_twice", "the first chunk of keys is merged twice",
+            (FORWARD, "static_cast<E>(job.factor));«»",
+             "if (x == 0) state.merge(partial_states[from], static_cast<E>(job.factor));"),
+            (FORWARD, "total[d] = first ? «w» * o[d] : total[d] + w * o[d];", "(x == 0 ? 2 * w : w)")),
+    _mutant("chunk_weights", "chunks are merged as if their maxima were equal",
+            (STATE, "const N w = «std::exp2((part.m - m) * factor)»;", "N(1)")),
+    _mutant("scale_by_d", "the scale is divided by the square root of D once more",
+            (SCORE, "const double scale = «a.scale», size", "a.scale / std::sqrt(static_cast<double>(a.D))")),
+    _mutant("mask_ignored", "partly visible granules count as visible",
+            (KEYS, "block_.masked |= «words != nullptr»;", "false")),
+    _mutant("cap_after_mask", "the softcap is applied to hidden scores too",
+            (LANES, "score.template of<Scaled>(«V::load(at)», key_scale",
+             "block.masked ? shown(block.words[j] >> (z * W), V::load(at)) : V::load(at)"),
+            (LANES, "if («block.masked») x = shown(block.words[j] >> (z * W), x);", "false")),
+    _mutant("bias_before_cap", "the bias is added before the softcap",
+            (SCORE, "if constexpr (Scaled) x = x * key_scale;«»", "if (biased_) x = x + V::load(bias);"),
+            (SCORE, "return «biased_» ? x + V::load(bias) : x;", "false")),
+    _mutant("sink_twice", "a sink counts twice",
+            (STATE, "+ «std::exp(static_cast<Wide>(sink) - static_cast<Wide>(top))»;",
+             "2 * std::exp(static_cast<Wide>(sink) - static_cast<Wide>(top))")),
+    _mutant("lse_base_2", "lse in powers of two",
+            (STATE, "end.lse = static_cast<N>(«static_cast<Wide>(end.m) * unit + std::log(static_cast<Wide>(end.l))»);",
+             "(static_cast<Wide>(end.m) * unit + std::log(static_cast<Wide>(end.l))) * static_cast<Wide>(kLog2e)")),
+    _mutant("last_key", "the last key is dropped",
+            (KEYS, "if («in» && bounds.full.first[f] <= at) {", "false"),
+            (KEYS, "program_.bits(rows_, at, n, scratch_, words); }«»",
+             "if (at + n >= rows_.key_count) words[rows_.key_count - 1 - at] = 0;")),
+    _mutant("first_key", "the first key is dropped",
+            (KEYS, "if (in && «bounds.full.first[f] <= at») {", "at != 0 && bounds.full.first[f] <= at"),
+            (KEYS, "program_.bits(rows_, at, n, scratch_, words); }«»", "if (at == 0) words[0] = 0;")),
+    _mutant("poison_passes", "rows spoiled by hidden values are kept",
+            (LANES, "if («!s.masked») return false;", "true"),
+            (DOTS, "if («!w.masked») return false;", "true")),
+    _mutant("positions_ignored", "the positions tensor is ignored",
+            (SCHEDULE, "rows.position[r] = «s.positions != nullptr» ? ", "false")),
+    _mutant("odd_tail", "the value of an odd last key is lost",
+            (LANES, "b = j + 1 < keys ? v.row(j + 1) : nullptr; }«»", "if (j + 2 > keys - 1) b = nullptr;")),
+    _mutant("no_maximum", "no maximum is subtracted",
+            (STATE, "m = «larger(m, top)»;", "N{}")),
+    _mutant("batch_row", "masks and biases of batch row 0 serve all rows",
+            (MASK, "{ return «rows.batch»; }", "int64_t(0)")),
+    _mutant("padding_side", "padding on the left counts as on the right",
+            (MASK, "const bool left = «w[2] != 0»;", "false")),
+    _mutant("document_by_index", "a query's document is looked up by the wrong number",
+            (MASK, "const int64_t x = «w[1] != 0» ? rows.index[r] : p;", "w[1] == 0")),
+    _mutant("relative_shift", "the relative table is read one entry late",
+            (SCORE, "clamp(«j0 + j - p», -bias.reach", "j0 + j - p + 1")),
+    _mutant("alibi_signed", "alibi rewards keys of the future",
+            (SCORE, "static_cast<E>(«away < 0» ? -away : away)", "false")),
+    _mutant("dilated_reach", "a dilated window is one step short",
+            (MASK, "far = «w[1]» * w[2];", "w[1] - 1")),
+    _mutant("softcap_ignored", "softcap is accepted and ignored",
+            (SCORE, "if («capped_») x = cap_", "false")),
+    _mutant("dots_rescale", "dots: the sum of weights is not rescaled",
+            (DOTS, "state.absorb(«keep», {sum(l)});", "E(1)")),
+    _mutant("dots_rows", "dots: every second row takes its neighbour's weights",
+            (DOTS, "P::broadcast(of.pairs[«r» * kWindowKeys / 2 + j / 2]);", "r & ~1"),
+            (DOTS, "V::set1(of.weights[«r» * kWindowKeys + j]);", "r & ~1")),
+    _mutant("negative_scale", "the sign of the scale is lost",
+            (SCORE, "negate = !transform && «scale < 0»;", "false")),
+    _mutant("stride_ignored", "a last dimension with a stride is read as if it had none",
+            (LANES, "of_k.first != nullptr && «a.k_stride[2] == 1» &&", "true"),
+            (DOTS, "if («source.stride_d == 1» && D == width", "true")),
+    _mutant("page_next", "a key is read from the page after its own",
+            (KEYS, "const int64_t number = «pages[j / page_size]»;", "pages[j / page_size] + 1")),
+    _mutant("page_slot", "all keys of a page are read from its first slot",
+            (KEYS, "base + number * page + «j % page_size» * stride;", "int64_t(0)")),
+    _mutant("page_straight", "sixteen keys always lie one stride apart, whatever the page size",
+            (KEYS, "return pages == nullptr || «page_size % kGranule == 0»;", "true")),
+    _mutant("scale_keys", "stored keys are read without their scale",
+            (SCORE, "x = x * «key_scale»;", "V::set1(1)")),
+    _mutant("scale_values", "stored values are read without their scale",
+            (LANES, "if («scaled») x = x * V::set1(work.v_scales[j]);", "false"),
+            (DOTS, "for (int j = 0; «j < n»; j += W) (V::load(s + j) * V::load(w.v_scales + j))", "false")),
+    _mutant("cascade_rows", "sequences that share a chunk all get the first one's result",
+            (FORWARD, "keep(partial(c, kv_head, share.chunk, row), work.out + «r» * width,", "row"),
+            (FORWARD, "work.softmax.row(static_cast<int>(«r»)));", "row")),
+    _mutant("cascade_pages", "sequences with one page in common share the whole chunk",
+            (CASCADE, "const size_t n = «static_cast<size_t>(last - first + 1)»;", "size_t(1)")),
+    _mutant("best_weight_lost", "the maximum is taken away after the factor, by a fused product",
+            (STATE, "«»return exp2_poly<Degree>((score - m) * factor);",
+             "return exp2_poly<Degree>(minimum(V::zero(), fused(score, factor, V::zero() - m * factor)));")),
+    _mutant("mean_of_values", "all visible keys weigh the same",
+            (STATE, "«»return exp2_poly<Degree>((score - m) * factor);",
+             "return exp2_poly<Degree>((score - m) * factor * V::set1(static_cast<typename V::E>(1e-30)));")),
+    _mutant("dropout_ignored", "dropout is accepted and drops nothing",
+            (LANES, "if («drops») x = choose(", "false"),
+            (DOTS, "if («a.dropout_below > 0») drop(", "false")),
+    _mutant("back_dropout", "backward: dropout is forgotten in the gradient of scores",
+            (BACKWARD, "«dp = choose(kept, dp * grown, zero)»;", "dp")),
+    _mutant("back_lse_rounded", "backward: weights come from a rounded lse",
+            (BACKWARD, "«»// A row that sees nothing gets weights of 0, whatever its scores.",
+             "w.m[r] = static_cast<E>(w.m[r] + std::log(w.inverse[r]) / job_.unit), w.inverse[r] = 1;")),
+    _mutant("back_score_order", "backward: scores are summed in another order",
+            (PRODUCTS, "n = «score_run(f.count - u)»;", "lower(2, f.count - u)")),
+    _mutant("back_delta", "backward: the share of the softmax's sum is forgotten",
+            (BACKWARD, "delta_[row] = «delta»;", "E(0)")),
+    _mutant("back_lse", "backward: the gradient of lse is ignored",
+            (BACKWARD, "rise_[row] = «b_.d_lse != nullptr» ? ", "false")),
+    _mutant("back_head_map", "backward: query heads are dealt to key/value heads in turn",
+            (BACKWARD, "rows.head[r] = «g * group_ + (by_head_ ? t / per_head : x / s.q_count)»;",
+             "(by_head_ ? t / per_head : x / s.q_count) * a_.Hkv + g")),
+    _mutant("back_scale", "backward: dK is not scaled",
+            (BACKWARD, "write(w.d_k + (j - c.k0) * D_, «static_cast<E>(a_.scale)»,", "E(1)")),
+    _mutant("back_mask", "backward: partly visible granules count as visible",
+            (BACKWARD, "const bool masked = «block.masked»;", "false")),
+    _mutant("back_softcap", "backward: the softcap's slope is 1",
+            (SCORE, "return of<false>(product, product, bias, «&slope»);", "nullptr")),
+    _mutant("back_poison", "backward: what is hidden may hold NaN and reach gradients",
+            (BACKWARD, "w.bad_keys[j] = «!clean»;", "false"),
+            (BACKWARD, "if («!clean») w.bad_rows |= UINT64_C(1) << r;", "false"),
+            (BACKWARD, "if (!there || «!clean») std::memset(", "false")),
+    _mutant("back_last_keys", "backward: the last 16 keys of a step give no dQ",
+            (BACKWARD, ".count = «keys / kPair»,", "keys / kPair - kGranule / kPair")),
+    _mutant("back_relative", "backward: the relative table's gradient lands one entry late",
+            (BIAS, "copy[clamp(«away», -bias.reach", "away + 1")),
+    _mutant("back_bias_last", "backward: a broadcast bias gets the last gradient, not the sum",
+            (BIAS, "«»if (d.wide) static_cast<double*>(d.data)[to] += static_cast<double>(ds);",
+             "d.wide ? static_cast<double*>(d.data)[to] = static_cast<double>(ds) : static_cast<E*>(d.data)[to] = ds; "
+             "continue;")),
+    _mutant("back_sink", "backward: a sink's gradient counts twice",
+            (BACKWARD, "total -= «share» * (static_cast<double>(delta_[row])", "2 * share")),
+    _mutant("back_order", "backward: a chunk's dQ replaces those before it",
+            (BACKWARD, "(«V::load(to + d) + V::load(from + d)»).store(to + d);", "V::load(from + d)")),
+    _mutant("back_one_head", "backward: a group's first head alone gives dK and dV",
+            (BACKWARD, "const Span& span = spans_[(at * a_.Hkv + g) * tiles_ + t];«»",
+             "if (by_head_ && t >= tiles_ / group_) continue;")),
+    _mutant("back_tail", "backward: the last tile of queries is left out",
+            (BACKWARD, "const Span& span = spans_[(at * a_.Hkv + g) * tiles_ + t];«»",
+             "if (x == 0 && tiles_ > 1) continue;")),
+    _mutant("back_alibi", "backward: alibi's gradient counts keys of the future as negative",
+            (BIAS, "static_cast<double>(«away < 0» ? -away : away);", "true")),
+    _mutant("back_dv_ds", "backward: dV is weighted by the unmasked score's gradient",
+            (BACKWARD, ".a = «w.p» + from * n,", "w.dx")),
+)
+# fmt: on
+
+
+def set_mutant(module: ModuleType, number: int) -> None:
+    """Switch one mistake of a mutated module on: its place in MUTANTS, from 1; 0 for none."""
+    ctypes.c_int.in_dll(ctypes.CDLL(module.__file__), SWITCH).value = number
+
+
+def _marked(text: str, edit: Edit) -> tuple[int, int]:
+    """Where in the file's text the marked part of a place is. ValueError if the place is not there exactly once."""
+    kept = [i for i, letter in enumerate(text) if not letter.isspace()]
+    squeezed = "".join(text[i] for i in kept)
+    place = "".join(edit.place.split())
+    first, last = place.index("«"), place.index("»") - 1
+    place = place.replace("«", "").replace("»", "")
+    if (found := squeezed.count(place)) != 1:
+        raise ValueError(f"csrc/{edit.file} holds {found} times, not once: {edit.place}")
+    at = squeezed.index(place)
+    if first == last:  # between two letters: after the one before, or before the one after
+        begin = kept[at + first - 1] + 1 if first > 0 else kept[at]
+        return begin, begin
+    return kept[at + first], kept[at + last - 1] + 1
+
+
+def mutated(csrc: Path) -> dict[str, str]:
+    """The texts of the files that mutants change, all mutants in them. ValueError for a place that is not there."""
+    edits: dict[str, list[tuple[int, int, str]]] = {}
+    for number, mutant in enumerate(MUTANTS, 1):
+        on = f"{SWITCH} == {number}"
+        for edit in mutant.edits:
+            text = (csrc / edit.file).read_text()
+            begin, end = _marked(text, edit)
+            new = (
+                f"(({on}) ? ({edit.wrong}) : ({text[begin:end]}))" if end > begin else f" if ({on}) {{ {edit.wrong} }} "
+            )
+            edits.setdefault(edit.file, []).append((begin, end, new))
+    found = {}
+    for file, changes in edits.items():
+        text, done = (csrc / file).read_text(), None
+        for begin, end, new in sorted(changes, key=lambda change: change[:2], reverse=True):
+            if done is not None and end > done:
+                raise ValueError(f"csrc/{file}: two mutants change {text[begin:end]}")
+            text, done = text[:begin] + new + text[end:], begin
+        found[file] = f'extern "C" int {SWITCH};\n{text}'
+    return found
+
+
+def write(csrc: Path, to: Path) -> None:
+    """Write the mutated copy of csrc. Files that are as they were keep their time."""
+    texts = {str(path.relative_to(csrc)): path.read_text() for path in csrc.rglob("*") if path.is_file()}
+    texts |= mutated(csrc)
+    texts["dispatch.cpp"] += f'\nextern "C" {{ __attribute__((visibility("default"))) int {SWITCH} = 0; }}\n'
+    for name, text in texts.items():
+        path = to / name
+        if not path.exists() or path.read_text() != text:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+    for path in to.rglob("*"):
+        if path.is_file() and str(path.relative_to(to)) not in texts:
+            path.unlink()
+
+
+if __name__ == "__main__":
+    write(Path(sys.argv[1]), Path(sys.argv[2]))
