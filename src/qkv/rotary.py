@@ -41,7 +41,22 @@ class Scaling:
         return False
 
     def frequencies(self, dim: int, base: float, length: int) -> tuple[float, ...]:
-        """The dim / 2 angles per position, for a sequence of `length` tokens."""
+        """The angles per position.
+
+        Parameters
+        ----------
+        dim : int
+            Numbers of a head that turn.
+        base : float
+            Of the plain frequencies, base^(-2i / dim).
+        length : int
+            Tokens of the sequence.
+
+        Returns
+        -------
+        tuple of float
+            dim / 2 of them.
+        """
         raise NotImplementedError
 
 
@@ -53,6 +68,13 @@ def _plain(dim: int, base: float) -> tuple[float, ...]:
 class Linear(Scaling):
     """Position interpolation: every position is divided by `factor` (Chen et al., 2023, arXiv 2306.15595).
 
+    Parameters
+    ----------
+    factor : float
+        > 0.
+
+    Examples
+    --------
     >>> Rotary(4, scaling=Linear(4.0)).frequencies()
     (0.25, 0.0025)
     """
@@ -72,6 +94,13 @@ class DynamicNTK(Scaling):
 
     base' = base * (factor * length / original_length - (factor - 1)) ^ (dim / (dim - 2)). The length is the largest
     position + 1 of the call, so keys rotated in an earlier, shorter call have other frequencies.
+
+    Parameters
+    ----------
+    factor : float
+        > 0.
+    original_length : int
+        Tokens of the longest sequence that the model was trained on.
     """
 
     factor: float
@@ -96,10 +125,23 @@ class YaRN(Scaling):
     """Slow pairs are interpolated, fast ones kept, with a ramp between (Peng et al., 2023, arXiv 2309.00071).
 
     A pair that turns more than `beta_fast` times over `original_length` keeps its frequency, one that turns less than
-    `beta_slow` times has it divided by `factor`. The attention factor is 0.1 ln(factor) + 1 unless given; with
-    `mscale` and `mscale_all_dim` (DeepSeek) it is the quotient of 0.1 m ln(factor) + 1 for the two m, and the softmax
-    scale of `qkv.nn.LatentAttention` is multiplied by the square of that of mscale_all_dim.
-    `truncate` rounds the ramp's ends outwards to whole pairs, as the paper's code does; GPT-OSS does not.
+    `beta_slow` times has it divided by `factor`.
+
+    Parameters
+    ----------
+    factor : float
+        > 0.
+    original_length : int
+        Tokens of the longest sequence that the model was trained on.
+    beta_fast, beta_slow : float
+        Turns over the original length.
+    mscale, mscale_all_dim : float
+        DeepSeek's: the attention factor is the quotient of 0.1 m ln(factor) + 1 for the two m, and the softmax scale of
+        `qkv.nn.LatentAttention` is multiplied by the square of that of mscale_all_dim.
+    attention_factor : float
+        What cos and sin are multiplied by; 0.1 ln(factor) + 1 unless given.
+    truncate : bool
+        Round the ramp's ends outwards to whole pairs, as the paper's code does; GPT-OSS does not.
     """
 
     factor: float
@@ -130,7 +172,17 @@ class YaRN(Scaling):
         return self.magnitude(self.mscale_all_dim) ** 2 if self.mscale_all_dim else 1.0
 
     def magnitude(self, m: float) -> float:
-        """0.1 m ln(factor) + 1, or 1 where nothing is stretched."""
+        """The attention factor of one m.
+
+        Parameters
+        ----------
+        m : float
+
+        Returns
+        -------
+        float
+            0.1 m ln(factor) + 1, or 1 where nothing is stretched.
+        """
         return 0.1 * m * math.log(self.factor) + 1.0 if self.factor > 1 else 1.0
 
     def frequencies(self, dim: int, base: float, length: int) -> tuple[float, ...]:
@@ -156,7 +208,20 @@ class Llama3(Scaling):
     """Llama 3.1's: wavelengths beyond original_length / low_freq_factor are stretched by `factor`, short ones kept.
 
     Between original_length / high_freq_factor and original_length / low_freq_factor the two are blended by
-    (original_length / wavelength - low) / (high - low). Source: the reference code of Llama 3.1 (Meta, 2024).
+    (original_length / wavelength - low) / (high - low).
+
+    Parameters
+    ----------
+    factor : float
+        > 0.
+    original_length : int
+        Tokens of the longest sequence that the model was trained on.
+    low_freq_factor, high_freq_factor : float
+        The latter is larger.
+
+    Notes
+    -----
+    Source: the reference code of Llama 3.1 (Meta, 2024).
     """
 
     factor: float = 8.0
@@ -186,8 +251,23 @@ class LongRoPE(Scaling):
     """One divisor a pair, found by search: `short_factor` up to original_length tokens, `long_factor` beyond.
 
     The attention factor is sqrt(1 + ln(factor) / ln(original_length)) unless given, with `factor` the extended length
-    over the original one. Source: Ding et al. (2024), arXiv 2402.13753, as Phi-3 uses it. The length is the largest
-    position + 1 of the call, so keys rotated in an earlier, shorter call have other frequencies.
+    over the original one. The length is the largest position + 1 of the call, so keys rotated in an earlier, shorter
+    call have other frequencies.
+
+    Parameters
+    ----------
+    short_factor, long_factor : tuple of float
+        dim / 2 divisors.
+    factor : float
+        > 0.
+    original_length : int
+        Tokens.
+    attention_factor : float
+        What cos and sin are multiplied by.
+
+    Notes
+    -----
+    Source: Ding et al. (2024), arXiv 2402.13753, as Phi-3 uses it.
     """
 
     short_factor: tuple[float, ...]
@@ -300,8 +380,20 @@ class Rotary:
         return 1.0 if self.scaling is None else self.scaling.gain
 
     def frequencies(self, length: int = 0) -> tuple[float, ...]:
-        """theta, the dim / 2 angles per position; `length` matters to DynamicNTK and LongRoPE only.
+        """theta, the angles per position.
 
+        Parameters
+        ----------
+        length : int
+            Tokens of the sequence, which matter to DynamicNTK and LongRoPE only.
+
+        Returns
+        -------
+        tuple of float
+            dim / 2 of them.
+
+        Examples
+        --------
         >>> Rotary(4).frequencies()
         (1.0, 0.01)
         """
@@ -309,9 +401,23 @@ class Rotary:
         return _frequencies(self, length) if torch.compiler.is_compiling() else _remembered(self, length)
 
     def length(self, positions: int | Tensor, count: int) -> int:
-        """The length of a sequence that ends with these tokens, or 0 where the scaling does not look at it.
+        """The length of a sequence that ends with these tokens.
 
-        For a tensor of positions that is its largest + 1, and reading it waits for an accelerator.
+        Parameters
+        ----------
+        positions : int or int Tensor
+            The first token's position, or each token's own.
+        count : int
+            Tokens.
+
+        Returns
+        -------
+        int
+            0 where the scaling does not look at it; for a tensor its largest + 1.
+
+        Notes
+        -----
+        Cost: reading a tensor of positions waits for an accelerator.
         """
         if self.scaling is None or not self.scaling.depends_on_length:
             return 0
@@ -405,7 +511,19 @@ class Rotary:
         return self.apply(x, *self.tables(positions, L, device=x.device, dtype=dtype))
 
     def apply(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """x (B, H, L, D) turned by tables (L, dim / 2) or (B or 1, L, dim / 2): `rotate` with the tables at hand."""
+        """`rotate` with the tables at hand.
+
+        Parameters
+        ----------
+        x : Tensor, shape (B, H, L, D)
+        cos, sin : Tensor, shape (L, dim / 2) or (B or 1, L, dim / 2)
+            As `tables` gives them.
+
+        Returns
+        -------
+        Tensor, shape (B, H, L, D)
+            In x's dtype.
+        """
         # Heads inside tokens, as projections leave them in memory: no copy before or after.
         by_token = x.transpose(1, 2)
         wide = by_token[..., : self.dim].to(cos.dtype)
@@ -471,7 +589,20 @@ _remembered = lru_cache(maxsize=64)(_frequencies)  # which a tracer sees through
 
 
 def as_positions(call: str, positions: Any, B: int, L: int) -> int | Tensor:
-    """Positions of L tokens in B batch rows as an int, or an int tensor (L,) or (B or 1, L)."""
+    """Positions of tokens, checked.
+
+    Parameters
+    ----------
+    call : str
+        The public function, for messages.
+    positions : int or int Tensor
+    B, L : int
+        Batch rows and tokens of each.
+
+    Returns
+    -------
+    int, or Tensor of shape (L,) or (B or 1, L)
+    """
     if isinstance(positions, int) and not isinstance(positions, bool):
         return positions
     fix = f"Pass the first token's position, or an integer tensor of shape ({L},) or ({B}, {L})"

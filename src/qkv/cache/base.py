@@ -36,6 +36,10 @@ class Cache(Ledger):
         tokens, salt, adapter
             For caches on pages, which share prefixes; others refuse them.
 
+        Returns
+        -------
+        Sequence
+
         Raises
         ------
         PagesExhausted
@@ -173,7 +177,28 @@ class Cache(Ledger):
         return KVView(*self._storage.parts[layer], layout, self._held)
 
     def step(self, seqs: Ordered[Sequence], lengths: Any = None, T: int | None = None, *, tokens: Any = None) -> Step:
-        """A step of T tokens a sequence, or ragged of lengths[i], for a model's layers to fill in turn."""
+        """A step of T tokens a sequence, or ragged of lengths[i], for a model's layers to fill in turn.
+
+        Parameters
+        ----------
+        seqs : list of Sequence
+            Each once.
+        lengths : list of int
+            Ragged: the tokens of each sequence, 0 or more.
+        T : int
+            Or one number for all; one of the two is given.
+        tokens
+            As for `append`.
+
+        Returns
+        -------
+        Step
+
+        Raises
+        ------
+        ArgumentError, ArgumentTypeError, ShapeError
+            Both or neither of T and lengths, or sequences that cannot begin a step.
+        """
         call = f"{self._name}.step()"
         self._mend()
         names = check_seqs(self, call, seqs)
@@ -190,6 +215,15 @@ class Cache(Ledger):
         """Forget the unfinished steps that these sequences are in, for all sequences of those steps.
 
         Finished steps stay; nothing happens to sequences without an unfinished one.
+
+        Parameters
+        ----------
+        seqs : Sequence or list of Sequence
+
+        Raises
+        ------
+        ArgumentError, ArgumentTypeError
+            Sequences of another cache, freed or swapped out.
         """
         self._mend()
         names = check_seqs(self, f"{self._name}.rollback()", [seqs] if isinstance(seqs, Sequence) else seqs)
@@ -199,6 +233,12 @@ class Cache(Ledger):
         """Forget a sequence's tokens past `length`, as speculative decoding does with what was not accepted.
 
         Known token ids past it are forgotten, too. Pages that others use stay as they are.
+
+        Parameters
+        ----------
+        seq : Sequence
+        length : int
+            0 .. seq.length.
 
         Raises
         ------
@@ -229,7 +269,17 @@ class Cache(Ledger):
             self._trim(seq)
 
     def free(self, seqs: Ordered[Sequence] | Sequence) -> None:
-        """End sequences and give their pages back; an unfinished step that one of them is in is rolled back first."""
+        """End sequences and give their pages back; an unfinished step that one of them is in is rolled back first.
+
+        Parameters
+        ----------
+        seqs : Sequence or list of Sequence
+
+        Raises
+        ------
+        ArgumentError, ArgumentTypeError
+            Sequences of another cache, or freed already.
+        """
         call = f"{self._name}.free()"
         self._mend()
         names = check_seqs(self, call, [seqs] if isinstance(seqs, Sequence) else seqs, swapped=True)

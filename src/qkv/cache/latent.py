@@ -57,16 +57,6 @@ class LatentCache(Cache):
     (torch.Size([4, 1, 16, 40]), torch.Size([4, 1, 16, 32]), True)
     """
 
-    def __new__(cls, *, pages: int | None = None, sequences: int | None = None, **rest: Any) -> LatentCache:
-        if (pages is None) == (sequences is None):
-            given = "neither" if pages is None else f"pages={pages!r} and sequences={sequences!r}"
-            rule = "a latent cache is on pages or dense"
-            raise ArgumentError(describe(_CALL, rule, given, "Pass pages=, or sequences= for a dense one"))
-        chosen = cls
-        if cls is LatentCache:
-            chosen = PagedLatentCache if sequences is None else DenseLatentCache
-        return object.__new__(chosen)
-
     def __init__(
         self,
         *,
@@ -83,6 +73,12 @@ class LatentCache(Cache):
         identity: str | bytes | int | None = None,
         debug: bool = False,
     ) -> None:
+        if (pages is None) == (sequences is None):
+            given = "neither" if pages is None else f"pages={pages!r} and sequences={sequences!r}"
+            rule = "a latent cache is on pages or dense"
+            raise ArgumentError(describe(_CALL, rule, given, "Pass pages=, or sequences= for a dense one"))
+        if type(self) is LatentCache:  # which of its kinds it is follows from the arguments
+            self.__class__ = PagedLatentCache if sequences is None else DenseLatentCache
         if pages is not None and capacity is not None:
             fix = "Leave it out, or pass sequences= in place of pages="
             raise ArgumentError(describe(_CALL, "capacity is of a dense cache", f"capacity={capacity!r}", fix))

@@ -190,6 +190,20 @@ class PagedCache(Cache):
     def fork(self, seq: Sequence) -> Sequence:
         """A second sequence of the same tokens, on the same pages; what either appends is its own.
 
+        Parameters
+        ----------
+        seq : Sequence
+            Not in an unfinished step, and not swapped out.
+
+        Returns
+        -------
+        Sequence
+
+        Raises
+        ------
+        ArgumentError, ArgumentTypeError
+            A sequence that cannot be forked now.
+
         Notes
         -----
         Cost: a table entry a page. The partly filled last page is shared, too; the first that appends copies it.
@@ -380,7 +394,21 @@ class PagedCache(Cache):
     def swap_out(self, seq: Sequence) -> None:
         """Move a sequence's pages to host memory and give them back; it can only be freed or swapped in then.
 
-        Pages that others use stay for them; the copy is whole. Cost: a copy of its pages.
+        Pages that others use stay for them; the copy is whole.
+
+        Parameters
+        ----------
+        seq : Sequence
+            Not in an unfinished step.
+
+        Raises
+        ------
+        ArgumentError, ArgumentTypeError
+            A sequence that cannot be moved now.
+
+        Notes
+        -----
+        Cost: a copy of its pages.
         """
         call = f"{self._name}.swap_out()"
         self._mend()
@@ -400,8 +428,15 @@ class PagedCache(Cache):
     def swap_in(self, seq: Sequence) -> None:
         """Bring a swapped out sequence back, bit for bit. Its pages that are still cached are taken again as they are.
 
+        Parameters
+        ----------
+        seq : Sequence
+            One that `swap_out` moved.
+
         Raises
         ------
+        ArgumentError
+            The sequence is not swapped out.
         PagesExhausted
             Too few pages; nothing was changed.
         """

@@ -24,6 +24,17 @@ class Host:
 class Sequence:
     """One sequence in a cache, made by `cache.add()` or `cache.fork()`; two are equal only if they are the same object.
 
+    Parameters
+    ----------
+    home : Cache
+        The cache that made it.
+    number : int
+        How many that cache had made before.
+    root
+        Where its chain of shared pages begins; None in caches that share none.
+
+    Examples
+    --------
     >>> import torch, qkv
     >>> cache = qkv.cache.DenseCache(sequences=2, num_kv_heads=1, head_dim=8, dtype=torch.float32)
     >>> seq = cache.add()

@@ -13,26 +13,43 @@ from qkv.checks import short
 class Stats:
     """What a cache holds, and what of it is used; `print(stats)` shows a table.
 
-    `tokens` and `waste_tokens` are slots of the pages in use, a shared page counted once: those that hold a token and
-    those that do not, so pages_used * page_size = tokens + waste_tokens. `dtype` is that of given keys; `storage` is
-    read off the tensors.
+    Parameters
+    ----------
+    cache : str
+        The class.
+    pages, page_size : int
+        Of the pool, and tokens of a page.
+    pages_used, pages_shared, pages_cached, pages_free : int
+        Pages in sequences, in two or more of them, in none but kept for a prefix to come, and free.
+    sequences : int
+        Those that are swapped out among them.
+    tokens, waste_tokens : int
+        Slots of the pages in use, a shared page counted once: those that hold a token and those that do not, so
+        pages_used * page_size = tokens + waste_tokens.
+    waste_bytes : int
+    hits, lookups : int
+        Pages that were shared, and asked for, by `add`.
+    bytes, bytes_per_token : int
+        Of all tensors; of a token in all layers, its scales among them.
+    dtype, storage : torch.dtype
+        Of given keys; of what is stored, read off the tensors.
     """
 
     cache: str
     pages: int
     page_size: int
-    pages_used: int  # by sequences
-    pages_shared: int  # by two sequences or more
-    pages_cached: int  # by none, kept for a prefix to come
+    pages_used: int
+    pages_shared: int
+    pages_cached: int
     pages_free: int
-    sequences: int  # swapped out ones among them
+    sequences: int
     tokens: int
     waste_tokens: int
     waste_bytes: int
-    hits: int  # pages
-    lookups: int  # pages
-    bytes: int  # of all tensors
-    bytes_per_token: int  # in all layers, scales among them
+    hits: int
+    lookups: int
+    bytes: int
+    bytes_per_token: int
     dtype: torch.dtype
     storage: torch.dtype
 

@@ -31,8 +31,15 @@ class Home(Protocol):
 class Step:
     """A step of some sequences, layer by layer, as a model takes it; made by `cache.step(seqs, T=1)`.
 
-    `layer(i)` is a `qkv.call.problem.LayerCache`: append the layer's keys and values, then attend to its view.
+    `layer(i)` is a `qkv.call.keys.LayerCache`: append the layer's keys and values, then attend to its view.
 
+    Parameters
+    ----------
+    cache, seqs, T, lengths, tokens
+        What `cache.step` was given.
+
+    Examples
+    --------
     >>> import torch, qkv
     >>> cache = qkv.cache.PagedCache(pages=8, num_kv_heads=1, head_dim=4, layers=2, dtype=torch.float32)
     >>> seqs = [cache.add(), cache.add()]
@@ -71,7 +78,17 @@ class Step:
         return self._positions
 
     def layer(self, i: int) -> LayerCache:
-        """Layer i of the step."""
+        """One layer of the step.
+
+        Parameters
+        ----------
+        i : int
+            0 .. layers - 1.
+
+        Returns
+        -------
+        LayerCache
+        """
         integer("Step.layer()", "i", i, high=self._cache.layers - 1)
         return LayerStep(self, i)
 
@@ -97,7 +114,13 @@ class Step:
 
 
 class LayerStep:
-    """One layer of a `Step`; a `qkv.call.problem.LayerCache`."""
+    """One layer of a `Step`; a `qkv.call.keys.LayerCache`.
+
+    Parameters
+    ----------
+    step : Step
+    layer : int
+    """
 
     __slots__ = ("_layer", "_step")
 
@@ -105,7 +128,14 @@ class LayerStep:
         self._step, self._layer = step, layer
 
     def append(self, k: Tensor, v: Tensor) -> None:
-        """Store the step's keys (n, Hkv, T, D) and values; ragged: packed as (1, Hkv, T, D)."""
+        """Store the step's keys and values in this layer.
+
+        Parameters
+        ----------
+        k : Tensor, shape (n, Hkv, T, D)
+            Ragged: packed as (1, Hkv, T, D).
+        v : Tensor, shape (n, Hkv, T, Dv)
+        """
         self._step._append(self._layer, k, v)
 
     def view(self) -> KVView:

@@ -33,6 +33,8 @@ class Mask(Rule):
     may stand on either side. One value serves training, prefill, chunks and decode: it speaks of the query's position
     p and the key's position j, and `positions=` says where the queries stand.
 
+    Examples
+    --------
     >>> import qkv
     >>> mask = qkv.causal() & (qkv.prefix(1) | qkv.sliding_window(2))
     >>> mask
@@ -132,7 +134,16 @@ class Mask(Rule):
         return self._draw(self._positions(call, positions, sizes), sizes, b, h)
 
     def both_readings(self, sizes: Sizes) -> str:
-        """The two pictures an error shows where `positions` was left out and matters."""
+        """The two pictures an error shows where `positions` was left out and matters.
+
+        Parameters
+        ----------
+        sizes : Sizes
+
+        Returns
+        -------
+        str
+        """
         Lq, Lk = sizes.Lq, sizes.Lk
         drawn = []
         for name, rule in (("start", "p = i"), ("end", f"p = i {'+' if Lk >= Lq else '-'} {abs(Lk - Lq)}")):
@@ -433,12 +444,27 @@ def dense(t: Tensor) -> Dense:
 
     Parameters
     ----------
-    t : bool tensor of shape (Lq, Lk) or (B, Hq, Lq, Lk), each size 1 or the full one. It is held by reference and not
-        copied: changing it in place afterwards is an error at the next use.
+    t : bool tensor of shape (Lq, Lk) or (B, Hq, Lq, Lk)
+        Each size 1 or the full one. It is held by reference and not copied: changing it in place afterwards is an
+        error at the next use.
 
-    Raises ArgumentTypeError for other types (a float mask is a `bias=`), ShapeError for other numbers of dimensions.
+    Returns
+    -------
+    Mask
+
+    Raises
+    ------
+    ArgumentTypeError
+        A tensor of another dtype (a float mask is a `bias=`), or no tensor.
+    ShapeError
+        Another number of dimensions; at use sizes that do not broadcast.
+
+    Notes
+    -----
     Cost: Lq Lk bytes are read; nothing is skipped unless another mask says so.
 
+    Examples
+    --------
     >>> import torch, qkv
     >>> t = torch.eye(3, dtype=torch.bool)
     >>> print((qkv.dense(t) | qkv.prefix(1)).picture(3, 3))

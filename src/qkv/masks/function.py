@@ -71,13 +71,26 @@ def mask_mod(fn: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> MaskMod:
 
     Parameters
     ----------
-    fn : called with int64 tensors that broadcast (batch row, query head, query position, key position), once a tile;
+    fn : callable
+        Called with int64 tensors that broadcast (batch row, query head, query position, key position), once a tile;
         returns a bool tensor that broadcasts with them. It must depend on its arguments only. Two masks are equal
         where the function is the same object.
 
-    Raises ArgumentTypeError for what cannot be called, and at use for a result that is not a bool tensor.
+    Returns
+    -------
+    Mask
+
+    Raises
+    ------
+    ArgumentTypeError
+        fn cannot be called; at use its result is not a bool tensor.
+
+    Notes
+    -----
     Cost: fn runs in PyTorch on every tile that other masks leave; compiled kernels do not take it.
 
+    Examples
+    --------
     >>> import qkv
     >>> def even_keys(b, h, p, j):
     ...     return j % 2 == 0

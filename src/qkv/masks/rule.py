@@ -49,7 +49,15 @@ class Rule:
         return False
 
     def check(self, call: str, sizes: Sizes) -> None:
-        """Raise a typed error, as of `call`, unless the mask fits these sizes and their device."""
+        """Raise a typed error unless the mask fits a call.
+
+        Parameters
+        ----------
+        call : str
+            The public function, for messages.
+        sizes : Sizes
+            Of the call, and its device.
+        """
 
     def visible(self, at: Tile, sizes: Sizes) -> Tensor:
         """May query i, at position p, of batch row b and query head h attend to key j? The definition.

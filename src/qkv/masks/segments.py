@@ -70,13 +70,27 @@ def padding(lengths: Any, side: str = "right") -> Padding:
 
     Parameters
     ----------
-    lengths : B ints in 0..Lk, a list or a 1-D tensor
-    side : where the padding is: "right" shows j < lengths[b], "left" shows j >= Lk - lengths[b]
+    lengths : B ints in 0..Lk
+        A list or a 1-D tensor.
+    side : "right" or "left"
+        Where the padding is: "right" shows j < lengths[b], "left" shows j >= Lk - lengths[b].
 
+    Returns
+    -------
+    Mask
+
+    Raises
+    ------
+    ArgumentTypeError, ArgumentError, ShapeError
+        Lengths or a side of another kind; at use a number of lengths that is not B, or one beyond Lk.
+
+    Notes
+    -----
     It hides keys only: queries at padding are computed as any other (a row without any visible key is 0).
-    Raises ArgumentTypeError, ArgumentError or ShapeError; at use for a wrong number of lengths or one beyond Lk.
     Cost: keys outside are never visited.
 
+    Examples
+    --------
     >>> import qkv
     >>> print(qkv.padding([2]).picture(2, 4))
     p/j 0 1 2 3
@@ -202,14 +216,28 @@ class Documents(Mask, op=Op.DOCUMENTS):
         return (mine == self.keys.id_of(at.b, at.j)) & (mine >= 0)
 
     def positions(self, align: str) -> Tensor:
-        """The position of every query, (1, Lq), that stands its document on the keys of the same document.
+        """The position of every query that stands its document on the keys of the same document.
 
         Parameters
         ----------
-        align : "start" stands each document's first query on its first key, "end" its last query on its last key
+        align : "start" or "end"
+            "start" stands each document's first query on its first key, "end" its last query on its last key.
 
-        Raises ArgumentError where the documents are given by ids, which need not be contiguous. Cost: O(Lq).
+        Returns
+        -------
+        Tensor, int64, shape (1, Lq)
 
+        Raises
+        ------
+        ArgumentError
+            The documents are given by ids, which need not be contiguous.
+
+        Notes
+        -----
+        Cost: O(Lq).
+
+        Examples
+        --------
         >>> import qkv
         >>> qkv.documents([1, 2], [3, 3]).positions("end")
         tensor([[2, 4, 5]])
@@ -323,18 +351,34 @@ def documents(
 
     Parameters
     ----------
-    lengths : ints >= 0, tokens of each document in order, the same for all batch rows; they sum to Lk exactly.
-        A query belongs to the document at its position, so that one mask serves the whole row and chunks of it.
-    k_lengths : ints >= 0, as many. Then `lengths` are the queries' (sum Lq) and these the keys' (sum Lk), and a query's
-        document is that of its index. `mask.positions("end")` gives the positions for ``& causal()``.
-    segment_ids, k_segment_ids : instead of lengths, the document of every token, (L,) or (B, L). Documents need not be
-        contiguous; tokens of a negative id see nothing and are seen by nothing.
+    lengths : ints >= 0
+        Tokens of each document in order, the same for all batch rows; they sum to Lk exactly. A query belongs to
+        the document at its position, so that one mask serves the whole row and chunks of it.
+    k_lengths : ints >= 0
+        As many. Then `lengths` are the queries' (sum Lq) and these the keys' (sum Lk), and a query's document is
+        that of its index. `mask.positions("end")` gives the positions for ``& causal()``.
+    segment_ids, k_segment_ids : ints, shape (L,) or (B, L)
+        Instead of lengths, the document of every token. Documents need not be contiguous; tokens of a negative id see
+        nothing and are seen by nothing.
 
+    Returns
+    -------
+    Mask
+
+    Raises
+    ------
+    ArgumentTypeError, ArgumentError, ShapeError
+        Both or neither of lengths and ids, or values of another kind; at use sums or lengths that do not fit the
+        tensors.
+
+    Notes
+    -----
     Positions count along the packed row; a query at a position outside it sees nothing.
-    Raises ArgumentTypeError, ArgumentError or ShapeError; at use where sums or lengths do not fit the tensors.
     Cost: the sum of Lq Lk over the documents.
     Source: Krell et al. 2021, "Efficient Sequence Packing without Cross-contamination".
 
+    Examples
+    --------
     >>> import qkv
     >>> print((qkv.documents([2, 3]) & qkv.causal()).picture(5, 5))
     p/j 0 1 2 3 4

@@ -90,9 +90,17 @@ def _window(left: int | None, right: int | None, text: str) -> Window:
 def causal() -> Window:
     """Each query sees the keys up to its own position: j <= p.
 
+    Returns
+    -------
+    Mask
+
+    Notes
+    -----
     Cost: half the work of full attention where Lq = Lk; what lies past the diagonal is never visited.
     Source: Vaswani et al. 2017, "Attention Is All You Need", section 3.2.3.
 
+    Examples
+    --------
     >>> import qkv
     >>> print(qkv.causal().picture(3, 3))
     p/j 0 1 2
@@ -108,12 +116,26 @@ def sliding_window(n: int) -> Window:
 
     Parameters
     ----------
-    n : int >= 1, in tokens, the query's own position included. Libraries that count distances call the same mask
-        n - 1; `window(left, right)` takes distances.
+    n : int >= 1
+        In tokens, the query's own position included. Libraries that count distances call the same mask n - 1;
+        `window(left, right)` takes distances.
 
-    Raises ArgumentTypeError or ArgumentError for other values of n. Cost: Lq n pairs instead of Lq Lk.
+    Returns
+    -------
+    Mask
+
+    Raises
+    ------
+    ArgumentTypeError, ArgumentError
+        n is not an int >= 1.
+
+    Notes
+    -----
+    Cost: Lq n pairs instead of Lq Lk.
     Source: Child et al. 2019, "Generating Long Sequences with Sparse Transformers"; Jiang et al. 2023, "Mistral 7B".
 
+    Examples
+    --------
     >>> import qkv
     >>> print(qkv.sliding_window(2).picture(4, 4))
     p/j 0 1 2 3
@@ -131,10 +153,24 @@ def window(left: int | None, right: int | None) -> Window:
 
     Parameters
     ----------
-    left, right : int >= 0, distances in tokens; None = unbounded. Both 0 is the query's own position alone.
+    left, right : int >= 0 or None
+        Distances in tokens; None = unbounded. Both 0 is the query's own position alone.
 
-    Raises ArgumentTypeError or ArgumentError for other values. Cost: about Lq (left + right + 1) pairs.
+    Returns
+    -------
+    Mask
 
+    Raises
+    ------
+    ArgumentTypeError, ArgumentError
+        A side that is neither None nor an int >= 0.
+
+    Notes
+    -----
+    Cost: about Lq (left + right + 1) pairs.
+
+    Examples
+    --------
     >>> import qkv
     >>> print(qkv.window(1, 2).picture(4, 5, positions="start"))
     p/j 0 1 2 3 4
@@ -207,14 +243,29 @@ def prefix(n: Any) -> Prefix:
 
     Parameters
     ----------
-    n : int >= 0, or B ints for a length a batch row. More than Lk is all keys.
+    n : int >= 0, or B of them
+        B ints are a length for each batch row. More than Lk is all keys.
 
+    Returns
+    -------
+    Mask
+
+    Raises
+    ------
+    ArgumentTypeError, ArgumentError
+        n is not ints >= 0.
+    ShapeError
+        At use: a number of lengths that is not B.
+
+    Notes
+    -----
     Prefix-LM is ``causal() | prefix(n)``; attention sinks (StreamingLLM) are
     ``causal() & (prefix(4) | sliding_window(1024))``.
-    Raises ArgumentTypeError or ArgumentError for other values, ShapeError at use for a wrong number of them.
     Source: Raffel et al. 2020 (T5), section 3.2.1; Xiao et al. 2024, "Efficient Streaming Language Models with
     Attention Sinks".
 
+    Examples
+    --------
     >>> import qkv
     >>> print((qkv.causal() | qkv.prefix(2)).picture(4, 4))
     p/j 0 1 2 3
@@ -275,11 +326,25 @@ def chunked(n: int) -> Chunked:
 
     Parameters
     ----------
-    n : int >= 1, tokens. ``chunked(n) & causal()`` is the local attention of Llama 4.
+    n : int >= 1
+        Tokens. ``chunked(n) & causal()`` is the local attention of Llama 4.
 
-    Raises ArgumentTypeError or ArgumentError for other values. Cost: Lq n pairs instead of Lq Lk.
+    Returns
+    -------
+    Mask
+
+    Raises
+    ------
+    ArgumentTypeError, ArgumentError
+        n is not an int >= 1.
+
+    Notes
+    -----
+    Cost: Lq n pairs instead of Lq Lk.
     Source: Meta AI 2025, Llama 4 (local layers).
 
+    Examples
+    --------
     >>> import qkv
     >>> print(qkv.chunked(2).picture(4, 4))
     p/j 0 1 2 3
@@ -328,13 +393,27 @@ def strided(n: int, offset: int = 0) -> Strided:
 
     Parameters
     ----------
-    n : int >= 1, tokens from one visible key to the next
-    offset : int, any sign: 0 sees the query's own position, 1 the one before it, ...
+    n : int >= 1
+        Tokens from one visible key to the next.
+    offset : int
+        Any sign: 0 sees the query's own position, 1 the one before it, ...
 
-    Raises ArgumentTypeError or ArgumentError for other values. Cost: tiles are visited whole, no work is saved unless
-    another mask does.
+    Returns
+    -------
+    Mask
+
+    Raises
+    ------
+    ArgumentTypeError, ArgumentError
+        n is not an int >= 1, or offset is not an int.
+
+    Notes
+    -----
+    Cost: tiles are visited whole, no work is saved unless another mask does.
     Source: Child et al. 2019, "Generating Long Sequences with Sparse Transformers" (strided pattern).
 
+    Examples
+    --------
     >>> import qkv
     >>> print((qkv.strided(2) & qkv.causal()).picture(4, 4))
     p/j 0 1 2 3
@@ -389,13 +468,27 @@ def dilated(window: int, step: int) -> Dilated:
 
     Parameters
     ----------
-    window : int >= 0, keys seen on each side
-    step : int >= 1, tokens from one to the next
+    window : int >= 0
+        Keys seen on each side.
+    step : int >= 1
+        Tokens from one to the next.
 
-    Raises ArgumentTypeError or ArgumentError for other values, or where window * step > 2**48.
+    Returns
+    -------
+    Mask
+
+    Raises
+    ------
+    ArgumentTypeError, ArgumentError
+        Other values, or window * step > 2**48.
+
+    Notes
+    -----
     Cost: the tiles within window * step are visited whole.
     Source: Beltagy et al. 2020, "Longformer: The Long-Document Transformer", section 3.1.
 
+    Examples
+    --------
     >>> import qkv
     >>> print(qkv.dilated(1, 2).picture(5, 5))
     p/j 0 1 2 3 4
@@ -484,12 +577,25 @@ def global_tokens(indices: Any) -> GlobalTokens:
 
     Parameters
     ----------
-    indices : ints >= 0, in any order, as a list or a 1-D tensor; repeats count once
+    indices : ints >= 0
+        In any order, as a list or a 1-D tensor; repeats count once.
 
-    Raises ArgumentTypeError, ArgumentError or ShapeError for other values.
+    Returns
+    -------
+    Mask
+
+    Raises
+    ------
+    ArgumentTypeError, ArgumentError, ShapeError
+        indices are not a list or 1-D tensor of ints >= 0.
+
+    Notes
+    -----
     Cost: about 2 Lk pairs an index.
     Source: Beltagy et al. 2020, "Longformer"; Zaheer et al. 2020, "Big Bird".
 
+    Examples
+    --------
     >>> import qkv
     >>> print(qkv.global_tokens([1]).picture(3, 3))
     p/j 0 1 2

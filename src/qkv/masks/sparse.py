@@ -110,14 +110,30 @@ def random_blocks(per_row: int, block: int, seed: int) -> RandomBlocks:
 
     Parameters
     ----------
-    per_row : int >= 0, key blocks a query block sees
-    block : int >= 1, tokens of a block, for queries and keys
-    seed : int in 0..2**63 - 1. The blocks drawn depend on seed, p // block and the number of key blocks only: the same
-        on every machine and backend.
+    per_row : int >= 0
+        Key blocks a query block sees.
+    block : int >= 1
+        Tokens of a block, for queries and keys.
+    seed : int in 0..2**63 - 1
+        The blocks drawn depend on seed, p // block and the number of key blocks only: the same on every machine and
+        backend.
 
-    Raises ArgumentTypeError or ArgumentError for other values. Cost: Lq per_row block pairs.
+    Returns
+    -------
+    Mask
+
+    Raises
+    ------
+    ArgumentTypeError, ArgumentError
+        Other values.
+
+    Notes
+    -----
+    Cost: Lq per_row block pairs.
     Source: Zaheer et al. 2020, "Big Bird: Transformers for Longer Sequences".
 
+    Examples
+    --------
     >>> import qkv
     >>> qkv.random_blocks(2, 4, seed=0).tensor(16, 16).sum(-1).unique()
     tensor([8])
@@ -215,13 +231,26 @@ def blocks(map: Tensor, block: int) -> Blocks:
 
     Parameters
     ----------
-    map : bool tensor (nq, nk) or (B or 1, Hq or 1, nq, nk), copied. It must cover the lengths; queries at positions
-        outside it see nothing.
-    block : int >= 1, tokens of a block, for queries and keys
+    map : bool tensor (nq, nk) or (B or 1, Hq or 1, nq, nk)
+        Copied. It must cover the lengths; queries at positions outside it see nothing.
+    block : int >= 1
+        Tokens of a block, for queries and keys.
 
-    Raises ArgumentTypeError, ArgumentError or ShapeError; at use for a map that does not fit.
+    Returns
+    -------
+    Mask
+
+    Raises
+    ------
+    ArgumentTypeError, ArgumentError, ShapeError
+        A map or block of another kind; at use a map that does not fit.
+
+    Notes
+    -----
     Cost: block * block pairs for each True of the map.
 
+    Examples
+    --------
     >>> import torch, qkv
     >>> print(qkv.blocks(torch.tensor([[True, False], [False, True]]), 2).picture(4, 4))
     p/j 0 1 2 3
@@ -303,11 +332,26 @@ def per_head(masks: Sequence[Mask | Tensor]) -> PerHead:
 
     Parameters
     ----------
-    masks : Hq masks or bool tensors, in order of the query heads
+    masks : Hq masks or bool tensors
+        In order of the query heads.
 
-    Raises ArgumentTypeError for other values, ShapeError at use for a wrong number of them.
+    Returns
+    -------
+    Mask
+
+    Raises
+    ------
+    ArgumentTypeError
+        An entry that is no mask.
+    ShapeError
+        At use: a number of masks that is not Hq.
+
+    Notes
+    -----
     Cost: each head visits what its own mask shows.
 
+    Examples
+    --------
     >>> import qkv
     >>> mask = qkv.per_head([qkv.causal(), qkv.sliding_window(1)])
     >>> mask.tensor(2, 2, Hq=2).int()
@@ -339,14 +383,31 @@ def bigbird(block: int, window_blocks: int = 3, global_blocks: int = 2, random_b
 
     Parameters
     ----------
-    block : int >= 1, tokens of a block
-    window_blocks : int >= 1, blocks of the whole window, half of it on each side
-    global_blocks, random_blocks : int >= 0, blocks
-    seed : int >= 0, of the random blocks
+    block : int >= 1
+        Tokens of a block.
+    window_blocks : int >= 1
+        Blocks of the whole window, half of it on each side.
+    global_blocks, random_blocks : int >= 0
+        Blocks.
+    seed : int >= 0
+        Of the random blocks.
 
-    Raises ArgumentTypeError or ArgumentError for other values. Cost: Lq block times the blocks a row sees.
+    Returns
+    -------
+    Mask
+
+    Raises
+    ------
+    ArgumentTypeError, ArgumentError
+        Other values.
+
+    Notes
+    -----
+    Cost: Lq block times the blocks a row sees.
     Source: Zaheer et al. 2020, "Big Bird: Transformers for Longer Sequences".
 
+    Examples
+    --------
     >>> import qkv
     >>> qkv.bigbird(64, global_blocks=0)
     window(96, 96) | random_blocks(3, 64, 0)
@@ -376,14 +437,29 @@ def longformer(window: int, global_indices: Any = (), dilation: int = 1) -> Mask
 
     Parameters
     ----------
-    window : int >= 2 and even, keys of the window on both sides together, besides the token itself
-    global_indices : ints >= 0, tokens that see everything and are seen by everyone
-    dilation : int >= 1, tokens from one key of the window to the next
+    window : int >= 2 and even
+        Keys of the window on both sides together, besides the token itself.
+    global_indices : ints >= 0
+        Tokens that see everything and are seen by everyone.
+    dilation : int >= 1
+        Tokens from one key of the window to the next.
 
-    Raises ArgumentTypeError, ArgumentError or ShapeError for other values. Cost: Lq (window + 1) pairs, and 2 Lk for
-    each global token.
+    Returns
+    -------
+    Mask
+
+    Raises
+    ------
+    ArgumentTypeError, ArgumentError, ShapeError
+        Other values.
+
+    Notes
+    -----
+    Cost: Lq (window + 1) pairs, and 2 Lk for each global token.
     Source: Beltagy et al. 2020, "Longformer: The Long-Document Transformer".
 
+    Examples
+    --------
     >>> import qkv
     >>> qkv.longformer(512, [0])
     window(256, 256) | global_tokens([0])

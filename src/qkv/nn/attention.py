@@ -253,6 +253,11 @@ class Attention(Layer):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The queries, keys and values that `forward` attends with, after norms and rotary.
 
+        Parameters
+        ----------
+        x, context, positions
+            As for `forward`.
+
         Returns
         -------
         q : Tensor, shape (B, Hq, Lq, D)
@@ -359,6 +364,7 @@ class Attention(Layer):
             raise ArgumentError(describe(_CALL, 'gate is a bool or "headwise"', f"gate={self.gate!r}", fix))
 
     def extra_repr(self) -> str:
+        """The sizes and options, for `print`."""
         sizes = f"{self.dim}, {self.num_heads}, num_kv_heads={self.num_kv_heads}, head_dim={self.head_dim}"
         return ", ".join([sizes, *self._options("rotary")])
 

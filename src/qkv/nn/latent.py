@@ -272,6 +272,11 @@ class LatentAttention(Layer):
     def latent(self, x: Tensor, *, positions: int | Tensor | None = None) -> Tensor:
         """What a cache keeps of each token: the normed latent and the rotated key, [c | k_r].
 
+        Parameters
+        ----------
+        x, positions
+            As for `forward`.
+
         Returns
         -------
         Tensor, shape (B, 1, L, R + dr)
@@ -338,6 +343,7 @@ class LatentAttention(Layer):
             raise ArgumentError(describe(_CALL, "rotary must turn exactly the rotary part", given, fix))
 
     def extra_repr(self) -> str:
+        """The sizes and options, for `print`."""
         sizes = f"{self.dim}, {self.num_heads}, q_lora_rank={self.q_lora_rank}, kv_lora_rank={self.kv_lora_rank}"
         names = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "rotary", "absorb")
         own = [f"{name}={getattr(self, name)!r}" for name in names]
