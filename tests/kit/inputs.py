@@ -233,6 +233,45 @@ def _seed(config: Config) -> int:
         return int(torch.randint(2**63 - 1, ()))
 
 
+def _used(config: Config, call: Call, layout: dict[str, str]) -> Array:
+    """The slots (B, Hkv, Lk) of keys and values that some row sees, or that lie where such a slot lies."""
+    used = np.zeros((config.B, config.Hkv, config.Lk), bool)
+    for b, h, i in np.ndindex(*call.geo[:3]):
+        used[b, h // config.group, call.keys(b, h, i)] = True
+    if "expand_batch" in (layout["k"], layout["v"]):
+        used[:] = used.any(0, keepdims=True)
+    if "expand_heads" in (layout["k"], layout["v"]):
+        used[:] = used.any(1, keepdims=True)
+    return used
+
+
+def _plant_and_poison(
+    config: Config, rng: Rng, call: Call, layout: dict[str, str], used: Array, values: list[torch.Tensor | None]
+) -> None:
+    """Needles and magnets among the queries, and poison in everything that must not be read."""
+    c, q, k = config, call.q, call.k
+    if not layout["q"].startswith("expand"):
+        _plant(c, rng, call, q, k, used)
+        for at in np.ndindex(*call.geo[:3]):
+            if not len(call.keys(*at)) and chance(rng, 0.5):
+                q[at] = 0 if c.poison == "zero" else np.nan  # it is 0 whatever its query holds
+    _poison_hidden(c, used, q, (k,) if c.v_in_k else (k, call.v))
+    if c.visible_nan and used.any() and not layout["k"].startswith("expand") and not c.v_in_k:
+        b, g, j = pick(rng, *np.argwhere(used))
+        k[b, g, j, rng.integers(c.D)] = np.nan
+    for spec, x in zip(c.bias, values, strict=True):
+        if spec[0] == "tensor" and x is not None:
+            _poison_bias(x, call, 0.0 if c.poison == "zero" else torch.nan)
+
+
+def sinks_of(config: Any, rng: Rng) -> torch.Tensor:
+    """A sink for each query head, some of them -inf."""
+    drawn = rng.normal(size=config.Hq) * 3
+    drawn[rng.random(config.Hq) < 0.15] = -np.inf
+    drawn = drawn if config.wide is None else wide_scores.sinks(config, rng)
+    return torch.from_numpy(drawn).to(DTYPES[config.sinks])
+
+
 def materialise(config: Config) -> Inputs:
     """Draw the tensors of a configuration; the same ones every time."""
     c, rng = config, np.random.default_rng((config.seed, 7))
@@ -246,27 +285,8 @@ def materialise(config: Config) -> Inputs:
     specs = [_oracle_bias(s, None if x is None else _wide(x, kind)) for s, x in zip(c.bias, values, strict=True)]
     call = Call(q, k, v, query_positions(c), c.real_scale, c.mask, tuple(specs), c.softcap)
 
-    used = np.zeros((c.B, c.Hkv, c.Lk), bool)
-    for b, h, i in np.ndindex(*call.geo[:3]):
-        used[b, h // c.group, call.keys(b, h, i)] = True
-    if layout["k"] == "expand_batch" or layout["v"] == "expand_batch":
-        used[:] = used.any(0, keepdims=True)
-    if layout["k"] == "expand_heads" or layout["v"] == "expand_heads":
-        used[:] = used.any(1, keepdims=True)
-
-    if not layout["q"].startswith("expand"):
-        _plant(c, rng, call, q, k, used)
-        for b, h, i in np.ndindex(*call.geo[:3]):
-            if not len(call.keys(b, h, i)) and chance(rng, 0.5):
-                q[b, h, i] = 0 if c.poison == "zero" else np.nan  # it is 0 whatever its query holds
-    _poison_hidden(c, used, q, (k,) if c.v_in_k else (k, v))
-    if c.visible_nan and used.any() and not layout["k"].startswith("expand") and not c.v_in_k:
-        b, g, j = pick(rng, *np.argwhere(used))
-        k[b, g, j, rng.integers(c.D)] = np.nan
-    for spec, x in zip(c.bias, values, strict=True):
-        if spec[0] == "tensor" and x is not None:
-            _poison_bias(x, call, 0.0 if c.poison == "zero" else torch.nan)
-
+    used = _used(c, call, layout)
+    _plant_and_poison(c, rng, call, layout, used, values)
     tq = lay(torch.from_numpy(q).to(dtype), layout["q"], c.poison)
     tk = lay(torch.from_numpy(k).to(dtype), layout["k"], c.poison)
     tv = tk[..., : c.Dv] if c.v_in_k else lay(torch.from_numpy(v).to(dtype), layout["v"], c.poison)
@@ -274,10 +294,7 @@ def materialise(config: Config) -> Inputs:
     leaves = {"q": tq, "k": tk, "v": tv}
     leaves |= {f"bias{n}": x for n, x in enumerate(values) if x is not None}
     if c.sinks is not None:
-        sinks = rng.normal(size=c.Hq) * 3
-        sinks[rng.random(c.Hq) < 0.15] = -np.inf
-        sinks = sinks if c.wide is None else wide_scores.sinks(c, rng)
-        leaves["sinks"] = torch.from_numpy(sinks).to(DTYPES[c.sinks])
+        leaves["sinks"] = sinks_of(c, rng)
     mask = qkv_mask(c.mask)
     if isinstance(mask, torch.Tensor):
         mask = lay(mask, layout["mask"])

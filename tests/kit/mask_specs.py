@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import pytest
@@ -73,143 +74,200 @@ def drawn_blocks(per_row: int, block: int, seed: int, row: int, Lk: int) -> set[
     return chosen
 
 
+def _causal(rng: random.Random, s: Sizes) -> Spec:
+    return Spec("causal()", qkv.causal(), lambda b, h, i, p, j: j <= p, True)
+
+
+def _sliding_window(rng: random.Random, s: Sizes) -> Spec:
+    n = rng.choice([1, 2, 3, 7, 1000])
+    return Spec(f"sliding_window({n})", qkv.sliding_window(n), lambda b, h, i, p, j: p - n < j <= p, True)
+
+
+def _window(rng: random.Random, s: Sizes) -> Spec:
+    left, right = (rng.choice([None, 0, 1, 3, 9]) for _ in range(2))
+
+    def window(b: int, h: int, i: int, p: int, j: int) -> bool:
+        return (left is None or j >= p - left) and (right is None or j <= p + right)
+
+    return Spec(f"window({left}, {right})", qkv.window(left, right), window, True)
+
+
+def _prefix(rng: random.Random, s: Sizes) -> Spec:
+    n = rng.randint(0, s.Lk + 2)
+    return Spec(f"prefix({n})", qkv.prefix(n), lambda b, h, i, p, j: j < n, True)
+
+
+def _prefix_rows(rng: random.Random, s: Sizes) -> Spec:
+    ns = [rng.randint(0, s.Lk + 2) for _ in range(s.B)]
+    return Spec(f"prefix({ns})", qkv.prefix(torch.tensor(ns, dtype=torch.int32)), lambda b, h, i, p, j: j < ns[b], True)
+
+
+def _padding(rng: random.Random, s: Sizes) -> Spec:
+    ns, side = [rng.randint(0, s.Lk) for _ in range(s.B)], rng.choice(["right", "left"])
+
+    def padding(b: int, h: int, i: int, p: int, j: int) -> bool:
+        return j < ns[b] if side == "right" else j >= s.Lk - ns[b]
+
+    return Spec(f"padding({ns}, {side!r})", qkv.padding(ns, side), padding, True)
+
+
+def _documents(rng: random.Random, s: Sizes) -> Spec:
+    ns = _partition(rng, s.Lk, rng.randint(1, 5))
+    return Spec(
+        f"documents({ns})",
+        qkv.documents(ns),
+        lambda b, h, i, p, j: _document(ns, p) == _document(ns, j) >= 0,
+        True,
+    )
+
+
+def _documents_cross(rng: random.Random, s: Sizes) -> Spec:
+    n = rng.randint(1, 5)
+    mine, theirs = _partition(rng, s.Lq, n), _partition(rng, s.Lk, n)
+    return Spec(
+        f"documents({mine}, {theirs})",
+        qkv.documents(mine, theirs),
+        lambda b, h, i, p, j: _document(mine, i) == _document(theirs, j) >= 0,
+        True,
+    )
+
+
+def _segments(rng: random.Random, s: Sizes, kind: str) -> Spec:
+    names = rng.choice([[0, 1], [-1, 0, 5], [3, 2, 1, 0, -7]])
+    table = {}
+    for name, length in (("q", s.Lq), ("k", s.Lk)):
+        rows = rng.choice([1, s.B])
+        table[name] = [[rng.choice(names) for _ in range(length)] for _ in range(rows)]
+        if rng.random() < 0.5:
+            table[name] = [sorted(row) for row in table[name]]
+    shapes = {n: torch.tensor(t, dtype=torch.int64).reshape(len(t), -1) for n, t in table.items()}
+    if kind == "segments":
+        mask = qkv.documents(segment_ids=shapes["k"])
+    else:
+        mask = qkv.documents(segment_ids=shapes["q"], k_segment_ids=shapes["k"])
+
+    def segments(b: int, h: int, i: int, p: int, j: int) -> bool:
+        keys = table["k"][b % len(table["k"])]
+        mine = _id(keys, p) if kind == "segments" else _id(table["q"][b % len(table["q"])], i)
+        return mine == keys[j] and mine >= 0
+
+    return Spec(f"{kind}({table})", mask, segments, True)
+
+
+def _chunked(rng: random.Random, s: Sizes) -> Spec:
+    n = rng.choice([1, 2, 5, 16])
+    return Spec(f"chunked({n})", qkv.chunked(n), lambda b, h, i, p, j: p // n == j // n, True)
+
+
+def _strided(rng: random.Random, s: Sizes) -> Spec:
+    n, offset = rng.choice([1, 2, 5]), rng.randint(-3, 6)
+    return Spec(
+        f"strided({n}, {offset})", qkv.strided(n, offset), lambda b, h, i, p, j: (p - j - offset) % n == 0, n == 1
+    )
+
+
+def _dilated(rng: random.Random, s: Sizes) -> Spec:
+    w, step = rng.randint(0, 4), rng.choice([1, 2, 3])
+    return Spec(
+        f"dilated({w}, {step})",
+        qkv.dilated(w, step),
+        lambda b, h, i, p, j: abs(p - j) <= w * step and (p - j) % step == 0,
+        step == 1,
+    )
+
+
+def _global_tokens(rng: random.Random, s: Sizes) -> Spec:
+    at = [rng.randint(0, s.Lk + 3) for _ in range(rng.randint(0, 4))]
+    return Spec(f"global_tokens({at})", qkv.global_tokens(at), lambda b, h, i, p, j: p in at or j in at, True)
+
+
+def _random_blocks(rng: random.Random, s: Sizes) -> Spec:
+    per, block, seed = rng.randint(0, 4), rng.choice([1, 3, 8]), rng.choice([0, 1, 2**63 - 1, rng.getrandbits(40)])
+
+    def random_blocks(b: int, h: int, i: int, p: int, j: int) -> bool:
+        return j // block in drawn_blocks(per, block, seed, p // block, s.Lk)
+
+    return Spec(f"random_blocks({per}, {block}, {seed})", qkv.random_blocks(per, block, seed), random_blocks, True)
+
+
+def _blocks(rng: random.Random, s: Sizes) -> Spec:
+    block = rng.choice([1, 4, 16])
+    nq, nk = (-(-n // block) + rng.randint(0, 1) for n in (s.Lq, s.Lk))
+    rb, rh = rng.choice([1, s.B]), rng.choice([1, s.Hq])
+    values = torch.tensor([rng.random() < 0.5 for _ in range(rb * rh * nq * nk)], dtype=torch.bool)
+    shape = (nq, nk) if rb == rh == 1 and rng.random() < 0.5 else (rb, rh, nq, nk)
+    cells = values.view(rb, rh, nq, nk).tolist()
+
+    def blocks(b: int, h: int, i: int, p: int, j: int) -> bool:
+        row = p // block
+        return 0 <= row < nq and cells[b % rb][h % rh][row][j // block]
+
+    return Spec(f"blocks({shape}, {block})", qkv.blocks(values.view(shape), block), blocks, True)
+
+
+def _per_head(rng: random.Random, s: Sizes) -> Spec:
+    parts = [expression(rng, s, rng.randint(0, 1), kinds=EXACT_KINDS) for _ in range(s.Hq)]
+    return Spec(
+        f"per_head([{', '.join(part.text for part in parts)}])",
+        qkv.per_head([part.mask for part in parts]),
+        lambda b, h, i, p, j: parts[h].sees(b, h, i, p, j),
+        all(part.exact for part in parts),
+        all(part.lowers for part in parts),
+    )
+
+
+def _dense(rng: random.Random, s: Sizes) -> Spec:
+    sizes = [rng.choice([1, n]) for n in (s.B, s.Hq, s.Lq, s.Lk)]
+    t = torch.tensor([rng.random() < 0.5 for _ in range(sizes[0] * sizes[1] * sizes[2] * sizes[3])]).bool()
+    t = t.view(sizes)
+    if rng.random() < 0.3:
+        t, sizes = t[0, 0], [1, 1, *sizes[2:]]
+    elif rng.random() < 0.3:
+        t = t.transpose(2, 3).contiguous().transpose(2, 3)
+    cells = t.reshape(sizes).tolist()
+
+    def dense(b: int, h: int, i: int, p: int, j: int) -> bool:
+        return cells[b % sizes[0]][h % sizes[1]][i % sizes[2]][j % sizes[3]]
+
+    return Spec(f"dense({tuple(t.shape)})", qkv.dense(t), dense, False, tensors=[t])
+
+
+def _mask_mod(rng: random.Random, s: Sizes) -> Spec:
+    return Spec(
+        "mask_mod(...)",
+        qkv.mask_mod(lambda b, h, p, j: (b + 2 * h + p * 3 + j * 5) % 7 < 4),
+        lambda b, h, i, p, j: (b + 2 * h + p * 3 + j * 5) % 7 < 4,
+        False,
+        lowers=False,
+    )
+
+
+_MAKERS: dict[str, Callable[[random.Random, Sizes], Spec]] = {
+    "causal": _causal,
+    "sliding_window": _sliding_window,
+    "window": _window,
+    "prefix": _prefix,
+    "prefix_rows": _prefix_rows,
+    "padding": _padding,
+    "documents": _documents,
+    "documents_cross": _documents_cross,
+    "segments": partial(_segments, kind="segments"),
+    "segments_cross": partial(_segments, kind="segments_cross"),
+    "chunked": _chunked,
+    "strided": _strided,
+    "dilated": _dilated,
+    "global_tokens": _global_tokens,
+    "random_blocks": _random_blocks,
+    "blocks": _blocks,
+    "per_head": _per_head,
+    "dense": _dense,
+    "mask_mod": _mask_mod,
+}
+
+
 def leaf(rng: random.Random, s: Sizes, kind: str) -> Spec:
     """One mask of the given kind that fits the sizes."""
-    if kind == "causal":
-        return Spec("causal()", qkv.causal(), lambda b, h, i, p, j: j <= p, True)
-    if kind == "sliding_window":
-        n = rng.choice([1, 2, 3, 7, 1000])
-        return Spec(f"sliding_window({n})", qkv.sliding_window(n), lambda b, h, i, p, j: p - n < j <= p, True)
-    if kind == "window":
-        left, right = (rng.choice([None, 0, 1, 3, 9]) for _ in range(2))
-
-        def window(b: int, h: int, i: int, p: int, j: int) -> bool:
-            return (left is None or j >= p - left) and (right is None or j <= p + right)
-
-        return Spec(f"window({left}, {right})", qkv.window(left, right), window, True)
-    if kind == "prefix":
-        n = rng.randint(0, s.Lk + 2)
-        return Spec(f"prefix({n})", qkv.prefix(n), lambda b, h, i, p, j: j < n, True)
-    if kind == "prefix_rows":
-        ns = [rng.randint(0, s.Lk + 2) for _ in range(s.B)]
-        return Spec(
-            f"prefix({ns})", qkv.prefix(torch.tensor(ns, dtype=torch.int32)), lambda b, h, i, p, j: j < ns[b], True
-        )
-    if kind == "padding":
-        ns, side = [rng.randint(0, s.Lk) for _ in range(s.B)], rng.choice(["right", "left"])
-
-        def padding(b: int, h: int, i: int, p: int, j: int) -> bool:
-            return j < ns[b] if side == "right" else j >= s.Lk - ns[b]
-
-        return Spec(f"padding({ns}, {side!r})", qkv.padding(ns, side), padding, True)
-    if kind == "documents":
-        ns = _partition(rng, s.Lk, rng.randint(1, 5))
-        return Spec(
-            f"documents({ns})",
-            qkv.documents(ns),
-            lambda b, h, i, p, j: _document(ns, p) == _document(ns, j) >= 0,
-            True,
-        )
-    if kind == "documents_cross":
-        n = rng.randint(1, 5)
-        mine, theirs = _partition(rng, s.Lq, n), _partition(rng, s.Lk, n)
-        return Spec(
-            f"documents({mine}, {theirs})",
-            qkv.documents(mine, theirs),
-            lambda b, h, i, p, j: _document(mine, i) == _document(theirs, j) >= 0,
-            True,
-        )
-    if kind in ("segments", "segments_cross"):
-        names = rng.choice([[0, 1], [-1, 0, 5], [3, 2, 1, 0, -7]])
-        table = {}
-        for name, length in (("q", s.Lq), ("k", s.Lk)):
-            rows = rng.choice([1, s.B])
-            table[name] = [[rng.choice(names) for _ in range(length)] for _ in range(rows)]
-            if rng.random() < 0.5:
-                table[name] = [sorted(row) for row in table[name]]
-        shapes = {n: torch.tensor(t, dtype=torch.int64).reshape(len(t), -1) for n, t in table.items()}
-        if kind == "segments":
-            mask = qkv.documents(segment_ids=shapes["k"])
-        else:
-            mask = qkv.documents(segment_ids=shapes["q"], k_segment_ids=shapes["k"])
-
-        def segments(b: int, h: int, i: int, p: int, j: int) -> bool:
-            keys = table["k"][b % len(table["k"])]
-            mine = _id(keys, p) if kind == "segments" else _id(table["q"][b % len(table["q"])], i)
-            return mine == keys[j] and mine >= 0
-
-        return Spec(f"{kind}({table})", mask, segments, True)
-    if kind == "chunked":
-        n = rng.choice([1, 2, 5, 16])
-        return Spec(f"chunked({n})", qkv.chunked(n), lambda b, h, i, p, j: p // n == j // n, True)
-    if kind == "strided":
-        n, offset = rng.choice([1, 2, 5]), rng.randint(-3, 6)
-        return Spec(
-            f"strided({n}, {offset})", qkv.strided(n, offset), lambda b, h, i, p, j: (p - j - offset) % n == 0, n == 1
-        )
-    if kind == "dilated":
-        w, step = rng.randint(0, 4), rng.choice([1, 2, 3])
-        return Spec(
-            f"dilated({w}, {step})",
-            qkv.dilated(w, step),
-            lambda b, h, i, p, j: abs(p - j) <= w * step and (p - j) % step == 0,
-            step == 1,
-        )
-    if kind == "global_tokens":
-        at = [rng.randint(0, s.Lk + 3) for _ in range(rng.randint(0, 4))]
-        return Spec(f"global_tokens({at})", qkv.global_tokens(at), lambda b, h, i, p, j: p in at or j in at, True)
-    if kind == "random_blocks":
-        per, block, seed = rng.randint(0, 4), rng.choice([1, 3, 8]), rng.choice([0, 1, 2**63 - 1, rng.getrandbits(40)])
-
-        def random_blocks(b: int, h: int, i: int, p: int, j: int) -> bool:
-            return j // block in drawn_blocks(per, block, seed, p // block, s.Lk)
-
-        return Spec(f"random_blocks({per}, {block}, {seed})", qkv.random_blocks(per, block, seed), random_blocks, True)
-    if kind == "blocks":
-        block = rng.choice([1, 4, 16])
-        nq, nk = (-(-n // block) + rng.randint(0, 1) for n in (s.Lq, s.Lk))
-        rb, rh = rng.choice([1, s.B]), rng.choice([1, s.Hq])
-        values = torch.tensor([rng.random() < 0.5 for _ in range(rb * rh * nq * nk)], dtype=torch.bool)
-        shape = (nq, nk) if rb == rh == 1 and rng.random() < 0.5 else (rb, rh, nq, nk)
-        cells = values.view(rb, rh, nq, nk).tolist()
-
-        def blocks(b: int, h: int, i: int, p: int, j: int) -> bool:
-            row = p // block
-            return 0 <= row < nq and cells[b % rb][h % rh][row][j // block]
-
-        return Spec(f"blocks({shape}, {block})", qkv.blocks(values.view(shape), block), blocks, True)
-    if kind == "per_head":
-        parts = [expression(rng, s, rng.randint(0, 1), kinds=EXACT_KINDS) for _ in range(s.Hq)]
-        return Spec(
-            f"per_head([{', '.join(part.text for part in parts)}])",
-            qkv.per_head([part.mask for part in parts]),
-            lambda b, h, i, p, j: parts[h].sees(b, h, i, p, j),
-            all(part.exact for part in parts),
-            all(part.lowers for part in parts),
-        )
-    if kind == "dense":
-        sizes = [rng.choice([1, n]) for n in (s.B, s.Hq, s.Lq, s.Lk)]
-        t = torch.tensor([rng.random() < 0.5 for _ in range(sizes[0] * sizes[1] * sizes[2] * sizes[3])]).bool()
-        t = t.view(sizes)
-        if rng.random() < 0.3:
-            t, sizes = t[0, 0], [1, 1, *sizes[2:]]
-        elif rng.random() < 0.3:
-            t = t.transpose(2, 3).contiguous().transpose(2, 3)
-        cells = t.reshape(sizes).tolist()
-
-        def dense(b: int, h: int, i: int, p: int, j: int) -> bool:
-            return cells[b % sizes[0]][h % sizes[1]][i % sizes[2]][j % sizes[3]]
-
-        return Spec(f"dense({tuple(t.shape)})", qkv.dense(t), dense, False, tensors=[t])
-    if kind == "mask_mod":
-        return Spec(
-            "mask_mod(...)",
-            qkv.mask_mod(lambda b, h, p, j: (b + 2 * h + p * 3 + j * 5) % 7 < 4),
-            lambda b, h, i, p, j: (b + 2 * h + p * 3 + j * 5) % 7 < 4,
-            False,
-            lowers=False,
-        )
-    raise AssertionError(kind)
+    return _MAKERS[kind](rng, s)
 
 
 EXACT_KINDS = [

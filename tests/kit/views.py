@@ -28,7 +28,7 @@ from qkv.scores import as_bias
 from tests.kit import wide
 from tests.kit.cases import DTYPES, qkv_bias, qkv_mask
 from tests.kit.generator import HEAD_DIMS, PRIMES, Rng, chance, pick, random_mask, upto
-from tests.kit.inputs import _bias_values, lay
+from tests.kit.inputs import _bias_values, lay, sinks_of
 from tests.kit.oracle import Call, Geometry, Result, Row, Spec, attention, term_of, visible
 from tests.kit.wide import widened
 
@@ -390,6 +390,25 @@ def _plant(
             q[h, t] = row / 2 + key * (pick(rng, 12.0, 20.0, 32.0) / (config.real_scale * max(key @ key, 1e-6)))
 
 
+def _draw(c: ViewConfig, rng: Rng, N: int, used: Array) -> tuple[list[Array], Array, Array]:
+    """Queries of each sequence, and pools of keys and values, before anything is planted."""
+    spread = {"flat": 0.2, "large": 60.0}.get(c.flavour, pick(rng, 4.0, 5.0, 8.0))
+    k_sigma = spread**0.5
+    q_sigma = spread / ((abs(c.real_scale) or 1.0) * c.D**0.5 * k_sigma)
+    k = rng.normal(size=(N, c.Hkv, c.P, c.D)) * k_sigma if c.wide is None else wide.keys(c, rng, (N, c.Hkv, c.P, c.D))
+    v = rng.normal(size=(N, c.Hkv, c.P, c.Dv)) + pick(rng, 0, 0, 1.5) * (c.flavour == "needles" and c.real_scale != 0)
+    v *= rng.choice([0.25, 1.0, 4.0], (N, c.Hkv, c.P, 1))
+    v = v if c.wide is None or not c.wide[5] else np.ones(v.shape)
+    shapes = [(c.Hq, t, c.D) for t in c.queries]
+    q = [rng.normal(size=x) * q_sigma if c.wide is None else wide.queries(c, rng, x) for x in shapes]
+    k[rng.random((N, c.Hkv, c.P)) < 0.01] = 0  # rows with scale 0
+    if c.poison == "magnet" and sum(c.queries) and c.real_scale:  # finite, and far more attractive than any key
+        row = np.concatenate(q, 1)[0, c.seed % sum(c.queries)]
+        k[~used] = row * (60 / c.real_scale / max(row @ row, 1e-6))
+        v[~used] = -3e4
+    return q, k, v
+
+
 def materialise(config: ViewConfig) -> ViewInputs:
     """Draw the tensors of a configuration; the same ones every time."""
     c, rng = config, np.random.default_rng((config.seed, 9))
@@ -405,20 +424,7 @@ def materialise(config: ViewConfig) -> ViewInputs:
         for (_, h, _), j in keys[i].items():
             used[np.array(table, int)[j // c.P], h // c.group, j % c.P] = True
 
-    spread = {"flat": 0.2, "large": 60.0}.get(c.flavour, pick(rng, 4.0, 5.0, 8.0))
-    k_sigma = spread**0.5
-    q_sigma = spread / ((abs(c.real_scale) or 1.0) * c.D**0.5 * k_sigma)
-    k = rng.normal(size=(N, c.Hkv, c.P, c.D)) * k_sigma if c.wide is None else wide.keys(c, rng, (N, c.Hkv, c.P, c.D))
-    v = rng.normal(size=(N, c.Hkv, c.P, c.Dv)) + pick(rng, 0, 0, 1.5) * (c.flavour == "needles" and c.real_scale != 0)
-    v *= rng.choice([0.25, 1.0, 4.0], (N, c.Hkv, c.P, 1))
-    v = v if c.wide is None or not c.wide[5] else np.ones(v.shape)
-    shapes = [(c.Hq, t, c.D) for t in c.queries]
-    q = [rng.normal(size=x) * q_sigma if c.wide is None else wide.queries(c, rng, x) for x in shapes]
-    k[rng.random((N, c.Hkv, c.P)) < 0.01] = 0  # rows with scale 0
-    if c.poison == "magnet" and sum(c.queries) and c.real_scale:  # finite, and far more attractive than any key
-        row = np.concatenate(q, 1)[0, c.seed % sum(c.queries)]
-        k[~used] = row * (60 / c.real_scale / max(row @ row, 1e-6))
-        v[~used] = -3e4
+    q, k, v = _draw(c, rng, N, used)
     tk, k_scale = store(k, c.storage, dtype, None if c.wide is None else 2.0 ** c.wide[2])
     tv, v_scale = (tk[..., : c.Dv], k_scale) if c.latent else store(v, c.storage, dtype)
     if c.visible_nan and used.any():
@@ -442,14 +448,9 @@ def materialise(config: ViewConfig) -> ViewInputs:
             _keys=keys[i],
         )  # fmt: skip
         oracle.append(call)
-    sinks = None
-    if c.sinks is not None:
-        drawn = rng.normal(size=c.Hq) * 3
-        drawn[rng.random(c.Hq) < 0.15] = -np.inf
-        drawn = drawn if c.wide is None else wide.sinks(c, rng)
-        sinks = torch.from_numpy(drawn).to(DTYPES[c.sinks])
-        for call in oracle:
-            call.sinks = sinks.double().numpy().astype(kind)
+    sinks = None if c.sinks is None else sinks_of(c, rng)
+    for call in oracle:
+        call.sinks = None if sinks is None else sinks.double().numpy().astype(kind)
     joined = np.concatenate(q, 1)[None] if c.ragged else np.stack(q)
     tk, tv = order(tk, c.pools[0], c.poison), tv if c.latent else order(tv, c.pools[1], c.poison)
     tv = tk[..., : c.Dv] if c.latent else tv

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import random
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -18,76 +20,29 @@ from qkv.masks.rule import Rule
 from tests.kit.mask_specs import KINDS, Sizes, Spec, draw_positions, draw_sizes, drawn, drawn_blocks, leaf, seeds
 
 
-def run_program(program: Program, s: Sizes, b: int, h: int, i: int, p: int, j: int) -> bool:
-    operands = program.operands
+class Cell(NamedTuple):
+    """A program asked about one query and key: its operators by opcode, written a second time."""
 
-    def run(words: list[int]) -> bool:
+    program: Program
+    s: Sizes
+    b: int
+    h: int
+    i: int
+    p: int
+    j: int
+
+    def run(self, words: list[int]) -> bool:
         stack: list[bool] = []
         at = 0
-
-        def take(n: int) -> list[int]:
-            nonlocal at
-            at += n
-            return words[at - n : at]
-
         while at < len(words):
-            (op,) = take(1)
-            if op == 0:
-                stack.append(True)
-            elif op == 1:
-                left, right = take(2)
-                stack.append((left < 0 or j >= p - left) and (right < 0 or j <= p + right))
-            elif op == 2:
-                n, which = take(2)
-                stack.append(j < (n if which < 0 else int(operands[which][b])))
-            elif op == 3:
-                which, side = take(2)
-                n = int(operands[which][b])
-                stack.append(j >= s.Lk - n if side else j < n)
-            elif op == 4:
-                by_index, contiguous, lo, hi, q_rows, q_len, qid, kid, k_rows = take(9)
-                x, row = (i if by_index else p), b if q_rows > 1 else 0
-                assert operands[lo].shape == operands[hi].shape == (q_rows, q_len)
-                seen = 0 <= x < q_len and bool(operands[lo][row, x] <= j < operands[hi][row, x])
-                if seen and not contiguous:
-                    mine = int(operands[qid][row, x])
-                    assert operands[kid].shape == (k_rows, s.Lk)
-                    seen = mine >= 0 and mine == int(operands[kid][b if k_rows > 1 else 0, j])
+            op, at = words[at], at + 1
+            if op == 11:  # a program for each head, each behind its length
+                seen, at = self.per_head(words, at)
                 stack.append(seen)
-            elif op == 5:
-                (n,) = take(1)
-                stack.append(p // n == j // n)
-            elif op == 6:
-                n, offset = take(2)
-                stack.append((p - j - offset) % n == 0)
-            elif op == 7:
-                w, step = take(2)
-                stack.append(abs(p - j) <= w * step and (p - j) % step == 0)
-            elif op == 8:
-                chosen = operands[take(1)[0]].tolist()
-                assert chosen == sorted(set(chosen))
-                stack.append(p in chosen or j in chosen)
-            elif op == 9:
-                per_row, block, seed = take(3)
-                stack.append(j // block in drawn_blocks(per_row, block, seed, p // block, s.Lk))
-            elif op == 10:
-                which, rows_b, rows_h, nq, nk, block = take(6)
-                table = operands[which]
-                assert table.dtype == torch.uint8
-                assert table.shape == (rows_b, rows_h, nq, nk)
-                row = p // block
-                here = 0 <= row < nq and j // block < nk
-                stack.append(here and bool(table[b if rows_b > 1 else 0, h if rows_h > 1 else 0, row, j // block]))
-            elif op == 11:
-                (heads,) = take(1)
-                assert heads == s.Hq
-                parts = [take(take(1)[0]) for _ in range(heads)]
-                stack.append(run(parts[h]))
-            elif op == 12:
-                which, *strides = take(5)
-                t = operands[which]
-                offset = sum(x * stride for x, stride in zip((b, h, i, j), strides, strict=True))
-                stack.append(bool(torch.as_strided(t, (1,), (1,), t.storage_offset() + offset)))
+            elif op in ATOMS:
+                count, atom = ATOMS[op]
+                stack.append(atom(self, *words[at : at + count]))
+                at += count
             elif op == 15:
                 stack.append(not stack.pop())
             else:
@@ -97,7 +52,75 @@ def run_program(program: Program, s: Sizes, b: int, h: int, i: int, p: int, j: i
         assert len(stack) == 1
         return stack[0]
 
-    return run(program.words)
+    def per_head(self, words: list[int], at: int) -> tuple[bool, int]:
+        heads, at = words[at], at + 1
+        assert heads == self.s.Hq
+        parts = []
+        for _ in range(heads):
+            parts.append(words[at + 1 : at + 1 + words[at]])
+            at += 1 + words[at]
+        return self.run(parts[self.h]), at
+
+    def number(self, which: int) -> int:
+        return int(self.program.operands[which][self.b])
+
+    def prefix(self, n: int, which: int) -> bool:
+        return self.j < (n if which < 0 else self.number(which))
+
+    def padding(self, which: int, side: int) -> bool:
+        n = self.number(which)
+        return self.j >= self.s.Lk - n if side else self.j < n
+
+    def document(
+        self, by_index: int, contiguous: int, lo: int, hi: int, q_rows: int, q_len: int, qid: int, kid: int, k_rows: int
+    ) -> bool:
+        operands, j = self.program.operands, self.j
+        x, row = (self.i if by_index else self.p), self.b if q_rows > 1 else 0
+        assert operands[lo].shape == operands[hi].shape == (q_rows, q_len)
+        seen = 0 <= x < q_len and bool(operands[lo][row, x] <= j < operands[hi][row, x])
+        if seen and not contiguous:
+            mine = int(operands[qid][row, x])
+            assert operands[kid].shape == (k_rows, self.s.Lk)
+            seen = mine >= 0 and mine == int(operands[kid][self.b if k_rows > 1 else 0, j])
+        return seen
+
+    def chosen(self, which: int) -> bool:
+        found = self.program.operands[which].tolist()
+        assert found == sorted(set(found))
+        return self.p in found or self.j in found
+
+    def blocks(self, which: int, rows_b: int, rows_h: int, nq: int, nk: int, block: int) -> bool:
+        table, row = self.program.operands[which], self.p // block
+        assert table.dtype == torch.uint8
+        assert table.shape == (rows_b, rows_h, nq, nk)
+        here = 0 <= row < nq and self.j // block < nk
+        return here and bool(table[self.b if rows_b > 1 else 0, self.h if rows_h > 1 else 0, row, self.j // block])
+
+    def dense(self, which: int, *strides: int) -> bool:
+        t = self.program.operands[which]
+        offset = sum(x * stride for x, stride in zip((self.b, self.h, self.i, self.j), strides, strict=True))
+        return bool(torch.as_strided(t, (1,), (1,), t.storage_offset() + offset))
+
+
+# opcode: (words behind it, what it says of a cell)
+ATOMS: dict[int, tuple[int, Callable[..., bool]]] = {
+    0: (0, lambda c: True),
+    1: (2, lambda c, left, right: (left < 0 or c.j >= c.p - left) and (right < 0 or c.j <= c.p + right)),
+    2: (2, Cell.prefix),
+    3: (2, Cell.padding),
+    4: (9, Cell.document),
+    5: (1, lambda c, n: c.p // n == c.j // n),
+    6: (2, lambda c, n, offset: (c.p - c.j - offset) % n == 0),
+    7: (2, lambda c, w, step: abs(c.p - c.j) <= w * step and (c.p - c.j) % step == 0),
+    8: (1, Cell.chosen),
+    9: (3, lambda c, n, block, seed: c.j // block in drawn_blocks(n, block, seed, c.p // block, c.s.Lk)),
+    10: (6, Cell.blocks),
+    12: (5, Cell.dense),
+}
+
+
+def run_program(program: Program, s: Sizes, b: int, h: int, i: int, p: int, j: int) -> bool:
+    return Cell(program, s, b, h, i, p, j).run(program.words)
 
 
 def check_program(spec: Spec, s: Sizes, rng: random.Random) -> None:

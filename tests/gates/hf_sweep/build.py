@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -170,13 +170,19 @@ def tokens(batch: int = 2, length: int = LENGTH, seed: int = 1) -> Tensor:
     return torch.randint(3, 60, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
-def inputs(model: Any, config: Any, everything: bool = False) -> dict[str, Any]:
-    """What the model's forward needs, by the names of its parameters; or all that it takes."""
-    names = inspect.signature(model.forward).parameters
-    g = torch.Generator().manual_seed(2)
+class _Sizes:
+    """Sizes by the names that configurations have for them, and tensors of noise."""
 
-    def number(*keys: str, default: int) -> int:
-        for part in (config, getattr(config, "vision_config", None), getattr(config, "backbone_config", None)):
+    def __init__(self, config: Any) -> None:
+        self.config, self.generator = config, torch.Generator().manual_seed(2)
+        self.channels = self.number("num_channels", "in_channels", "in_chans", default=3)
+        self.size = self.number("image_size", "img_size", default=32)
+        self.patch = self.number("patch_size", default=8)
+        self.mels = self.number("num_mel_bins", "feature_size", "n_mels", "input_feat_per_channel", default=80)
+
+    def number(self, *keys: str, default: int) -> int:
+        parts = (self.config, *(getattr(self.config, name, None) for name in ("vision_config", "backbone_config")))
+        for part in parts:
             for key in keys:
                 value = getattr(part, key, None)
                 if isinstance(value, (list, tuple)) and value:
@@ -185,84 +191,85 @@ def inputs(model: Any, config: Any, everything: bool = False) -> dict[str, Any]:
                     return value
         return default
 
-    def noise(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=g)
+    def noise(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, generator=self.generator)
 
-    main = getattr(model, "main_input_name", "input_ids")
-    given: dict[str, Any] = {}
-    if "input_ids" in names:
-        given["input_ids"] = tokens()
-    channels, size = (
-        number("num_channels", "in_channels", "in_chans", default=3),
-        number("image_size", "img_size", default=32),
-    )
-    patch, mels = (
-        number("patch_size", default=8),
-        number("num_mel_bins", "feature_size", "n_mels", "input_feat_per_channel", default=80),
-    )
-    if "grid_thw" in names:
-        time = number("temporal_patch_size", default=2)
+    def has(self, *keys: str) -> bool:
+        return all(key in vars(self.config) for key in keys)
+
+    def video(self) -> Tensor:
+        frames = self.number("num_frames", "frames_per_clip", default=4)
+        return self.noise(2, frames, self.channels, self.size, self.size)
+
+    def pixels(self, model: str) -> Tensor:
+        still = self.noise(2, self.channels, self.size, self.size)
+        return self.video() if self.has("num_frames") or "video" in model.lower() or self.has("tubelet_size") else still
+
+    def features(self, model: Any) -> Tensor:
+        time = 2 * self.number("max_source_positions", default=32)
+        whisper = self.has("max_source_positions", "num_mel_bins") and hasattr(model, "generate")
+        last = whisper and "Speech2Text" not in type(model).__name__
+        return self.noise(2, self.mels, time) if last else self.noise(2, time, self.mels)
+
+    def waves(self) -> Tensor:
+        found = self.noise(2, 3200)
+        spectrogram = self.has("num_mel_bins", "max_length")
+        return self.noise(2, self.config.max_length, self.config.num_mel_bins) if spectrogram else found
+
+    def past(self) -> Tensor:
+        length = self.number("context_length", default=32)
+        return self.noise(2, length, self.number("num_input_channels", "input_size", default=1))
+
+    def grid(self, names: Any, main: str) -> dict[str, Any]:
+        """Patches of two images in one row, and the grid that they stand on."""
+        time = self.number("temporal_patch_size", default=2)
         grid = torch.tensor([[1, 4, 4], [1, 2, 4]])
-        width = channels * patch * patch * (time if hasattr(config, "temporal_patch_size") else 1)
+        patch = self.patch * self.patch * (time if hasattr(self.config, "temporal_patch_size") else 1)
         first = "hidden_states" if "hidden_states" in names else "pixel_values" if "pixel_values" in names else main
-        return {first: noise(int(grid.prod(1).sum()), width), "grid_thw": grid}
-    images = {"pixel_values": (2, channels, size, size)}
-    required = {
-        name
-        for name, p in names.items()
-        if p.default is inspect.Parameter.empty and p.kind.name not in ("VAR_KEYWORD", "VAR_POSITIONAL")
+        return {first: self.noise(int(grid.prod(1).sum()), self.channels * patch), "grid_thw": grid}
+
+
+def _tensor(name: str, model: Any, sizes: _Sizes) -> Tensor | None:
+    """What a parameter of a model's forward takes, by its name."""
+    kind = type(model).__name__
+    makers: dict[str, Callable[[], Tensor]] = {
+        "pixel_values": lambda: sizes.pixels(kind),
+        "pixel_values_videos": sizes.video,
+        "pixel_values_video": sizes.video,
+        "input_features": lambda: sizes.features(model),
+        "input_values": sizes.waves,
+        "audio_values": sizes.waves,
+        "past_values": sizes.past,
+        "inputs_embeds": lambda: sizes.noise(2, LENGTH, sizes.number("hidden_size", "d_model", default=64)),
+        "decoder_input_ids": lambda: tokens(seed=3),
+        "bbox": lambda: torch.zeros(2, LENGTH, 4, dtype=torch.int64 if "Layout" in kind else torch.float32),
+        "pixel_mask": lambda: torch.ones(2, sizes.size, sizes.size, dtype=torch.int64),
+        "query_embeds": lambda: sizes.noise(2, 12, sizes.number("hidden_size", default=64)),
+        "attention_mask": lambda: torch.ones(2, LENGTH, dtype=torch.int64),
     }
-    for name in names:
-        paired = everything or hasattr(model, "logit_scale")
-        wanted = name in required or name in (main, "bbox") or (paired and name in _TOGETHER)
-        if not wanted or name in given:
+    same = {"hidden_states": "inputs_embeds", "labels": "decoder_input_ids", "src_tokens": "decoder_input_ids"}
+    same["padding_mask"] = "pixel_mask"
+    make = makers.get(same.get(name, name))
+    return None if make is None else make()
+
+
+def inputs(model: Any, config: Any, everything: bool = False) -> dict[str, Any]:
+    """What the model's forward needs, by the names of its parameters; or all that it takes."""
+    names = inspect.signature(model.forward).parameters
+    sizes, main = _Sizes(config), getattr(model, "main_input_name", "input_ids")
+    if "grid_thw" in names:
+        return sizes.grid(names, main)
+    given: dict[str, Any] = {"input_ids": tokens()} if "input_ids" in names else {}
+    catching = ("VAR_KEYWORD", "VAR_POSITIONAL")
+    paired = everything or hasattr(model, "logit_scale")
+    for name, p in names.items():
+        required = p.default is inspect.Parameter.empty and p.kind.name not in catching
+        if name in given or not (required or name in (main, "bbox") or (paired and name in _TOGETHER)):
             continue
-        if name in images:
-            given[name] = noise(*images[name])
-            if (
-                "num_frames" in vars(config)
-                or "video" in type(model).__name__.lower()
-                or "tubelet_size" in vars(config)
-            ):
-                given[name] = noise(2, number("num_frames", "frames_per_clip", default=4), channels, size, size)
-        elif name in ("pixel_values_videos", "pixel_values_video"):
-            given[name] = noise(2, number("num_frames", "frames_per_clip", default=4), channels, size, size)
-        elif name == "input_features":
-            time = 2 * number("max_source_positions", default=32)
-            whisper = (
-                "max_source_positions" in vars(config) and "num_mel_bins" in vars(config) and hasattr(model, "generate")
-            )
-            given[name] = (
-                noise(2, mels, time) if whisper and "Speech2Text" not in type(model).__name__ else noise(2, time, mels)
-            )
-        elif name in ("input_values", "audio_values"):
-            given[name] = noise(2, 3200)
-            if "num_mel_bins" in vars(config) and "max_length" in vars(config):
-                given[name] = noise(2, config.max_length, config.num_mel_bins)
-        elif name in ("past_values",):
-            given[name] = noise(
-                2, number("context_length", default=32), number("num_input_channels", "input_size", default=1)
-            )
-        elif name in ("inputs_embeds", "hidden_states"):
-            given[name] = noise(2, LENGTH, number("hidden_size", "d_model", default=64))
-        elif name in ("decoder_input_ids", "labels", "src_tokens"):
-            given[name] = tokens(seed=3)
-        elif name == "bbox":
-            given[name] = torch.zeros(
-                2, LENGTH, 4, dtype=torch.int64 if "Layout" in type(model).__name__ else torch.float32
-            )
-        elif name in ("pixel_mask", "padding_mask"):
-            given[name] = torch.ones(2, size, size, dtype=torch.int64)
-        elif name in ("query_embeds",):
-            given[name] = noise(2, 12, number("hidden_size", default=64))
-        elif name == "attention_mask":
-            given[name] = torch.ones(2, LENGTH, dtype=torch.int64)
-    if (
-        getattr(config, "is_encoder_decoder", False)
-        and "decoder_input_ids" in names
-        and "decoder_input_ids" not in given
-    ):
-        given["decoder_input_ids"] = tokens(seed=3)
+        if (made := _tensor(name, model, sizes)) is not None:
+            given[name] = made
+    if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in names:
+        given.setdefault("decoder_input_ids", tokens(seed=3))
     return given
 
 
