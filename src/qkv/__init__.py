@@ -21,11 +21,12 @@ from qkv.errors import (
     UnsupportedError as UnsupportedError,
     VersionError as VersionError,
 )
-from qkv.functional import attention as attention, weights as weights
+from qkv.functional import attention as attention
 from qkv.masks import Mask as Mask, constructors as _constructors
 from qkv.masks.constructors import *
 from qkv.merging import merge as merge
 from qkv.plans import plan as plan
+from qkv.probabilities import weights as weights
 from qkv.scores import alibi as alibi, relative as relative, score_mod as score_mod
 
 if TYPE_CHECKING:  # what `__getattr__` below gives, so that type checkers and editors know it

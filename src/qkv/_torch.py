@@ -12,6 +12,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any
 
 from qkv.errors import VersionError, describe
@@ -61,6 +62,10 @@ transformed: Callable[[Tensor], bool] = torch._C._functorch.is_functorch_wrapped
 """Whether a transform of torch.func follows the tensor."""
 follows_gradient: Callable[[Tensor], bool] = torch._C._functorch.is_gradtrackingtensor
 unwrapped: Callable[[Tensor], Tensor] = torch._C._functorch.get_unwrapped
+forward_level: Callable[[], int] = partial(getattr, forward_ad, "_current_level")
+"""The level of forward-mode differentiation; below 0 where none is open. Calls no Python."""
+compiler_loaded: Callable[[], bool] = partial(sys.modules.__contains__, "torch._dynamo")
+"""Whether anything may be compiled: torch.compile loads its tracer when it is first used."""
 without_transforms = torch._C._DisableFuncTorch
 without_torch_function = torch._C.DisableTorchFunctionSubclass
 below_autograd = torch._C._AutoDispatchBelowAutograd
@@ -76,7 +81,7 @@ _PLAIN = Tensor.__torch_dispatch__
 
 def forward_mode() -> bool:
     """Whether a level of forward-mode differentiation is open."""
-    return forward_ad._current_level >= 0
+    return forward_level() >= 0
 
 
 def has_tangent(t: Tensor) -> bool:
@@ -102,11 +107,6 @@ def outside_transforms() -> AbstractContextManager[Any]:
     from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
     return temporarily_clear_interpreter_stack()
-
-
-def compiler_loaded() -> bool:
-    """Whether anything may be compiled: torch.compile loads its tracer when it is first used."""
-    return "torch._dynamo" in sys.modules
 
 
 def exporting_onnx() -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from qkv._torch import without_modes
-from qkv.backends.tiled.schedule import View, count_tiles
+from qkv.backends.tiled.schedule import HeadRow, count_tiles
 from qkv.masks import Mask
 from qkv.masks.portable import decode
 from qkv.masks.shapes import Chunked, Prefix, Window
@@ -39,9 +39,9 @@ def pairs(q: Tensor, k: Tensor, positions: Tensor | None, operands: Any, static:
     heads = range(Hq if mask.varies_by_head else 1)
     if Lq * len(offsets) * len(heads) > _MOST_ROWS:
         return every
-    views = [View(b, h, offset, None) for b, offset in enumerate(offsets) for h in heads]
+    lines = [HeadRow(b, h, offset, None) for b, offset in enumerate(offsets) for h in heads]
     with without_modes():  # one that makes tensors without data would count nothing
-        shown = count_tiles(mask, views, Lq, Lk, 1, 1).visible
+        shown = count_tiles(mask, lines, Lq, Lk, 1, 1).visible
     return shown * (B // len(offsets)) * (Hq // len(heads))
 
 
@@ -52,13 +52,14 @@ def _exact(mask: Mask) -> bool:
     return all(map(_exact, inner)) if inner else isinstance(mask, (Window, Prefix, Chunked))
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any, out_val: Any = None, **static: Any) -> int:
-    return 2 * int(q.shape[3] + v.shape[3]) * pairs(q, k, rest[1], rest[4], static)
+def _forward(*given: Any, out_val: Any = None, **static: Any) -> int:
+    q, k, v, _, positions, _, _, operands = given
+    return 2 * int(q.shape[3] + v.shape[3]) * pairs(q, k, positions, operands, static)
 
 
 def _backward(*given: Any, out_val: Any = None, **static: Any) -> int:
-    q, k, v, *rest = given[5:]  # after d_out, d_lse, out, lse and state
-    return 2 * int(3 * q.shape[3] + 2 * v.shape[3]) * pairs(q, k, rest[1], rest[4], static)
+    q, k, v, _, positions, _, _, operands = given[5:]  # after d_out, d_lse, out, lse and state
+    return 2 * int(3 * q.shape[3] + 2 * v.shape[3]) * pairs(q, k, positions, operands, static)
 
 
 def register() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from qkv.backends import base
-from qkv.backends.tiled.schedule import TileCount, View, count_tiles
+from qkv.backends import base, registry
+from qkv.backends.tiled.schedule import HeadRow, TileCount, count_tiles
 from qkv.call import keywords
 from qkv.call.keys import KVView
 from qkv.call.problem import Inputs, Options, Problem
 from qkv.call.validate import validate
-from qkv.call.view import Group, check_view, groups, joined, problem_of, whole
+from qkv.call.view import Group, check_view, groups, joined, longest, problem_of
 from qkv.checks import short, shown
 from qkv.errors import ArgumentError, ArgumentTypeError, UnsupportedError, describe
 from qkv.masks import Mask
@@ -30,21 +30,98 @@ _warned = False
 _COPIES_PAY = 32
 
 
-@dataclass(frozen=True)
+class Answers:
+    """What the backends say of the problems of one call: each is asked once, and only where that decides something."""
+
+    def __init__(self, problem: Problem, every: Sequence[Problem], pages: bool) -> None:
+        self.problem, self.every, self.pages = problem, every, pages
+
+    @cached_property
+    def native(self) -> base.Backend | str:
+        """The native backend, or why it is not installed."""
+        return find("cpu")
+
+    @cached_property
+    def cannot(self) -> str | None:
+        """Why the native backend cannot run the call."""
+        return self.native if isinstance(self.native, str) else _refusal(self.native, self.every)
+
+    @cached_property
+    def untuned(self) -> str | None:
+        """Why PyTorch's own kernel would go first."""
+        return torch_first(self.problem.device, self.native)
+
+    @cached_property
+    def lacking(self) -> str | None:
+        """Why PyTorch's own kernel cannot run the call."""
+        return _refusal(registry.load("sdpa"), self.every)
+
+    @property
+    def few(self) -> bool:
+        """Whether reading pages where they lie beats copies of them."""
+        return self.pages and self.problem.Lq <= _COPIES_PAY
+
+
+@dataclass(frozen=True, eq=False)
 class Plan:
     """What will run, and why. `print` it; `attention` executes nothing else."""
 
     problem: Problem
-    backend: str
-    reason: str
-    refused: tuple[tuple[str, str], ...]
-    """(backend, why it does not run) for every other backend."""
-    note: str
-    """What the backend wants its reader to know, such as promises that do not hold."""
-    tile: tuple[int, int]
+    chosen: base.Backend
+    answers: Answers | None
+    """What was found on the way; None where the backend was asked for by its name."""
     positions: Tensor | None = None
-    cached: bool = False
-    """Whether the keys are a cache's view."""
+    pages: str = ""
+    """How the keys of a cache's view are read; empty for tensors."""
+
+    @property
+    def backend(self) -> str:
+        return self.chosen.name
+
+    @property
+    def cached(self) -> bool:
+        """Whether the keys are a cache's view."""
+        return bool(self.pages)
+
+    @property
+    def reason(self) -> str:
+        return self._told[0]
+
+    @property
+    def refused(self) -> tuple[tuple[str, str], ...]:
+        """(backend, why it does not run) for every other backend."""
+        return self._told[1]
+
+    @cached_property
+    def _told(self) -> tuple[str, tuple[tuple[str, str], ...]]:
+        name, found = self.backend, self.answers
+        if found is None:
+            others = [other for other in ("cpu", "sdpa", "tiled", "reference") if other != name]
+            return "asked for by backend=", tuple((other, f"{name!r} was asked for") for other in others)
+        last = ("reference", "its memory is quadratic: only by name")
+        if name == "sdpa":
+            why = found.cannot or found.untuned
+            reason = f"{found.untuned or found.cannot}, and the call needs nothing that PyTorch's own kernel lacks"
+            return reason, (("cpu", str(why)), ("tiled", "PyTorch's own kernel is faster"), last)
+        if name == "cpu":
+            reason, other = "the native kernel supports this call", "the native kernel promises more"
+            if found.few and found.untuned is not None:
+                reason, other = (
+                    "it reads the pages where they lie",
+                    "copies of the pages would cost more than they save",
+                )
+            return reason, (("sdpa", found.lacking or other), ("tiled", "the native kernel is faster"), last)
+        return "it takes any call on any device", (("cpu", str(found.cannot)), ("sdpa", str(found.lacking)), last)
+
+    @property
+    def note(self) -> str:
+        """What the backend wants its reader to know, such as promises that do not hold."""
+        return "; ".join(filter(None, (self.chosen.note(self.problem), self.pages)))
+
+    @property
+    def tile(self) -> tuple[int, int]:
+        """Queries and keys of a tile."""
+        return self.chosen.tile(self.problem)
 
     @cached_property
     def tiles(self) -> TileCount:
@@ -52,15 +129,13 @@ class Plan:
         p = self.problem
         batch, heads = (p.B if p.varies_by_batch else min(p.B, 1)), (p.Hq if p.varies_by_head else min(p.Hq, 1))
         rows = self.positions.cpu() if self.positions is not None else None
-        views = [
-            View(
-                b, h, 0 if rows is not None else p.offset(b), None if rows is None else rows[b if len(rows) > 1 else 0]
-            )
+        lines = [
+            HeadRow(b, h, p.offset(b), None) if rows is None else HeadRow(b, h, 0, rows[b if len(rows) > 1 else 0])
             for b in range(batch)
             for h in range(heads)
         ]
         times = (p.B // batch if batch else 0) * (p.Hq // heads if heads else 0)
-        return TileCount(*(times * n for n in count_tiles(p.mask, views, p.Lq, p.Lk, *self.tile)))
+        return TileCount(*(times * n for n in count_tiles(p.mask, lines, p.Lq, p.Lk, *self.tile)))
 
     @property
     def flops(self) -> int:
@@ -82,12 +157,12 @@ class Plan:
         """What computes first derivatives, and what further ones and forward mode."""
         if self.cached:
             return "none: the keys of a cache have none"
-        backend = base.load(self.backend)
+        backend = self.chosen
         further = "second derivatives and forward mode: tiled; third: only by backend='reference'"
         if backend.differentiable:
             first = f"{self.backend}, by autograd through its own operations"
-            return first if getattr(backend, "backward", None) is None else f"{first}; {further}"
-        why = base.no_backward(backend, self.problem)
+            return f"{first}; {further}" if backend.has_backward else first
+        why = backend.no_backward(self.problem)
         first = f"{self.backend}, by its own backward pass" if why is None else "tiled"
         first += f" ({why})" if why is not None and self.backend != "tiled" else ""
         return f"{first}; {further}"
@@ -123,11 +198,20 @@ def _unit(n: float, unit: str, step: int) -> str:
     raise AssertionError
 
 
+def find(name: str) -> base.Backend | str:
+    """The backend of that name, or why it is not installed."""
+    try:
+        backend = registry.load(name)
+    except ImportError as error:
+        return f"the native extension is not installed ({error})"
+    return backend if backend.missing is None else backend.missing
+
+
 def check_backend(call: str, backend: Any) -> None:
     """`backend=` is None or a known name."""
-    if backend is None or (isinstance(backend, str) and backend in base.NAMES):
+    if backend is None or (isinstance(backend, str) and backend in registry.NAMES):
         return
-    fix = f"Use one of {', '.join(base.NAMES)}, or leave it out"
+    fix = f"Use one of {', '.join(registry.NAMES)}, or leave it out"
     if not isinstance(backend, str):
         raise ArgumentTypeError(describe(call, "backend is a name", f"backend={shown(backend)}", fix))
     raise ArgumentError(describe(call, "backend must be a known name", f"backend={backend!r}", fix))
@@ -151,77 +235,48 @@ def choose(
     """
     every = parts or (problem,)
     if backend is not None:
-        return _by_name(problem, backend, positions, every)
-    native, tiled, sdpa = _find("cpu"), base.load("tiled"), base.load("sdpa")
-    cannot = native if isinstance(native, str) else _refusal(native, every)
-    lacking, untuned = _refusal(sdpa, every), torch_first(problem.device)
-    few = pages and cannot is None and problem.Lq <= _COPIES_PAY
-    only_by_name = ("reference", "its memory is quadratic: only by name")
+        return Plan(problem, _by_name(problem, backend, every), None, positions)
+    found = Answers(problem, every, pages)
+    native = found.native
     if isinstance(native, str) and problem.device == "cpu":
         _warn_once(native)
-    if lacking is None and not few and (cannot is not None or untuned is not None):
-        reason = f"{untuned or cannot}, and the call needs nothing that PyTorch's own kernel lacks"
-        refused = (("cpu", str(cannot or untuned)), ("tiled", "PyTorch's own kernel is faster"), only_by_name)
-        return _plan(problem, sdpa, reason, refused, positions)
-    if cannot is None and not isinstance(native, str):
-        reason = "the native kernel supports this call"
-        other = "the native kernel promises more"
-        if few and untuned is not None:
-            reason, other = "it reads the pages where they lie", "copies of the pages would cost more than they save"
-        refused = (("sdpa", lacking or other), ("tiled", "the native kernel is faster"), only_by_name)
-        return _plan(problem, native, reason, refused, positions)
+    can = found.cannot is None
+    if (not can or found.untuned is not None) and not (can and found.few) and found.lacking is None:
+        return Plan(problem, registry.load("sdpa"), found, positions)
+    if can and not isinstance(native, str):
+        return Plan(problem, native, found, positions)
+    tiled = registry.load("tiled")
     why = tiled.supports(problem)
     if why is not None:
         fix = "Move the tensors to a device with data"
         rule = f"no backend can run this call, because {why}"
         raise UnsupportedError(describe(problem.call, rule, f"tensors on {problem.device!r}", fix))
-    refused = (("cpu", str(cannot)), ("sdpa", str(lacking)), only_by_name)
-    return _plan(problem, tiled, "it takes any call on any device", refused, positions)
+    return Plan(problem, tiled, found, positions)
 
 
-def torch_first(device: str) -> str | None:
+def torch_first(device: str, native: base.Backend | str) -> str | None:
     """Why PyTorch's own kernel goes first on a device, where it can do the call; None where ours does."""
     if device != "cpu":
         return f"there is no kernel of ours for {device}"
-    native = _find("cpu")
-    if isinstance(native, str):
-        return native
-    untuned: Callable[[Problem | None], str | None] = getattr(native, "untuned", lambda _: None)
-    return untuned(None)
+    return native if isinstance(native, str) else native.untuned()
 
 
 def _refusal(backend: base.Backend, problems: Sequence[Problem]) -> str | None:
     """Why the backend cannot run one of the problems, or None where it can run all."""
-    return next((why for p in problems if (why := backend.supports(p)) is not None), None)
+    for problem in problems:
+        if (why := backend.supports(problem)) is not None:
+            return why
+    return None
 
 
-def _by_name(problem: Problem, name: str, positions: Tensor | None, every: Sequence[Problem]) -> Plan:
-    chosen = _find(name)
+def _by_name(problem: Problem, name: str, every: Sequence[Problem]) -> base.Backend:
+    chosen = find(name)
     why = chosen if isinstance(chosen, str) else _refusal(chosen, every)
     if why is not None or isinstance(chosen, str):
         fix = "Choose another backend, or leave it out and print qkv.plan(...) for what runs"
         rule = f"backend {name!r} cannot run this call, because {why}"
         raise UnsupportedError(describe(problem.call, rule, f"backend={name!r}", fix))
-    others = tuple(
-        (other, f"{name!r} was asked for") for other in ("cpu", "sdpa", "tiled", "reference") if other != name
-    )
-    return _plan(problem, chosen, "asked for by backend=", others, positions)
-
-
-def _plan(
-    problem: Problem, backend: base.Backend, reason: str, refused: tuple[tuple[str, str], ...], positions: Tensor | None
-) -> Plan:
-    return Plan(problem, backend.name, reason, refused, backend.note(problem), backend.tile(problem), positions)
-
-
-def _find(name: str) -> base.Backend | str:
-    """The backend of that name, or why it is not installed."""
-    try:
-        backend = base.load(name)
-    except ImportError as error:
-        return f"the native extension is not installed ({error})"
-    missing = getattr(backend, "missing", None)
-    return missing if isinstance(missing, str) else backend
+    return chosen
 
 
 def _warn_once(why: str) -> None:
@@ -297,9 +352,7 @@ def _plan_view(call: str, q: Any, view: KVView, v: Any, mask: Any, options: Opti
     found = over_view(call, q, view, joined(call, mask, view.held), options, backend)
     stored = short(view.k.dtype)
     how = "read where they lie" if found.in_place else "copied first"
-    pages = f"keys in {stored} on pages of {view.k.shape[2]}, {how}"
-    note = f"{found.plan.note}; {pages}" if found.plan.note else pages
-    return replace(found.plan, note=note, cached=True)
+    return replace(found.plan, pages=f"keys in {stored} on pages of {view.k.shape[2]}, {how}")
 
 
 class Part(NamedTuple):
@@ -323,7 +376,7 @@ class ViewPlan(NamedTuple):
 def over_view(call: str, q: Tensor, view: KVView, mask: Mask | None, options: Options, backend: str | None) -> ViewPlan:
     """The one rule for a view: what runs, whether on the pages themselves, and in which parts.
 
-    `mask` is joined with what the cache holds (`viewing.joined`).
+    `mask` is joined with what the cache holds (`call.view.joined`).
     """
 
     def part(group: Group) -> Part:
@@ -331,7 +384,7 @@ def over_view(call: str, q: Tensor, view: KVView, mask: Mask | None, options: Op
 
     fits = mask is None or mask.fits_any_length
     parts = None if fits and options.bias is None else [part(group) for group in groups(q, view)]
-    one = part(whole(q, view))
+    one = part(longest(q, view))
     where = one.inputs.positions
     # What holds for any lengths need not be planned for each.
     if fits and all(t.kind in ("alibi", "relative") for t in one.problem.bias) and _reads(backend or "cpu", one, view):
@@ -347,12 +400,5 @@ def _reads(backend: str, one: Part, view: KVView) -> bool:
     """Whether the backend takes the view's pages as they are stored."""
     if view.k_scale is not None and one.problem.dtype == torch.float64:
         return False  # stored numbers are multiplied in float32 there
-    found = _find(backend)
-    return not isinstance(found, str) and getattr(found, "prepare_view", None) is not None
-
-
-def prepared(problem: Problem, backend: base.Backend, inputs: Inputs) -> base.Execute | None:
-    """The backend's prepared call, where it offers one."""
-    prepare = getattr(backend, "prepare", None)
-    found: base.Execute | None = prepare(problem, inputs) if prepare is not None else None
-    return found
+    found = find(backend)
+    return not isinstance(found, str) and found.reads_pages

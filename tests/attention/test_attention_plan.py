@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import qkv
-from qkv.backends import base
+from qkv.backends import registry
 from qkv.errors import UnsupportedError
 from tests.kit import private
 from tests.kit.sharp import inputs
@@ -58,7 +58,7 @@ SHUFFLED = torch.randint(-5, 90, (2, 40), generator=torch.Generator().manual_see
     "positions", ["start", "end", -7, [3, 50], SHUFFLED], ids=["start", "end", "-7", "rows", "shuffled"]
 )
 def test_counted_tiles_are_those_of_the_mask(positions: Any) -> None:
-    from qkv.backends.tiled.schedule import Schedule, View, count_tiles
+    from qkv.backends.tiled.schedule import HeadRow, Schedule, count_tiles
     from qkv.call.validate import normalise_positions
 
     Lq, Lk, T, K = 40, 70, 8, 16
@@ -73,7 +73,7 @@ def test_counted_tiles_are_those_of_the_mask(positions: Any) -> None:
             if isinstance(reading, str)
             else reading[b if len(reading) > 1 else 0]
         )
-        view = View(b, 0, offset, None if tensor is None else tensor[b])
+        view = HeadRow(b, 0, offset, None if tensor is None else tensor[b])
         schedule = Schedule(mask, [view], Lq, Lk, T, K)
         for t, row in enumerate(blocks):
             found = {key.start // K: key.full for key in schedule.keys(t)}
@@ -135,7 +135,7 @@ def test_plan_says_what_differentiates() -> None:
     assert qkv.plan(q, q, q, backend="reference").gradients == "reference, by autograd through its own operations"
     dropped = qkv.plan(q, q, q, dropout_p=0.5)
     assert dropped.backend == qkv.plan(q, q, q).backend
-    if base.load("cpu").supports(qkv.plan(q, q, q).problem) is None:
+    if registry.load("cpu").supports(qkv.plan(q, q, q).problem) is None:
         plan = qkv.plan(q, q, q, backend="cpu")
         assert plan.gradients == f"cpu, by its own backward pass; {further}"
         assert f"gradients {plan.gradients}" in str(plan)

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import qkv
-from qkv.backends import base
-from qkv.call.problem import Inputs
+from qkv.backends import registry
+from qkv.call.problem import Inputs, Output
 from tests.kit import backends
 from tests.kit.sharp import BACKENDS, inputs
 
@@ -47,8 +47,9 @@ def test_every_backend_drops_the_weights_that_the_hash_names(
     q, k = (torch.randn(B, H, L, 16, generator=generator).to(dtype) for H, L in ((Hq, Lq), (Hkv, Lk)))
     v = torch.eye(Lk, dtype=dtype).expand(B, Hkv, Lk, Lk)
     problem = replace(qkv.plan(q, k, v, dropout_p=p).problem, needs_lse=True)
-    found = base.load(backend).run(problem, Inputs(q, k, v, seed=seed))
-    plain = base.load(backend).run(replace(problem, dropout_p=0.0), Inputs(q, k, v))
+    native, given = registry.load(backend), Inputs(q, k, v, seed=seed)
+    found = Output(*native.prepare(problem, given).run(*given))
+    plain = Output(*native.prepare(replace(problem, dropout_p=0.0), given).run(q, k, v))
     at = torch.meshgrid(*(torch.arange(n) for n in (B, Hq, Lq, Lk)), indexing="ij")
     keep = dropout_keep(seed, p, *at)
     assert torch.equal(found.lse, plain.lse)

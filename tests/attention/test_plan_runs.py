@@ -13,13 +13,13 @@ from torch import Tensor
 
 import qkv
 from qkv import plans
-from qkv.backends import base
+from qkv.backends import registry
 from qkv.errors import UnsupportedError
 from tests.kit import private, skips
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SEED = 50
-RUNS = ("run", "prepare", "prepare_view")  # a prepared call passes `run` by
+RUNS = ("run", "run on pages")
 CAUSAL = qkv.causal()
 MISSING = "the native extension was not built (emulated)"
 UNTUNED = "no kernel tuned for this processor (emulated)"
@@ -32,11 +32,11 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 @pytest.fixture(params=["as it is", "no tuned kernel", "no extension"])
 def machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """This machine, one without a kernel made for it, and one on which nothing was compiled."""
-    native = base.load("cpu")
+    native = registry.load("cpu")
     if request.param == "no tuned kernel":
-        if native.missing is not None:  # type: ignore[attr-defined]
+        if native.missing is not None:
             pytest.skip(skips.NO_TUNED_KERNEL)
-        monkeypatch.setattr(native, "untuned", lambda problem: UNTUNED)
+        monkeypatch.setattr(native, "untuned", lambda: UNTUNED)
     elif request.param == "no extension":
         monkeypatch.setattr(native, "module", MISSING)
         monkeypatch.setattr(native, "missing", MISSING)
@@ -50,17 +50,32 @@ def machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 def entered(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
     """(backend, method) of everything that a backend was asked to compute."""
     found: list[tuple[str, str]] = []
+
+    def watch(ready: Any, method: str, at: tuple[str, str]) -> None:
+        real = getattr(ready, method)
+
+        def record(*given: Any, **more: Any) -> Any:
+            found.append(at)
+            return real(*given, **more)
+
+        setattr(ready, method, torch.compiler.disable(record))
+
     for name in ("cpu", "tiled", "sdpa", "reference"):
-        backend = base.load(name)
-        for method in (*RUNS, "backward"):
-            real = getattr(backend, method, None)
-            if real is not None:
+        backend = registry.load(name)
 
-                def record(*given: Any, real: Any = real, at: tuple[str, str] = (name, method), **more: Any) -> Any:
-                    found.append(at)
-                    return real(*given, **more)
+        def prepare(*given: Any, name: str = name, real: Any = backend.prepare) -> Any:
+            ready = real(*given)
+            watch(ready, "run", (name, "run"))
+            watch(ready, "backward", (name, "backward"))
+            return ready
 
-                monkeypatch.setattr(backend, method, torch.compiler.disable(record))
+        def prepare_view(*given: Any, name: str = name, real: Any = backend.prepare_view) -> Any:
+            ready = real(*given)
+            watch(ready, "run", (name, "run on pages"))
+            return ready
+
+        monkeypatch.setattr(backend, "prepare", prepare)
+        monkeypatch.setattr(backend, "prepare_view", prepare_view)
     return found
 
 
@@ -149,8 +164,8 @@ def test_what_sdpa_lacks_is_run_or_refused(
 def test_the_plan_prefers_what_it_should(machine: str) -> None:
     """PyTorch's kernel where none of ours was made for the machine and it can do the call; the reason is true."""
     q, short = normal(1, 2, 6, 8), normal(1, 2, 1, 8)
-    own = base.load("cpu").supports(qkv.plan(q, q, q, backend="tiled").problem) is None
-    tuned = machine == "as it is" and own and plans.torch_first("cpu") is None
+    own = registry.load("cpu").supports(qkv.plan(q, q, q, backend="tiled").problem) is None
+    tuned = machine == "as it is" and own and plans.torch_first("cpu", registry.load("cpu")) is None
     rest = "cpu" if own else "tiled"
     for given, option, torchs in [
         ((q, q, q), {}, True),
@@ -403,7 +418,7 @@ def test_views(machine: str, entered: list[tuple[str, str]], make: Callable[...,
         entered.clear()
         found = qkv.attention(q, view, **options)
         assert ran(entered) == {plan.backend}, (option, plan.reason, entered)
-        assert ("read where they lie" in str(plan)) == any(method == "prepare_view" for _, method in entered)
+        assert ("read where they lie" in str(plan)) == any(method == "run on pages" for _, method in entered)
         want = qkv.attention(q, view, **option, backend="reference")
         for x, y in zip(*((z if isinstance(z, tuple) else (z,)) for z in (found, want)), strict=True):
             near = 1e-2 if q.dtype == torch.bfloat16 else 1e-5
@@ -429,3 +444,43 @@ def test_sdpa_computes_on_copies_of_pages() -> None:
         assert torch.allclose(out.float(), qkv.attention(q, view, backend="reference").float(), atol=2e-2)
     with pytest.raises(UnsupportedError, match="it has no log-sum-exp"):
         qkv.attention(q, view, backend="sdpa", return_lse=True)
+
+
+def test_a_view_in_a_compiled_function(machine: str, entered: list[tuple[str, str]]) -> None:
+    """No graph holds a cache's tables: the call is Python's, and what runs is still what the plan says."""
+    q, view = paged(None)
+    plan = qkv.plan(q, view, mask=CAUSAL)
+    entered.clear()
+    torch._dynamo.reset()
+    out = torch.compile(lambda q: qkv.attention(q * 2, view, mask=CAUSAL), backend="eager")(q)
+    assert ran(entered) == {plan.backend}
+    want = qkv.attention(q * 2, view, mask=CAUSAL, backend="reference")
+    assert torch.allclose(out, want, atol=1e-5, rtol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------- patched
+@pytest.mark.parametrize("way", FORWARD, ids=NAMES)
+def test_patched(machine: str, entered: list[tuple[str, str]], way: Callable[..., Any]) -> None:
+    """Who calls PyTorch's function in the block of `patch_sdpa` gets what the plan of the same call says."""
+    given = [normal(2, 4, 6, 8), normal(2, 4, 6, 8, seed=1), normal(2, 4, 6, 8, seed=2)]
+    plan = qkv.plan(*given, mask=CAUSAL, positions="start")
+    want = qkv.attention(*(x.double() for x in given), mask=CAUSAL, backend="reference")
+    entered.clear()
+    with qkv.compat.patch_sdpa():
+        out = way(lambda *x: torch.nn.functional.scaled_dot_product_attention(*x, is_causal=True), *given)
+    further = {"tiled"} if way in (along, dual) else set()
+    assert entered[0][0] == plan.backend
+    assert ran(entered) - further == {plan.backend} - further, entered
+    assert torch.allclose(out.double(), want, atol=1e-5, rtol=1e-5)
+
+
+def test_a_patched_training_step(machine: str, entered: list[tuple[str, str]]) -> None:
+    given = [normal(2, 4, 6, 8), normal(2, 4, 6, 8, seed=1), normal(2, 4, 6, 8, seed=2)]
+    plan = qkv.plan(*given, mask=CAUSAL, positions="start")
+    entered.clear()
+    with qkv.compat.patch_sdpa():
+        by_autograd(
+            partial(torch.nn.functional.scaled_dot_product_attention, is_causal=True), torch.ones_like(given[0]), *given
+        )
+    assert {name for name, _ in entered} == {plan.backend}, entered
+    assert [method for _, method in entered] == (["run"] if plan.backend == "sdpa" else ["run", "backward"])

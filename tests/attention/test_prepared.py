@@ -9,16 +9,18 @@ import pytest
 import torch
 
 import qkv
+from qkv.backends.base import Backend, Prepared
+from qkv.backends.tiled.forward import TiledBackend
+from qkv.call.problem import Inputs
 from qkv.errors import ArgumentError, ArgumentTypeError, QKVError
 from tests.kit import private
 from tests.kit.sharp import inputs
 
 
-class _Prepared:
+class _Native(Backend):
     """A stand-in for the native backend, to test the door alone."""
 
     name = "cpu"
-    differentiable = False
 
     def __init__(self) -> None:
         self.prepared = self.ran = 0
@@ -32,38 +34,31 @@ class _Prepared:
     def tile(self, problem: Any) -> tuple[int, int]:
         return 64, 64
 
-    def note(self, problem: Any) -> str:
-        return ""
-
     def prepare(self, problem: Any, given: Any) -> Any:
-        from qkv.backends.tiled.forward import TiledBackend
-        from qkv.call.problem import Inputs
-
         self.prepared += 1
-        bias = given.bias
+        return _Ready(self, problem)
 
-        def execute(q, k, v, positions, tensors, sinks, return_lse, seed=0):
-            self.ran += 1
-            terms = bias.with_tensors(tensors) if bias is not None else None
-            return TiledBackend().run(problem, Inputs(q, k, v, positions, terms, sinks))
 
-        return execute
+class _Ready(Prepared):
+    def run(self, *given: Any) -> Any:
+        self.backend.ran += 1  # type: ignore[attr-defined]
+        return TiledBackend().run(self.problem, Inputs(*given))
 
 
 @pytest.fixture
-def door(monkeypatch: pytest.MonkeyPatch, nothing_kept: None) -> _Prepared:
-    native = _Prepared()
+def door(monkeypatch: pytest.MonkeyPatch, nothing_kept: None) -> _Native:
+    native = _Native()
     private.use_backend(monkeypatch, "cpu", native)
     return native
 
 
-def test_one_plan_serves_many_calls(door: _Prepared) -> None:
+def test_one_plan_serves_many_calls(door: _Native) -> None:
     q, k, v = inputs(Lq=9)
     for _ in range(3):
         want = qkv.attention(q, k, v, mask=qkv.causal(), backend="tiled")
         assert torch.equal(qkv.attention(q, k, v, mask=qkv.causal()), want)
     assert (door.prepared, door.ran) == (1, 3)
-    assert len(private.ready_calls()) == 1
+    assert len([kept for kept in private.ready().values() if kept.value.backend is door]) == 1
     qkv.attention(q.requires_grad_(), k, v, mask=qkv.causal()).sum().backward()
     assert (door.prepared, door.ran) == (2, 4)
     with torch.no_grad():
@@ -75,7 +70,7 @@ def test_one_plan_serves_many_calls(door: _Prepared) -> None:
     assert door.prepared == 3
 
 
-def test_a_hit_is_no_licence(door: _Prepared) -> None:
+def test_a_hit_is_no_licence(door: _Native) -> None:
     """What equals a good argument without being one still raises after the good one was cached."""
     q, k, v = inputs(Lq=9)
     calls: list[tuple[dict[str, Any], dict[str, Any]]] = [
@@ -98,7 +93,7 @@ def test_a_hit_is_no_licence(door: _Prepared) -> None:
     assert torch.equal(qkv.attention(step, k, v), qkv.attention(q, k, v))
 
 
-def test_data_is_looked_at_in_every_call(door: _Prepared) -> None:
+def test_data_is_looked_at_in_every_call(door: _Native) -> None:
     q, k, v = inputs(Lq=9)
     mask = torch.ones(9, 9, dtype=torch.bool)
     qkv.attention(q, k, v, mask=mask)
@@ -117,15 +112,15 @@ def test_data_is_looked_at_in_every_call(door: _Prepared) -> None:
         qkv.attention(q, k, v, mask=qkv.causal(), positions=p + 2**60)
 
 
-def test_caches_are_bounded_and_hold_no_user_tensors(door: _Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_caches_are_bounded_and_hold_no_user_tensors(door: _Native, monkeypatch: pytest.MonkeyPatch) -> None:
     import gc
     import weakref
 
     q, k, v = inputs(Lq=9)
-    monkeypatch.setattr(door, "prepare", lambda problem, given: lambda q, *rest: (q, None), raising=False)
-    for n in range(1, 270):
+    monkeypatch.setattr(_Ready, "run", lambda self, q, *rest: (q, None, None))
+    for n in range(1, 600):
         qkv.attention(q, k, v, mask=qkv.sliding_window(n))
-    assert all(len(table) <= table.most <= 256 for table in private.tables())
+    assert len(private.ready()) == private.ready().most <= 512
     mask = torch.ones(9, 9, dtype=torch.bool)
     alive = weakref.ref(mask)
     qkv.attention(q, k, v, mask=mask)
@@ -138,7 +133,7 @@ def test_caches_are_bounded_and_hold_no_user_tensors(door: _Prepared, monkeypatc
     assert alive_q() is None
 
 
-def test_threads_share_the_door(door: _Prepared) -> None:
+def test_threads_share_the_door(door: _Native) -> None:
     q, k, v = inputs(Lq=9)
     want = {n: qkv.attention(q, k, v, mask=qkv.sliding_window(n), backend="tiled") for n in range(1, 9)}
     wrong: list[int] = []

@@ -1,4 +1,4 @@
-"""What plans keep between calls: one budget in bytes for all tables, the least recently used goes first."""
+"""What plans keep between calls: one budget in bytes for tensors and views, the least recently used goes first."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import qkv
-from qkv import remembered
+from qkv import execute
+from qkv.execute import Remembered, now, weight
 from qkv.masks.segments import Documents
-from qkv.remembered import Remembered, now, weight
 from tests.kit import private
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -22,8 +22,8 @@ BUDGET = 1 << 20
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch, nothing_kept: None) -> None:
     """A budget that a few masks fill, and nothing kept from before."""
-    monkeypatch.setattr(remembered, "BUDGET", BUDGET)
-    monkeypatch.setattr(remembered, "LARGEST", BUDGET // 4)
+    monkeypatch.setattr(execute, "BUDGET", BUDGET)
+    monkeypatch.setattr(execute, "LARGEST", BUDGET // 4)
 
 
 def ids(n: int, rows: int = 2, length: int = 2000) -> torch.Tensor:
@@ -53,7 +53,7 @@ def test_changing_documents_stay_under_the_budget(backend: str | None, learns: b
     gc.collect()
     left = [t for ref in alive if (t := ref()) is not None]
     assert sum(t.nbytes for t in left) <= BUDGET < sum(ids(n).nbytes for n in range(100)) / 3
-    assert remembered.held() <= BUDGET
+    assert private.ready().held() <= BUDGET
     assert left, "the last ones are still of use"
     assert alive[-1]() is not None
     assert alive[0]() is None
@@ -72,9 +72,9 @@ def test_a_mask_that_is_too_large_is_not_kept() -> None:
     big = qkv.documents(segment_ids=torch.arange(40_000) // 7)
     q = torch.zeros(1, 1, 1, 8).expand(1, 1, 40_000, 8)
     packed(0)
-    kept = [len(table) for table in private.tables()]
+    kept = len(private.ready())
     qkv.attention(q[:, :, :1], q, q, big, positions=[0])
-    assert [len(table) for table in private.tables()] == kept, "nor does it push out others"
+    assert len(private.ready()) == kept, "nor does it push out others"
 
 
 def test_views_share_the_budget() -> None:
@@ -90,7 +90,7 @@ def test_views_share_the_budget() -> None:
         del mask
     gc.collect()
     assert sum(t.nbytes for ref in alive if (t := ref()) is not None) <= BUDGET
-    assert remembered.held() <= BUDGET
+    assert private.ready().held() <= BUDGET
 
 
 def test_what_a_call_adds_to_its_mask_is_counted() -> None:
@@ -98,10 +98,10 @@ def test_what_a_call_adds_to_its_mask_is_counted() -> None:
     table = Remembered(10)
     mask = qkv.documents(segment_ids=torch.arange(4000))
     table.put("mask", 0, (mask,))
-    before = remembered.held()
+    before = table.held()
     mask.keys.runs(0)
     table.put("next", 0, ())
-    assert remembered.held() >= before + 3 * 4000 * 8
+    assert table.held() >= before + 3 * 4000 * 8
     assert weight((mask, mask)) == weight(mask)
     table.clear()
 
@@ -140,5 +140,5 @@ def test_threads_put_and_find_at_once() -> None:
         thread.join()
     assert not faults
     assert len(table) <= 20
-    assert remembered.held() <= BUDGET
+    assert table.held() <= BUDGET
     table.clear()

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import qkv
-from qkv.backends.tiled import forward
+from qkv.backends.tiled import walk
 from qkv.call.problem import dense_strides
 from qkv.numerics import softcap_slope
 from tests.kit import skips
@@ -61,7 +61,7 @@ def test_the_tile_sizes_do_not_matter(sizes: tuple[int, int], monkeypatch: pytes
     )
     torch.manual_seed(0)
     want = run(tensors, backend="reference", dropout_p=0.2, **options)
-    monkeypatch.setattr(forward, "tile_sizes", lambda problem: sizes)
+    monkeypatch.setattr(walk, "tile_sizes", lambda problem: sizes)
     torch.manual_seed(0)
     got = run(tensors, dropout_p=0.2, **options)
     for a, b in zip(got, want, strict=True):
@@ -70,13 +70,13 @@ def test_the_tile_sizes_do_not_matter(sizes: tuple[int, int], monkeypatch: pytes
 
 def test_empty_tiles_are_never_visited(monkeypatch: pytest.MonkeyPatch) -> None:
     visited: list[tuple[int, int, bool]] = []
-    scores = forward.Walk.scores
+    scores = walk.Walk.scores
 
     def counted(self: Any, q: Any, k: Any, block: Any, rows: slice, key: Any) -> Any:
         visited.append((rows.start, key.start, key.full))
         return scores(self, q, k, block, rows, key)
 
-    monkeypatch.setattr(forward.Walk, "scores", counted)
+    monkeypatch.setattr(walk.Walk, "scores", counted)
     q, k, v = (x.detach() for x in inputs(1024, 1024, B=1))
     qkv.attention(q, k, v, mask=qkv.causal(), backend="tiled")
     assert len(visited) == 8 * 4 - 12

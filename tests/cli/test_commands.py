@@ -275,7 +275,7 @@ def test_doctor_says_in_one_whole_line_what_is_missing_and_how_to_get_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """However long the reason is; both where the backend cannot be loaded and where it says that it is not built."""
-    monkeypatch.setattr("qkv.backends.base.load", _without_native(qkv.backends.base.load))
+    monkeypatch.setattr("qkv.backends.registry.load", _without_native(qkv.backends.registry.load))
     assert main(["doctor"]) == 0
     shown = capsys.readouterr().out
     (native,) = [line for line in shown.splitlines() if line.startswith("native")]
@@ -286,7 +286,7 @@ def test_doctor_says_in_one_whole_line_what_is_missing_and_how_to_get_it(
     assert "…" not in shown
 
     reason = "the native extension was not built (No module named 'qkv._native' in a very long list of places)"
-    monkeypatch.setattr("qkv.backends.base.load", lambda name: argparse.Namespace(missing=reason))
+    monkeypatch.setattr("qkv.backends.registry.load", lambda name: argparse.Namespace(missing=reason))
     assert doctor._native() == f"not usable: {reason}; {doctor.CURE}"
 
 

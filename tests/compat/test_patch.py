@@ -249,10 +249,10 @@ def test_a_block_says_how_many_calls_went_where_and_why() -> None:
 
 
 def test_a_call_that_is_not_native_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    from qkv.backends import base
+    from qkv.backends import registry
 
     monkeypatch.setattr(COUNTING, "_plans", {})
-    monkeypatch.setattr(base.load("cpu"), "supports", lambda problem: "it is Sunday", raising=False)
+    monkeypatch.setattr(registry.load("cpu"), "supports", lambda problem: "it is Sunday", raising=False)
     q = torch.randn(1, 2, 5, 8)
     with patch_sdpa() as block:
         F.scaled_dot_product_attention(q, q, q, attn_mask=torch.zeros(5, 5))

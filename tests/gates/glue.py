@@ -31,17 +31,28 @@ def _offsets_off(real: Any) -> Any:
 
 
 def _which_short(real: Any) -> Any:
-    def prepare(*given: Any) -> Any:
-        execute = real(*given)
+    def over_view(*given: Any) -> Any:
+        found = real(*given)
+        if not found.in_place:
+            return found
 
-        def run_some(q: Any, view: KVView, bias: Any, sinks: Any, lse: bool, to: Any = None, which: Any = ()) -> Any:
-            if to is not None:
-                to.out.fill_(0)  # memory that happens to be right is no excuse
-            return execute(q, view, bias, sinks, lse, to, list(which[:-1]) or list(which))
+        class Short:
+            @staticmethod
+            def prepare_view(*given: Any) -> Any:
+                ready = found.plan.chosen.prepare_view(*given)
+                run = ready.run
 
-        return run_some
+                def run_some(q: Any, view: KVView, bias: Any, sinks: Any, to: Any = None, which: Any = ()) -> Any:
+                    if to is not None:
+                        to.out.fill_(0)  # memory that happens to be right is no excuse
+                    return run(q, view, bias, sinks, to, list(which[:-1]) or list(which))
 
-    return prepare
+                ready.run = run_some
+                return ready
+
+        return found._replace(plan=replace(found.plan, chosen=Short()))
+
+    return over_view
 
 
 def _one_group(real: Any) -> Any:
@@ -71,7 +82,7 @@ GLUE_MUTANTS: dict[str, tuple[str, str, Callable[[Any], Any]]] = {
     "held ignored": ("what the cache gave back counts as visible", "joined", _held_ignored),
     "position off": ("queries of copied keys stand one place early", "problem_of", _position_off),
     "offsets off": ("rows of a ragged step are taken one place early", "_copied", _offsets_off),
-    "which short": ("the last sequence of a group is left out", "_prepare", _which_short),
+    "which short": ("the last sequence of a group is left out", "over_view", _which_short),
     "one group": ("the first sequence's lengths serve all", "groups", _one_group),
     "one table": ("all sequences are read by the longest one's table", "gathered", _first_table),
     "value scale": ("stored values are multiplied by the keys' scales", "gathered", _values_by_key_scale),

@@ -25,17 +25,18 @@ SEED = 5
 
 class Stateful(forward.TiledBackend):
     name = "cpu"
+    has_backward = True
 
     def __init__(self) -> None:
         self.made: list[bool] = []
         self.used = 0
 
     def run(self, problem: Problem, inputs: Inputs) -> Output:
-        self.made.append(problem.needs_state)
+        self.made.append(problem.needs_grad)
         found = super().run(problem, inputs)
-        return found._replace(state=_state(inputs)) if problem.needs_state else found
+        return found._replace(state=_state(inputs)) if problem.needs_grad else found
 
-    def backward_supports(self, problem: Problem) -> str | None:
+    def no_backward(self, problem: Problem) -> str | None:
         return "not with a softcap" if problem.softcap is not None else None
 
     def backward(self, problem: Problem, inputs: Inputs, output: Output, d_out: Tensor, d_lse: Tensor) -> Any:
@@ -232,6 +233,7 @@ def test_the_op_keeps_its_promised_sizes(stateful: Stateful) -> None:
 
 def test_a_state_is_no_part_of_what_a_plan_is_asked_for() -> None:
     q, k, v, _ = tensors()
-    problem = qkv.plan(q.requires_grad_(), k, v).problem
-    assert not problem.needs_state
-    assert replace(problem, needs_state=True) != problem
+    wanted = qkv.plan(q, k, v)
+    found = qkv.plan(q.requires_grad_(), k, v)
+    assert (found.backend, found.reason) == (wanted.backend, wanted.reason)
+    assert replace(found.problem, needs_grad=False) == wanted.problem, "lse is asked for by the caller alone"

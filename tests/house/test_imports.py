@@ -64,10 +64,10 @@ def test_the_search_sees_a_circle() -> None:
 
 
 # Late imports, by the file that makes them: they save a second of start-up, and are for calls that most never make.
-LATE = {
-    "qkv.functional": {"qkv.autograd", "qkv.backends.reference"},  # gradients and weights
-    "qkv.graph": {"qkv.autograd"},
-    "qkv.execute": {"qkv.autograd", "qkv.backends.reference"},
+LATE = {  # gradients, and the definition behind weights
+    "qkv.functional": {"qkv.autograd"},
+    "qkv.graph.ops": {"qkv.autograd"},
+    "qkv.probabilities": {"qkv.autograd", "qkv.backends.reference"},
 }
 
 

@@ -12,32 +12,27 @@ from typing import Any
 
 import pytest
 
-from qkv import execute, functional, plans
-from qkv.backends import base
-from qkv.remembered import Remembered
+from qkv import execute, plans
+from qkv.backends import registry
+from qkv.backends.base import PreparedView
+from qkv.execute import Remembered
 
 CPU = importlib.import_module("qkv.backends.cpu")
 
 
-def tables() -> tuple[Remembered, ...]:
-    """Everything that is kept of calls between calls."""
-    return functional._ENTRIES, functional._FAST, execute._PREPARED
+def ready() -> Remembered:
+    """Everything that is kept of calls between calls: those that are prepared, on tensors and on views."""
+    return execute.PREPARED
 
 
-def ready_calls() -> Remembered:
-    """The calls on tensors that are prepared and need no gradient."""
-    return functional._FAST
-
-
-def ready_views() -> Remembered:
-    """The calls on views that are prepared."""
-    return execute._PREPARED
+def ready_views() -> list[Any]:
+    """The prepared calls on views."""
+    return [kept.value for kept in execute.PREPARED.values() if isinstance(kept.value, PreparedView)]
 
 
 def forget() -> None:
-    """Forget every plan and every prepared call, as in a new process."""
-    for table in tables():
-        table.clear()
+    """Forget every prepared call, as in a new process."""
+    execute.PREPARED.clear()
 
 
 def use_backend(monkeypatch: pytest.MonkeyPatch, name: str, backend: Any) -> None:
@@ -45,7 +40,7 @@ def use_backend(monkeypatch: pytest.MonkeyPatch, name: str, backend: Any) -> Non
 
     The test needs the fixture `nothing_kept`, so that the plans made with it are forgotten as well.
     """
-    real = base.load
+    real = registry.load
 
     def load(asked: str) -> Any:
         if asked.partition(":")[0] != name:
@@ -54,7 +49,7 @@ def use_backend(monkeypatch: pytest.MonkeyPatch, name: str, backend: Any) -> Non
             raise backend
         return backend
 
-    monkeypatch.setattr(plans.base, "load", load)
+    monkeypatch.setattr(registry, "load", load)
     forget()
 
 
@@ -66,8 +61,8 @@ def warn_again(monkeypatch: pytest.MonkeyPatch, *, never: bool = False) -> None:
 def count_plans(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """A list that grows by one with each call on tensors that is planned."""
     made: list[Any] = []
-    real = functional.choose
-    monkeypatch.setattr(functional, "choose", lambda *given, **more: made.append(given) or real(*given, **more))
+    real = execute.choose
+    monkeypatch.setattr(execute, "choose", lambda *given, **more: made.append(given) or real(*given, **more))
     return made
 
 
@@ -78,7 +73,7 @@ def native_kernels(module: Any) -> Iterator[None]:
     def swap(find: Any) -> None:
         CPU._module = find
         forget()
-        base.load.cache_clear()
+        registry.load.cache_clear()
 
     shipped = CPU._module
     try:

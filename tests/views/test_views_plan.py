@@ -264,9 +264,9 @@ class TestPrepared:
 
     def test_what_is_remembered_is_bounded(self) -> None:
         q, view = step((20,))
-        for n in range(private.ready_views().most + 20):
+        for n in range(private.ready().most + 20):
             qkv.attention(q, view, mask=CAUSAL, scale=0.1 + n)
-        assert len(private.ready_views()) <= private.ready_views().most
+        assert len(private.ready()) <= private.ready().most
         close(qkv.attention(q, view, mask=CAUSAL, scale=0.1), truth(q, view, scale=0.1))
 
     def test_lse_or_not(self) -> None:

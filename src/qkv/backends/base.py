@@ -1,24 +1,18 @@
-"""What a backend is, and where each one lives. Nothing is imported before its first use."""
+"""What a backend is: one way to compute attention, and the calls that it has made ready."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
-from importlib import import_module
-from typing import NamedTuple, Protocol, TypeAlias
+from functools import cached_property
+from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor
 
-from qkv.backends.isas import ISAS
+from qkv.call.keys import KVView
 from qkv.call.problem import Inputs, Output, Problem
+from qkv.scores import ScoreTerm
 
-# execute(q, k, v, positions, bias_tensors, sinks, return_lse, seed=0) -> (out, lse or None, state or None), as in
-# spec.Output; the seed is dropout's
-Execute: TypeAlias = Callable[..., "tuple[Tensor, Tensor | None, Tensor | None]"]
-
-
-# execute(q, view, bias_tensors, sinks, return_lse, to=None, sequences=[]) -> output; the last two: a part of a batch
-ExecuteView: TypeAlias = Callable[..., Output]
+Result: TypeAlias = tuple[Tensor, "Tensor | None", "Tensor | None"]
+"""out, lse or None, state or None: `Output` without its class, which would cost every call."""
 
 
 class Gradients(NamedTuple):
@@ -31,72 +25,122 @@ class Gradients(NamedTuple):
     bias: tuple[Tensor, ...]
 
 
-class Backend(Protocol):
-    """One way to compute attention.
+class Backend:
+    """One way to compute attention. A class of its own declares what differs from the attributes below.
 
-    A backend may offer more, each looked up by name:
-
-    * ``prepare(problem, inputs) -> Execute``: do per call only what depends on data pointers. The plan cache keeps the
-      callable for calls with the same shapes, strides, dtypes, device, mask and options, and the same answer to "does v
-      start where k starts". It must not keep a tensor of `inputs` alive, and is called from any thread.
-    * ``prepare_view(problem, q, view, bias_tensors, sinks) -> ExecuteView``: the same for keys on a cache's pages. What
-      is prepared holds for any lengths and pages of as many sequences, unless the mask or bias is made for some.
-    * ``backward(problem, inputs, output, d_out, d_lse) -> Gradients`` and ``backward_supports(problem)`` (None, or the
-      reason why not): gradients by kernels of its own, which find in `output` what `run` returned, its state included.
-      Without them gradients come from `tiled`, which makes its own row statistics.
-      One that is differentiable by autograd offers `backward` where that differentiates once only, or for callers that
-      cannot keep its graph.
-    * ``has_lse``: False, if it computes no lse even where a backward pass is to follow.
-    * ``missing``: a reason, if the whole backend is not installed here (str or None).
-    * ``untuned(problem)``: a reason, if it can run but PyTorch's own kernel is better on this machine (str or None);
-      problem is None where the machine as a whole is asked about.
+    It defines `run`, or `prepare` where something of a call can be done once for all calls of its kind. A public name
+    that is not declared here is an error: nobody would call it.
     """
 
-    name: str
-    differentiable: bool
+    name = ""
+    missing: str | None = None
+    """Why the whole backend is not installed here."""
+    differentiable = False
     """True: autograd can go through `run` itself. False: gradients come from a backward pass."""
+    has_backward = False
+    """Whether it has a backward pass of its own; else gradients come from `tiled`, which makes its own row statistics.
+
+    One that is differentiable by autograd offers it where that differentiates once only, or for callers that cannot
+    keep its graph."""
+    reads_pages = False
+    """Whether it reads keys where they lie on a cache's pages: `prepare_view`."""
+
+    def __init_subclass__(cls) -> None:
+        unknown = [name for name in vars(cls) if not name.startswith("_") and not hasattr(Backend, name)]
+        if unknown:
+            raise TypeError(f"a backend has no {unknown[0]}: qkv.backends.base.Backend declares what it may define")
 
     def supports(self, problem: Problem) -> str | None:
         """None if it can run the problem, else the reason why not."""
-        ...
+        return "a meta tensor holds no data to compute with" if problem.device == "meta" else None
 
-    def run(self, problem: Problem, inputs: Inputs) -> Output:
-        """Compute; lse may be None unless `problem.needs_lse`, and a state is for `problem.needs_state` only."""
-        ...
+    def untuned(self) -> str | None:
+        """Why PyTorch's own kernel is better on this machine, where it is."""
+        return None
 
     def tile(self, problem: Problem) -> tuple[int, int]:
         """Queries and keys of one tile."""
-        ...
+        raise NotImplementedError
 
     def note(self, problem: Problem) -> str:
         """What a reader of the plan should know, such as promises that do not hold here; may be empty."""
-        ...
+        return ""
+
+    def run(self, problem: Problem, inputs: Inputs) -> Output:
+        """Compute. lse may be None unless `needs_lse` or `needs_grad`; a state is for the own backward pass alone."""
+        raise NotImplementedError
+
+    def backward(self, problem: Problem, inputs: Inputs, output: Output, d_out: Tensor, d_lse: Tensor) -> Gradients:
+        """Gradients of sum(out * d_out) + sum(lse * d_lse); `output` is what `run` returned."""
+        raise NotImplementedError
+
+    def no_backward(self, problem: Problem) -> str | None:
+        """None if its own backward pass takes the problem, else why not: then `tiled` has one."""
+        if not self.has_backward:
+            return f"{self.name} has no backward pass of its own"
+        return (
+            "there is nothing to compute" if 0 in (problem.B, problem.Hq, problem.Lq, problem.Lk, problem.Dv) else None
+        )
+
+    def prepare(self, problem: Problem, inputs: Inputs) -> Prepared:
+        """Do once what calls of one kind share: shapes, strides, dtypes, device, mask and options are the same."""
+        return Prepared(self, problem)
+
+    def prepare_view(
+        self, problem: Problem, q: Tensor, view: KVView, bias: tuple[Tensor, ...], sinks: Tensor | None
+    ) -> PreparedView:
+        """The same for keys on pages, of any lengths, unless the mask or bias is made for some."""
+        raise NotImplementedError
 
 
-_PLACES = {
-    "reference": ("qkv.backends.reference", "ReferenceBackend"),
-    "tiled": ("qkv.backends.tiled.forward", "TiledBackend"),
-    "sdpa": ("qkv.backends.sdpa", "SdpaBackend"),
-    "cpu": ("qkv.backends.cpu", "CpuBackend"),
-}
-NAMES = (*_PLACES, *(f"cpu:{isa}" for isa in ISAS))
+class Prepared:
+    """Calls of one kind, made ready by a backend: all but their tensors, of which it keeps none alive.
+
+    It is kept between calls, serves forward and backward passes, and is called from any thread.
+    """
+
+    operands: tuple[Tensor, ...] = ()
+    """What was made of the mask's tensors."""
+
+    def __init__(self, backend: Backend, problem: Problem) -> None:
+        self.backend, self.problem = backend, problem
+
+    def run(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        positions: Tensor | None = None,
+        bias: ScoreTerm | None = None,
+        sinks: Tensor | None = None,
+        seed: int = 0,
+    ) -> Result:
+        """Compute with the tensors of one call, in the order of `Inputs`."""
+        return self.backend.run(self.problem, Inputs(q, k, v, positions, bias, sinks, seed))
+
+    @cached_property
+    def no_backward(self) -> str | None:
+        """Why `tiled` computes the gradients; None where the backend does."""
+        return self.backend.no_backward(self.problem)
+
+    def backward(self, inputs: Inputs, output: Output, d_out: Tensor, d_lse: Tensor) -> Gradients:
+        """Gradients by the backend's own backward pass, if `no_backward` is None."""
+        return self.backend.backward(self.problem, inputs, output, d_out, d_lse)
 
 
-def no_backward(backend: Backend, problem: Problem) -> str | None:
-    """None if the backend has a backward pass of its own for the problem, else why not: then `tiled` has."""
-    if getattr(backend, "backward", None) is None:
-        return f"{backend.name} has no backward pass of its own"
-    if 0 in (problem.B, problem.Hq, problem.Lq, problem.Lk, problem.Dv):
-        return "there is nothing to compute"
-    supports: Callable[[Problem], str | None] | None = getattr(backend, "backward_supports", None)
-    return supports(problem) if supports is not None else None
+class PreparedView:
+    """Calls of one kind on keys that lie on a cache's pages: lengths and pages are those of each call."""
 
+    operands: tuple[Tensor, ...] = ()
 
-@cache
-def load(name: str) -> Backend:
-    """The backend called `name`, one of NAMES."""
-    base, _, isa = name.partition(":")
-    module, attribute = _PLACES[base]
-    factory = getattr(import_module(module), attribute)
-    backend: Backend = factory(isa=isa) if isa else factory()
-    return backend
+    def run(
+        self,
+        q: Tensor,
+        view: KVView,
+        bias: tuple[Tensor, ...],
+        sinks: Tensor | None,
+        to: Output | None = None,
+        sequences: Any = (),
+    ) -> Output:
+        """Compute all sequences, or into `to` those of `sequences`."""
+        raise NotImplementedError

@@ -13,13 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qkv.backends.base import Execute, ExecuteView, Gradients
+from qkv.backends.base import Backend, Gradients, Prepared, PreparedView, Result
 from qkv.call.keys import KVView
 from qkv.call.problem import Inputs, Output, Problem, dense_strides
+from qkv.masks import Sizes
+from qkv.scores import ScoreTerm
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 _STORED = {**_TYPES, torch.int8: 4, torch.float8_e4m3fn: 5}
 _BIAS_KINDS = {"tensor": 0, "alibi": 1, "relative": 2}
+
+_CPU = torch.device("cpu")
+# Looked up once: a call is to cost a few microseconds.
+_empty, _empty_strided, _threads = torch.empty, torch.empty_strided, torch.get_num_threads
 
 
 @lru_cache(maxsize=1)
@@ -37,10 +43,11 @@ def instruction_sets() -> tuple[str, ...]:
     return () if isinstance(module, str) else tuple(module.instruction_sets().split(","))
 
 
-class CpuBackend:
+class CpuBackend(Backend):
     """Native kernels; `isa` forces an instruction set, by default the best is taken."""
 
-    differentiable = False
+    has_backward = True
+    reads_pages = True
 
     def __init__(self, isa: str = "", module: ModuleType | None = None) -> None:
         self.name = f"cpu:{isa}" if isa else "cpu"
@@ -49,30 +56,36 @@ class CpuBackend:
         self.missing = self.module if isinstance(self.module, str) else None
 
     def supports(self, problem: Problem) -> str | None:
-        module = self.module
+        module, p = self.module, problem
         if isinstance(module, str):
             return module
         if self.isa and self.isa not in module.instruction_sets().split(","):
             return f"this machine or build has no {self.isa}; it has {module.instruction_sets()}"
-        p = problem
         if p.device != "cpu":
             return f"tensors are on {p.device}"
         if p.dtype not in _TYPES:
             return f"it has no kernel for {p.dtype}"
-        if any(term.kind == "score_mod" for term in p.bias):
+        if p.bias and "score_mod" in [term.kind for term in p.bias]:
             return "score_mod is a Python function"
         if p.mask is not None:
-            program = p.mask.program()
-            if program is None:
+            if p.program is None:
                 return "mask_mod is a Python function"
-            if not module.program_fits(program.words, len(program.operands)):
+            if not module.program_fits(p.program.words, len(p.program.operands)):
                 return "the mask is nested too deeply or has more than 96 random blocks a row"
         return None
 
-    def untuned(self, problem: Problem) -> str | None:
+    def untuned(self) -> str | None:
         if not self.isa and instruction_sets() == ("portable",):
             return "no kernel tuned for this processor"
         return None
+
+    def no_backward(self, problem: Problem) -> str | None:
+        refused = super().no_backward(problem) or self.supports(problem)
+        if refused is None and not isinstance(self.module, str):
+            *_, terms = self.module.limits(self.isa)
+            if len(problem.bias) > terms:
+                return f"it differentiates at most {terms} score terms"
+        return refused
 
     def tile(self, problem: Problem) -> tuple[int, int]:
         assert not isinstance(self.module, str)
@@ -82,212 +95,179 @@ class CpuBackend:
     def note(self, problem: Problem) -> str:
         return f"instruction set {self.isa or (instruction_sets() or ('none',))[0]}"
 
-    def run(self, problem: Problem, inputs: Inputs) -> Output:
-        inputs = Inputs(
-            inputs.q.resolve_neg(),
-            inputs.k.resolve_neg(),
-            inputs.v.resolve_neg(),
-            inputs.positions,
-            inputs.bias,
-            inputs.sinks,
-            inputs.seed,
-        )
-        execute = self.prepare(problem, inputs)
-        assert execute is not None
-        terms, given = inputs.bias.tensors() if inputs.bias is not None else (), inputs
-        found = execute(
-            given.q, given.k, given.v, given.positions, terms, given.sinks, problem.needs_lse, given.seed
-        )  # fmt: skip
-        return Output(*found)
-
-    def prepare(self, problem: Problem, inputs: Inputs) -> Execute | None:
-        if inputs.q.is_neg() or inputs.k.is_neg() or inputs.v.is_neg():
-            return None
-        return _executor(*self._prepared(problem, inputs), problem)
-
-    def _prepared(self, p: Problem, inputs: Inputs) -> tuple[Any, tuple[Tensor, ...], tuple[int, ...], tuple[int, ...]]:
-        """The native call, what it must keep alive, and the size and strides of its output."""
-        module = self.module
-        assert not isinstance(module, str)
-        q, k, v = inputs.q, inputs.k, inputs.v
-        size = (p.B, p.Hq, p.Lq, p.Dv)
-        strides = dense_strides(size, q.stride())
-        words: list[int] = []
-        operands: tuple[Tensor, ...] = ()
-        if p.mask is not None:
-            program = p.mask.program()
-            assert program is not None
-            words, operands = program.words, program.operands
-        terms = inputs.bias.tensors() if inputs.bias is not None else ()
-        bias = [_bias(spec.kind, t) for spec, t in zip(p.bias, terms, strict=True)]
-        sinks = inputs.sinks
-        offsets = (
-            [] if p.positions == "tensor" else list(p.positions) if isinstance(p.positions, tuple) else [p.offset(0)]
-        )
-        call = module.Prepared(
-            self.isa, _TYPES[p.dtype], [p.B, p.Hq, p.Hkv, p.Lq, p.Lk, p.D, p.Dv],
-            list(q.stride()), list(k.stride()), list(v.stride()), list(strides),
-            p.scale, p.softcap or 0.0, list(words), [(t.data_ptr(), _extent(t)) for t in operands],
-            bias, [] if sinks is None else [_TYPES[sinks.dtype], sinks.stride(0)], offsets, [], p.dropout_p,
-        )  # fmt: skip
-        return call, operands, size, strides
+    def prepare(self, problem: Problem, inputs: Inputs) -> Prepared:
+        return _Prepared(self, problem, inputs)
 
     def prepare_view(
         self, problem: Problem, q: Tensor, view: KVView, bias: tuple[Tensor, ...], sinks: Tensor | None
-    ) -> ExecuteView:
-        """The call on keys and values where they lie in a cache's pages."""
-        module, p, k, v = self.module, problem, view.k, view.v
+    ) -> PreparedView:
+        return _PreparedView(self, problem, q, view, bias, sinks)
+
+    def _native(
+        self,
+        p: Problem,
+        tensors: tuple[Tensor, Tensor, Tensor],
+        strides: tuple[int, ...],
+        bias: tuple[Tensor, ...],
+        sinks: Tensor | None,
+        *,
+        sizes: tuple[int, int],
+        offsets: list[int],
+        pages: list[int],
+    ) -> Any:
+        """The native object: every size, stride and mask of a call. `sizes`: Lq and Lk; `strides`: of the output."""
+        module = self.module
         assert not isinstance(module, str)
-        ragged = view.layout.queries is not None
-        size = (*q.shape[:3], p.Dv)
-        strides = dense_strides(size, q.stride())
-        words: list[int] = []
-        operands: tuple[Tensor, ...] = ()
-        if p.mask is not None:
-            program = p.mask.program()
-            assert program is not None
-            words, operands = program.words, program.operands
-        scales = (0, 0, 0) if view.k_scale is None else view.k_scale.stride()
-        call = module.Prepared(
-            self.isa, _TYPES[p.dtype], [p.B, p.Hq, p.Hkv, q.shape[2], 0, p.D, p.Dv],
-            list(q.stride()), list(k.stride()), list(v.stride()), list(strides),
-            p.scale, p.softcap or 0.0, list(words), [(t.data_ptr(), _extent(t)) for t in operands],
-            [_bias(spec.kind, t) for spec, t in zip(p.bias, bias, strict=True)],
-            [] if sinks is None else [_TYPES[sinks.dtype], sinks.stride(0)], [],
-            [k.shape[2], k.shape[0], _STORED[k.dtype], *scales], 0.0,
+        program = None if p.mask is None else p.program
+        words, operands = ([], ()) if program is None else program
+        q, k, v = tensors
+        return module.Prepared(
+            self.isa, _TYPES[p.dtype], (p.B, p.Hq, p.Hkv, *sizes, p.D, p.Dv),
+            q.stride(), k.stride(), v.stride(), strides, p.scale, p.softcap or 0.0,
+            words, operands and [(t.data_ptr(), _extent(t)) for t in operands],
+            bias and [_bias(spec.kind, t) for spec, t in zip(p.bias, bias, strict=True)],
+            [] if sinks is None else [_TYPES[sinks.dtype], sinks.stride(0)], offsets, pages, p.dropout_p,
         )  # fmt: skip
-        return _view_executor(call, operands, size, strides, p, ragged)
 
-    def backward_supports(self, problem: Problem) -> str | None:
-        """None if `backward` can run the problem, else the reason why not."""
-        refused = self.supports(problem)
-        if refused is None and not isinstance(self.module, str):
-            *_, terms = self.module.limits(self.isa)
-            if len(problem.bias) > terms:
-                return f"it differentiates at most {terms} score terms"
-        return refused
 
-    def backward(self, problem: Problem, inputs: Inputs, output: Output, d_out: Tensor, d_lse: Tensor) -> Gradients:
-        """Gradients of sum(out * d_out) + sum(lse * d_lse)."""
-        p = problem
-        q, k, v, d_out = (t.resolve_neg() for t in (inputs.q, inputs.k, inputs.v, d_out))
+class _Prepared(Prepared):
+    """One native object for both directions: sizes, strides and the mask are lowered and checked once."""
+
+    def __init__(self, backend: CpuBackend, problem: Problem, inputs: Inputs) -> None:
+        self.backend, self.problem, p = backend, problem, problem
+        q, k, v, _, bias, sinks, _ = inputs
+        self.size, self.layout = (p.B, p.Hq, p.Lq, p.Dv), _layout(inputs)
+        self.strides = dense_strides(self.size, q.stride())
+        self.operands = _operands(p)
+        offsets: list[int] = [] if p.positions == "tensor" else [p.offset(0)]
+        if isinstance(p.positions, tuple):
+            offsets = list(p.positions)
+        terms = () if bias is None else bias.tensors()
+        self.native = backend._native(
+            p, (q, k, v), self.strides, terms, sinks, sizes=(p.Lq, p.Lk), offsets=offsets, pages=[]
+        )
+        self.run_plain = self.native.run
+        self.dtype, self.wide, self.with_state = p.dtype, p.accumulate, p.needs_grad
+        self.with_lse = p.needs_lse or p.needs_grad
+        # What one kernel call does and a new tensor of q's kind holds: a subclass may answer for its own.
+        self.plain = not self.with_lse and p.dropout_p == 0 and type(q) in (Tensor, torch.nn.Parameter)
+
+    def run(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        positions: Tensor | None = None,
+        bias: ScoreTerm | None = None,
+        sinks: Tensor | None = None,
+        seed: int = 0,
+    ) -> Result:
+        if self.plain and positions is None and sinks is None and bias is None:
+            out = q.new_empty_strided(self.size, self.strides)
+            self.run_plain(q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), 0, _threads())
+            return out, None, None
+        out = _empty_strided(self.size, self.strides, dtype=self.dtype, device=_CPU)
+        lse = _empty(self.size[:3], dtype=self.wide, device=_CPU) if self.with_lse else None
+        state = _empty((2, *self.size[:3]), dtype=self.wide, device=_CPU) if self.with_state else None
+        where = None if positions is None else positions.contiguous()
+        self.native.run_full(
+            q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), 0 if lse is None else lse.data_ptr(), _threads(),
+            0 if sinks is None else sinks.data_ptr() or 1,
+            0 if where is None else where.data_ptr(), 0 if where is None else where.shape[0],
+            [] if bias is None else [t.data_ptr() for t in bias.tensors()],
+            0 if state is None else state.data_ptr(), seed,
+        )  # fmt: skip
+        return out, lse, state
+
+    def backward(self, inputs: Inputs, output: Output, d_out: Tensor, d_lse: Tensor) -> Gradients:
+        lazy = any(t.is_neg() for t in inputs[:3])
+        if lazy or self.layout != _layout(inputs):  # hooks on saved tensors may copy them
+            inputs = inputs._replace(**{name: getattr(inputs, name).resolve_neg() for name in "qkv"})
+            return self.backend.prepare(self.problem, inputs).backward(inputs, output, d_out, d_lse)
+        p, (q, k, v, positions, bias, sinks, seed) = self.problem, inputs
+        if p.mask is not None:  # its tensor may have been changed since the forward pass
+            p.mask.check(p.call, Sizes(p.B, p.Hq, p.Lq, p.Lk, p.dtype, q.device))
         out, lse, state = output
         assert lse is not None
-        inputs = Inputs(q, k, v, inputs.positions, inputs.bias, inputs.sinks, inputs.seed)
-        call, operands, size, strides = self._prepared(p, inputs)
-        if out.stride() != strides:
-            out = torch.empty_strided(size, strides, dtype=out.dtype, device="cpu").copy_(out)
-        if state is not None:
-            state = state.contiguous()
-        d_lse = d_lse.to(lse.dtype).contiguous()
+        d_out, d_lse = d_out.resolve_neg(), d_lse.to(lse.dtype).contiguous()
+        if out.stride() != self.strides:
+            out = _empty_strided(self.size, self.strides, dtype=out.dtype, device=_CPU).copy_(out)
+        state = None if state is None else state.contiguous()
         to = [
-            torch.empty_strided(t.shape, dense_strides(t.shape, t.stride()), dtype=t.dtype, device="cpu")
-            for t in (q, k, v)
+            _empty_strided(t.shape, dense_strides(t.shape, t.stride()), dtype=t.dtype, device=_CPU) for t in (q, k, v)
         ]
-        terms = inputs.bias.terms if inputs.bias is not None else ()
-        tensors = inputs.bias.tensors() if inputs.bias is not None else ()
-        buffers = [buffer for term in terms for buffer in term.new_gradients(p.accumulate)]
-        sinks = inputs.sinks
-        d_sinks = None if sinks is None else torch.zeros(p.Hq, dtype=torch.float64, device="cpu")
-        where = None if inputs.positions is None else inputs.positions.contiguous()
+        tensors = () if bias is None else bias.tensors()
+        buffers = [] if bias is None else [b for term in bias.terms for b in term.new_gradients(p.accumulate)]
         to_bias = [
             [b.data_ptr(), *_bias(spec.kind, b)[2:6], int(b.dtype == torch.float64)]
             for spec, b in zip(p.bias, buffers, strict=True)
         ]
-        call.backward(
+        d_sinks = None if sinks is None else torch.zeros(p.Hq, dtype=torch.float64, device=_CPU)
+        where = None if positions is None else positions.contiguous()
+        self.native.backward(
             q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), 0 if state is None else state.data_ptr(),
-            torch.get_num_threads(),
-            0 if sinks is None else sinks.data_ptr() or 1,
+            _threads(), 0 if sinks is None else sinks.data_ptr() or 1,
             0 if where is None else where.data_ptr(), 0 if where is None else where.shape[0],
-            [t.data_ptr() for t in tensors], inputs.seed, d_out.data_ptr(), list(d_out.stride()), d_lse.data_ptr(),
-            [t.data_ptr() for t in to], [list(t.stride()) for t in to],
-            to_bias,
+            [t.data_ptr() for t in tensors], seed, d_out.data_ptr(), d_out.stride(), d_lse.data_ptr(),
+            [t.data_ptr() for t in to], [t.stride() for t in to], to_bias,
             0 if d_sinks is None else d_sinks.data_ptr(),
         )  # fmt: skip
-        del operands  # until here the mask's tensors had to live
+        found = tuple(b.to(t.dtype) for b, t in zip(buffers, tensors, strict=True))
         return Gradients(
-            to[0],
-            to[1],
-            to[2],
-            None if d_sinks is None or sinks is None else d_sinks.to(sinks.dtype),
-            tuple(b.to(t.dtype) for b, t in zip(buffers, tensors, strict=True)),
+            to[0], to[1], to[2], None if d_sinks is None or sinks is None else d_sinks.to(sinks.dtype), found
         )
 
 
-def _executor(
-    call: Any, operands: tuple[Tensor, ...], size: tuple[int, ...], strides: tuple[int, ...], p: Problem
-) -> Execute:
-    # Looked up once: the call itself is to cost a few microseconds. The mask's operands live as long as the closure.
-    run, run_full, threads = call.run, call.run_full, torch.get_num_threads
-    empty, dtype, accumulate, rows = torch.empty_strided, p.dtype, p.accumulate, size[:3]
-    keeps_state = p.needs_state
-    plain = not keeps_state and p.dropout_p == 0
-    cpu = torch.device("cpu")
+class _PreparedView(PreparedView):
+    def __init__(
+        self, backend: CpuBackend, p: Problem, q: Tensor, view: KVView, bias: tuple[Tensor, ...], sinks: Tensor | None
+    ) -> None:
+        self.size = (*q.shape[:3], p.Dv)
+        self.strides = dense_strides(self.size, q.stride())
+        self.operands = _operands(p)
+        scales = (0, 0, 0) if view.k_scale is None else view.k_scale.stride()
+        pages = [view.k.shape[2], view.k.shape[0], _STORED[view.k.dtype], *scales]
+        self.native = backend._native(
+            p, (q, view.k, view.v), self.strides, bias, sinks, sizes=(q.shape[2], 0), offsets=[], pages=pages
+        )
+        self.dtype, self.wide, self.with_lse = p.dtype, p.accumulate, p.needs_lse
 
-    def execute(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        positions: Tensor | None,
-        bias: tuple[Tensor, ...],
-        sinks: Tensor | None,
-        return_lse: bool,
-        seed: int = 0,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        out = empty(size, strides, dtype=dtype, device=cpu)
-        lse = torch.empty(rows, dtype=accumulate, device=cpu) if return_lse else None
-        to_lse = 0 if lse is None else lse.data_ptr()
-        state = torch.empty((2, *rows), dtype=accumulate, device=cpu) if keeps_state else None
-        if plain and positions is None and sinks is None and not bias:
-            run(q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), to_lse, threads())
-            return out, lse, state
-        where = None if positions is None else positions.contiguous()
-        run_full(
-            q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), to_lse, threads(),
-            0 if sinks is None else sinks.data_ptr() or 1,
-            0 if where is None else where.data_ptr(), 0 if where is None else where.shape[0],
-            [t.data_ptr() for t in bias], 0 if state is None else state.data_ptr(), seed,
-        )  # fmt: skip
-        return out, lse, state
-
-    execute.operands = operands  # type: ignore[attr-defined]
-    return execute
-
-
-def _view_executor(
-    call: Any, operands: tuple[Tensor, ...], size: tuple[int, ...], strides: tuple[int, ...], p: Problem, ragged: bool
-) -> ExecuteView:
-    run, threads, empty = call.run_pages, torch.get_num_threads, torch.empty_strided
-    dtype, accumulate, rows = p.dtype, p.accumulate, size[:3]
-    cpu = torch.device("cpu")
-
-    def execute(
+    def run(
+        self,
         q: Tensor,
         view: KVView,
         bias: tuple[Tensor, ...],
         sinks: Tensor | None,
-        return_lse: bool,
         to: Output | None = None,
-        sequences: list[int] = [],  # noqa: B006 (never changed)
+        sequences: Any = (),
     ) -> Output:
-        out, lse = to[:2] if to is not None else (empty(size, strides, dtype=dtype, device=cpu), None)
-        if to is None and return_lse:
-            lse = torch.empty(rows, dtype=accumulate, device=cpu)
-        k_scale, v_scale, layout = view.k_scale, view.v_scale, view.layout
+        if to is None:
+            lse = _empty(self.size[:3], dtype=self.wide, device=_CPU) if self.with_lse else None
+            to = Output(_empty_strided(self.size, self.strides, dtype=self.dtype, device=_CPU), lse)
+        out, lse, k_scale, v_scale, layout = to.out, to.lse, view.k_scale, view.v_scale, view.layout
         tables, starts, lengths = layout.tables.buffer_info(), layout.starts.buffer_info(), layout.lengths.buffer_info()
         queries = (0, 0) if layout.queries is None else layout.queries.buffer_info()
-        run(
+        self.native.run_pages(
             [
                 q.data_ptr(), view.k.data_ptr(), view.v.data_ptr(), 0 if k_scale is None else k_scale.data_ptr() or 1,
                 0 if v_scale is None else v_scale.data_ptr() or 1, out.data_ptr(), 0 if lse is None else lse.data_ptr(),
             ],
-            threads(), 0 if sinks is None else sinks.data_ptr() or 1, [t.data_ptr() for t in bias],
+            _threads(), 0 if sinks is None else sinks.data_ptr() or 1, [t.data_ptr() for t in bias],
             [tables[0], starts[0], lengths[0], queries[0]], [tables[1], starts[1], lengths[1], queries[1]], sequences,
         )  # fmt: skip
-        return Output(out, lse)
+        return to
 
-    execute.operands = operands  # type: ignore[attr-defined]
-    return execute
+
+def _operands(p: Problem) -> tuple[Tensor, ...]:
+    """The tensors of the lowered mask, whose addresses a native object has."""
+    return () if p.mask is None or p.program is None else p.program.operands
+
+
+def _layout(inputs: Inputs) -> tuple[Any, ...]:
+    """The strides that a native object is made for."""
+    q, k, v, _, bias, sinks, _ = inputs
+    terms = () if bias is None else tuple([t.stride() for t in bias.tensors()])
+    return q.stride(), k.stride(), v.stride(), None if sinks is None else sinks.stride(), terms
 
 
 def _extent(t: Tensor) -> int:
@@ -303,6 +283,3 @@ def _bias(kind: str, term: Tensor) -> list[int]:
     if kind == "alibi":
         return [_BIAS_KINDS[kind], _TYPES[term.dtype], 0, term.stride(0), 0, 0, 0]
     return [_BIAS_KINDS[kind], _TYPES[term.dtype], 0, term.stride(0), 0, term.stride(1), (term.shape[1] - 1) // 2]
-
-
-__all__ = ["CpuBackend", "instruction_sets"]

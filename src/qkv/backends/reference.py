@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from qkv.backends.base import Backend
 from qkv.call.problem import Inputs, Output, Problem, empty_output, query_positions
 from qkv.masks import Tile
 from qkv.numerics import dropout_keep, finite, no_autocast, softcap, steady_matmul
@@ -97,14 +98,11 @@ def whole_tile(problem: Problem, inputs: Inputs, rows: Tensor, heads: Tensor | N
     return Tile(*every, b[:, None, None, None], h[:, None, None], rows[:, None], p[:, None, :, None], j)
 
 
-class ReferenceBackend:
+class ReferenceBackend(Backend):
     """The definition as it stands: any dtype, any device, any feature, differentiated by autograd."""
 
     name = "reference"
     differentiable = True
-
-    def supports(self, problem: Problem) -> str | None:
-        return "a meta tensor holds no data to compute with" if problem.device == "meta" else None
 
     def run(self, problem: Problem, inputs: Inputs) -> Output:
         with no_autocast(problem.device):

@@ -9,22 +9,22 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from qkv._torch import with_autograd
-from qkv.backends.base import Gradients
+from qkv.backends.base import Backend, Gradients
 from qkv.call.problem import Inputs, Output, Problem, empty_output
 from qkv.masks import causal
 
 
-class SdpaBackend:
+class SdpaBackend(Backend):
     """torch.nn.functional.scaled_dot_product_attention, with its own autograd for first derivatives."""
 
     name = "sdpa"
     differentiable = True
-    has_lse = False
+    has_backward = True
 
     def supports(self, problem: Problem) -> str | None:
         p = problem
-        if p.device == "meta":
-            return "a meta tensor holds no data to compute with"
+        if (why := super().supports(p)) is not None:
+            return why
         causal_kernel = _is_causal(p)
         lacks = {
             "log-sum-exp": p.needs_lse,

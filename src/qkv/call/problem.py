@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from qkv.masks import Mask, Sizes
+from qkv.masks.program import Program
 from qkv.scores import ScoreTerm, TermSpec
+
+CALL = "qkv.attention()"
+"""What messages say was called; `call` is such a name everywhere."""
 
 
 class Options(NamedTuple):
@@ -46,9 +51,13 @@ class Problem:
     bias: tuple[TermSpec, ...]
     has_sinks: bool
     dropout_p: float
-    needs_grad: bool
+    needs_grad: bool  # a backward pass may follow: what it starts from, lse and state, is wanted too
     needs_lse: bool
-    needs_state: bool = False  # whoever asks will call the backend's own backward pass
+
+    @cached_property
+    def program(self) -> Program | None:
+        """The mask lowered for a compiled kernel, once; None without a mask and for one that is a Python function."""
+        return None if self.mask is None else self.mask.program()
 
     @property
     def sizes(self) -> Sizes:
@@ -57,12 +66,8 @@ class Problem:
 
     @property
     def group(self) -> int:
-        """Query heads per key/value head."""
+        """Query heads per key/value head: query head h reads head h // group."""
         return self.Hq // self.Hkv if self.Hkv else 1
-
-    def kv_head(self, h: int) -> int:
-        """The head map, interleaved: the key/value head that query head h reads."""
-        return h // self.group
 
     @property
     def accumulate(self) -> torch.dtype:
@@ -86,8 +91,7 @@ class Problem:
         return self.Lk - self.Lq if self.positions == "end" else 0
 
 
-@dataclass
-class Inputs:
+class Inputs(NamedTuple):
     """The tensors of one call. `bias` is lowered (no T5 buckets), `positions` is (B or 1, Lq) int64 or None."""
 
     q: Tensor

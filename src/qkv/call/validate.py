@@ -22,58 +22,58 @@ _LAYOUT = "(B, H, L, D)"
 def validate(call: str, q: Any, k: Any, v: Any, mask: Any, options: Options) -> tuple[Problem, Inputs]:
     """Check one call and build its problem and inputs; raises a typed error that says what to do."""
     check_metadata(call, q, k, v)
-    _check_storage(call, {"q": q, "k": k, "v": v})
-    q, k, v = (x.resolve_neg() for x in (q, k, v))  # no kernel knows the lazy sign of x.conj().imag
-    B, Hq, Lq, D = q.shape
-    Hkv, Lk, Dv = k.shape[1], k.shape[2], v.shape[3]
-    sizes = Sizes(B, Hq, Lq, Lk, q.dtype, q.device)
+    check_storage(call, q, k, v)
+    q, k, v = q.resolve_neg(), k.resolve_neg(), v.resolve_neg()  # no kernel knows the lazy sign of x.conj().imag
+    return checked(call, (q, k, v), (*q.shape[:2], *k.shape[1:3], v.shape[3]), q.shape[2], mask, options)
 
-    known = as_mask(mask, call)
+
+def checked(
+    call: str, qkv: tuple[Tensor, Tensor, Tensor], size: tuple[int, ...], Lq: int, mask: Any, options: Options
+) -> tuple[Problem, Inputs]:
+    """`validate` behind its checks of q, k and v. `size`: B, Hq, Hkv, Lk and Dv; of pages k and v do not tell them."""
+    (q, k, v), (B, Hq, Hkv, Lk, Dv), D, o = qkv, size, qkv[0].shape[3], options
+    sizes = Sizes(B, Hq, Lq, Lk, q.dtype, q.device)
+    known = mask if mask is None or isinstance(mask, Mask) else as_mask(mask, call)
     if known is not None:
         known.check(call, sizes)
-    bias = as_bias(options.bias, call)
+    bias = None if o.bias is None else as_bias(o.bias, call)
     if bias is not None:
         bias.check(call, sizes)
         bias = bias.lowered(q.device)
-    reading, positions = normalise_positions(call, options.positions, B, Lq, q.device)
-    if options.positions is None and Lq != Lk:
+    reading, positions = (
+        ("start", None) if o.positions is None else normalise_positions(call, o.positions, B, Lq, q.device)
+    )
+    if o.positions is None and Lq != Lk:
         _require_positions(call, known, bias, sizes)
-    scale = _number(call, "scale", options.scale, "Leave it out for 1/sqrt(D)")
-    softcap = _number(call, "softcap", options.softcap, "Leave it out for no cap")
+    scale = None if o.scale is None else _number(call, "scale", o.scale, "Leave it out for 1/sqrt(D)")
+    softcap = None if o.softcap is None else _number(call, "softcap", o.softcap, "Leave it out for no cap")
     if softcap is not None and softcap <= 0:
         raise ArgumentError(describe(call, "softcap must be > 0", f"softcap={softcap}", "Leave it out for no cap"))
-    sinks = check_sinks(call, options.sinks, sizes)
-    if not isinstance(options.return_lse, bool):
-        given = f"return_lse={shown(options.return_lse)}"
+    sinks = None if o.sinks is None else check_sinks(call, o.sinks, sizes)
+    if not isinstance(o.return_lse, bool):
+        given = f"return_lse={shown(o.return_lse)}"
         raise ArgumentTypeError(describe(call, "return_lse is a bool", given, "Pass True or False"))
-    learned = (q, k, v, sinks, *(bias.tensors() if bias is not None else ()))
+    learns = q.requires_grad or k.requires_grad or v.requires_grad or (sinks is not None and sinks.requires_grad)
+    if bias is not None:
+        learns = learns or any(t.requires_grad for t in bias.tensors())
     problem = Problem(
-        call=call,
-        B=B,
-        Hq=Hq,
-        Hkv=Hkv,
-        Lq=Lq,
-        Lk=Lk,
-        D=D,
-        Dv=Dv,
-        dtype=q.dtype,
-        device=q.device.type,
+        call, B, Hq, Hkv, Lq, Lk, D, Dv, q.dtype, q.device.type,
         mask=known,
         positions=reading,
         scale=1.0 / math.sqrt(D) if scale is None else scale,
         softcap=softcap,
-        bias=bias.specs() if bias is not None else (),
+        bias=() if bias is None else bias.specs(),
         has_sinks=sinks is not None,
-        dropout_p=_dropout(call, options.dropout_p),
-        needs_grad=torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in learned),
-        needs_lse=options.return_lse,
-    )
+        dropout_p=0.0 if o.dropout_p.__class__ is float and o.dropout_p == 0 else _dropout(call, o.dropout_p),
+        needs_grad=torch.is_grad_enabled() and learns,
+        needs_lse=o.return_lse,
+    )  # fmt: skip
     return problem, Inputs(q, k, v, positions, bias, sinks)
 
 
 def check_metadata(call: str, q: Any, k: Any, v: Any) -> None:
     """Raise unless q, k and v are tensors that fit together; no data is looked at."""
-    _check_tensors(call, {"q": q, "k": k, "v": v})
+    _check_tensors(call, q, k, v)
     _check_shapes(call, q, k, v)
 
 
@@ -82,8 +82,9 @@ def named(**tensors: Tensor) -> str:
     return ", ".join(f"{name} {tuple(t.shape)}" for name, t in tensors.items())
 
 
-def _check_tensors(call: str, given: dict[str, Any]) -> None:
-    for name, x in given.items():
+def _check_tensors(call: str, q: Any, k: Any, v: Any) -> None:
+    given = (("q", q), ("k", k), ("v", v))
+    for name, x in given:
         if not isinstance(x, Tensor):
             fix = f"Pass a tensor {_LAYOUT}"
             if hasattr(x, "__array__"):
@@ -102,26 +103,31 @@ def _check_tensors(call: str, given: dict[str, Any]) -> None:
                 )
             raise ArgumentTypeError(describe(call, f"{name} must be a plain strided tensor", f"{name} {x.layout}", fix))
         if x.dtype not in DTYPES:
-            rule = f"{name} must be float64, float32, bfloat16 or float16"
-            raise ArgumentTypeError(describe(call, rule, f"{name} {short(x.dtype)}", "Convert it with .to()"))
-    q, k, v = given.values()
+            refuse_dtype(call, name, x)
     if not q.dtype == k.dtype == v.dtype:
-        got = ", ".join(f"{name} {short(x.dtype)}" for name, x in given.items())
+        got = ", ".join(f"{name} {short(x.dtype)}" for name, x in given)
         raise ArgumentTypeError(
             describe(call, "q, k and v must share one dtype", got, "Convert them with .to(q.dtype)")
         )
     if not q.device == k.device == v.device:
-        got = ", ".join(f"{name} on {x.device}" for name, x in given.items())
+        got = ", ".join(f"{name} on {x.device}" for name, x in given)
         raise ArgumentTypeError(describe(call, "q, k and v must be on one device", got, "Move them with .to(q.device)"))
 
 
-def _check_storage(call: str, given: dict[str, Any]) -> None:
-    for name, x in given.items():
-        if _torch.transformed(x):  # what it wraps has memory
-            continue
+def refuse_dtype(call: str, name: str, x: Tensor) -> None:
+    """Raise, because no backend computes with x's dtype."""
+    rule = f"{name} must be float64, float32, bfloat16 or float16"
+    raise ArgumentTypeError(describe(call, rule, f"{name} {short(x.dtype)}", "Convert it with .to()"))
+
+
+def check_storage(call: str, *given: Tensor) -> None:
+    """Raise unless q, k and v hold data, or wrap what does."""
+    for name, x in zip("qkv", given, strict=False):
         try:
             x.data_ptr()
         except RuntimeError:
+            if _torch.transformed(x):  # what it wraps has memory
+                continue
             rule = f"{name} must have memory of its own"
             fix = "Pass tensors that hold data; torch.compile, torch.export, torch.vmap and torch.func are followed"
             raise UnsupportedError(describe(call, rule, f"{name} without storage", fix)) from None
@@ -163,8 +169,6 @@ def normalise_positions(
     call: str, positions: Any, B: int, Lq: int, device: torch.device
 ) -> tuple[str | tuple[int, ...], Tensor | None]:
     """`positions=` as `Problem.positions` has it, with the (B or 1, Lq) int64 tensor where there is one."""
-    if positions is None:
-        return "start", None
     if isinstance(positions, str):
         if positions in ("start", "end"):
             return positions, None
@@ -222,9 +226,7 @@ def drawn_positions(Lq: int, Lk: int) -> str:
     return "\n".join(lines)
 
 
-def _number(call: str, name: str, x: Any, fix: str) -> float | None:
-    if x is None:
-        return None
+def _number(call: str, name: str, x: Any, fix: str) -> float:
     if isinstance(x, bool) or not isinstance(x, Real):
         given = f"{name}={shown(x)} ({type(x).__name__})"
         raise ArgumentTypeError(
@@ -244,16 +246,13 @@ def _dropout(call: str, x: Any) -> float:
     if x is None:
         raise ArgumentTypeError(describe(call, "dropout_p must be a number", "dropout_p=None", fix))
     value = _number(call, "dropout_p", x, fix)
-    assert value is not None
     if not 0 <= value < 1:
         raise ArgumentError(describe(call, "dropout_p must be in [0, 1)", f"dropout_p={value}", fix))
     return value
 
 
-def check_sinks(call: str, sinks: Any, sizes: Sizes) -> Tensor | None:
+def check_sinks(call: str, sinks: Any, sizes: Sizes) -> Tensor:
     """The sinks as kernels take them; raises unless they fit the call."""
-    if sinks is None:
-        return None
     fix = "Pass one number a query head as a tensor (Hq,); -inf for none"
     if not isinstance(sinks, Tensor) or sinks.dtype not in DTYPES:
         raise ArgumentTypeError(describe(call, "sinks must be a floating tensor", f"sinks={shown(sinks)}", fix))

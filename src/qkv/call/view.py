@@ -9,8 +9,8 @@ from torch import Tensor
 
 from qkv.call.keys import KVView
 from qkv.call.problem import Inputs, Options, Problem
-from qkv.call.validate import named, validate
-from qkv.checks import shown
+from qkv.call.validate import check_storage, checked, named, refuse_dtype
+from qkv.checks import DTYPES, shown
 from qkv.errors import ArgumentError, ArgumentTypeError, ShapeError, UnsupportedError, describe
 from qkv.masks import Mask, as_mask
 from qkv.scores import as_bias
@@ -85,6 +85,8 @@ def _check_queries(call: str, q: Any, view: KVView) -> None:
         given = f"q {q.dtype} and a cache of {view.dtype}"
         rule, fix = "q must have the dtype of its cache", "Convert q with .to(), or make the cache with q's dtype"
         raise ArgumentTypeError(describe(call, rule, given, fix))
+    if q.dtype not in DTYPES:
+        refuse_dtype(call, "q", q)
     if q.device != view.k.device:
         given = f"q on {q.device} and a cache on {view.k.device}"
         raise ArgumentTypeError(describe(call, "q must be on its cache's device", given, "Move q with .to()"))
@@ -98,7 +100,7 @@ def _check_queries(call: str, q: Any, view: KVView) -> None:
     if queries is not None and sum(queries) != q.shape[2]:
         given = f"{named(q=q)} and lengths={list(queries)}, which sum to {sum(queries)}"
         raise ShapeError(describe(call, "a ragged view's lengths must sum to q's rows", given, "Pack as many rows"))
-    if q.shape[3] != D or (q.shape[1] % Hkv if Hkv else q.shape[1]):
+    if q.shape[3] != D or D == 0 or (q.shape[1] == 0) != (Hkv == 0) or (Hkv and q.shape[1] % Hkv):
         given = f"{named(q=q)} and a cache with {Hkv} heads of {D} numbers"
         rule = "q must have the cache's head size, and a multiple of its heads"
         raise ShapeError(describe(call, rule, given, "Check that q is (B, H, L, D)"))
@@ -116,6 +118,7 @@ def _check_queries(call: str, q: Any, view: KVView) -> None:
             given = f"{rows} queries for sequence {i} of length {length}"
             rule, fix = "queries are the last tokens of their sequence", "Append their keys and values first"
             raise ShapeError(describe(call, rule, given, fix))
+    check_storage(call, q)
 
 
 def joined(call: str, mask: Any, held: Mask | None) -> Mask | None:
@@ -135,7 +138,7 @@ def groups(q: Tensor, view: KVView) -> list[Group]:
     return [Group(Lq, Lk, tuple(members)) for (Lq, Lk), members in found.items()]
 
 
-def whole(q: Tensor, view: KVView) -> Group:
+def longest(q: Tensor, view: KVView) -> Group:
     """All sequences as one group, with the largest sizes: for what does not depend on them."""
     lengths, queries = view.layout.lengths, view.layout.queries
     Lq = q.shape[2] if queries is None else max(queries, default=0)
@@ -146,12 +149,9 @@ def problem_of(
     call: str, q: Tensor, view: KVView, mask: Mask | None, options: Options, group: Group
 ) -> tuple[Problem, Inputs]:
     """The problem of one group, as if all sequences were in it: batch rows keep their numbers for masks and biases."""
-    n, Hkv = len(view.layout.lengths), view.k.shape[1]
-    one = q.new_empty((1, 1, 1, 1))
-    rows = q if view.layout.queries is None else one.expand(n, q.shape[1], group.Lq, q.shape[3])
-    k = one.expand(n, Hkv, group.Lk, view.k.shape[3])
-    v = one.expand(n, Hkv, group.Lk, view.v.shape[3])
-    return validate(call, rows, k, v, mask, options._replace(positions=group.Lk - group.Lq))
+    size = (len(view.layout.lengths), q.shape[1], view.k.shape[1], group.Lk, view.v.shape[3])
+    placed = options._replace(positions=group.Lk - group.Lq)
+    return checked(call, (q, view.k, view.v), size, group.Lq, mask, placed)
 
 
 def gathered(view: KVView, Lk: int | None = None) -> tuple[Tensor, Tensor]:

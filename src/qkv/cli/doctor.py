@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from qkv import __version__
-from qkv.backends import base
+from qkv.backends import registry
 from qkv.backends.isas import ISAS, TUNED, tuned_for
 from qkv.bench.machine import cpu_name
 from qkv.errors import QKVError
@@ -127,7 +127,7 @@ def _transformers() -> str:
 def _native() -> str:
     """Return which native kernels can run here, or why none."""
     try:
-        backend = base.load("cpu")
+        backend = registry.load("cpu")
     except ImportError as error:
         return f"not installed ({error}); {CURE}"
     missing = getattr(backend, "missing", None)

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from qkv.checks import given_as, integer, shown
 from qkv.errors import ArgumentError, ArgumentTypeError, ShapeError, describe
-from qkv.functional import attention, weights
+from qkv.functional import attention
 from qkv.masks import Mask, causal, dense, prefix
+from qkv.probabilities import weights
 from qkv.scores import ScoreTerm, as_bias
 
 _CALL = "qkv.nn.MultiheadAttention()"

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from qkv.backends.base import Gradients
-from qkv.backends.tiled.forward import Block, Scores, Walk, product, step
 from qkv.backends.tiled.schedule import KeyTile
+from qkv.backends.tiled.walk import Block, Scores, Walk, product, step
 from qkv.call.problem import Inputs, Problem
 from qkv.masks import Tile
 from qkv.numerics import finite, no_autocast, softcap_slope, steady_matmul

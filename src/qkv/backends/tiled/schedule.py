@@ -40,7 +40,7 @@ class _Runs(NamedTuple):
     tile: Tensor
 
 
-class View(NamedTuple):
+class HeadRow(NamedTuple):
     """One query head of one batch row, as the mask sees it: its positions, or where they start."""
 
     b: int
@@ -50,25 +50,25 @@ class View(NamedTuple):
 
 
 class Schedule:
-    """The key tiles of each query tile, for queries that several views (heads, batch rows) process together.
+    """The key tiles of each query tile, for queries that several heads or batch rows process together.
 
-    A tile is visited if any view needs it, and full only if it is full for all: a tile that one view does not need
-    changes nothing there, bit for bit.
+    A tile is visited if any of them needs it, and full only if it is full for all: a tile that one of them does not
+    need changes nothing there, bit for bit.
     """
 
-    def __init__(self, mask: Mask | None, views: Sequence[View], Lq: int, Lk: int, T: int, K: int) -> None:
+    def __init__(self, mask: Mask | None, lines: Sequence[HeadRow], Lq: int, Lk: int, T: int, K: int) -> None:
         self._Lk, self._K = Lk, K
         self._dense = mask is None
         self._ranges: list[list[list[tuple[list[int], list[int]]]]] | None = None
         if mask is None or (Lq <= T and Lk <= K):
             return  # nothing to skip, or one tile: looking at its mask costs less than asking for intervals
         self._ranges = []
-        for view in views:
-            runs = _runs(view, Lq, T)
+        for line in lines:
+            runs = _runs(line, Lq, T)
             if runs is None:
                 self._ranges = None
                 return
-            found = mask.intervals(runs.first, runs.last, b=view.b, h=view.h, Lk=Lk, Lq=Lq, i_first=runs.i_first)
+            found = mask.intervals(runs.first, runs.last, b=line.b, h=line.h, Lk=Lk, Lq=Lq, i_first=runs.i_first)
             per_tile: list[list[tuple[list[int], list[int]]]] = [[] for _ in range(-(-Lq // T))]
             visible = _rows(found.visible_start, found.visible_stop, found.visible_count)
             full = _rows(found.full_start, found.full_stop, found.full_count)
@@ -103,12 +103,12 @@ def _rows(start: Tensor, stop: Tensor, count: Tensor) -> list[list[int]]:
     return [row[: 2 * n] for row, n in zip(pairs, count.tolist(), strict=True)]
 
 
-def _runs(view: View, Lq: int, T: int) -> _Runs | None:
+def _runs(line: HeadRow, Lq: int, T: int) -> _Runs | None:
     starts = torch.arange(0, Lq, T, device="cpu")
-    if view.positions is None:
+    if line.positions is None:
         ends = (starts + T).clamp(max=Lq)
-        return _Runs(starts + view.offset, ends - 1 + view.offset, starts, starts // T)
-    p = view.positions
+        return _Runs(starts + line.offset, ends - 1 + line.offset, starts, starts // T)
+    p = line.positions
     breaks = (p[1:] - p[:-1] != 1).nonzero().flatten() + 1
     if breaks.numel() > _MAX_RUNS_PER_TILE * starts.numel():
         return None
@@ -117,24 +117,24 @@ def _runs(view: View, Lq: int, T: int) -> _Runs | None:
     return _Runs(p[starts], p[ends - 1], starts, starts // T)
 
 
-def count_tiles(mask: Mask | None, views: Sequence[View], Lq: int, Lk: int, T: int, K: int) -> TileCount:
-    """Count tiles of T queries by K keys over the views, without a loop over tiles where positions are consecutive."""
+def count_tiles(mask: Mask | None, lines: Sequence[HeadRow], Lq: int, Lk: int, T: int, K: int) -> TileCount:
+    """Count tiles of T queries by K keys over some heads, without a loop over tiles where positions are consecutive."""
     each = -(-Lq // T) * -(-Lk // K)
     if mask is None:
-        return TileCount(each * len(views), each * len(views), each * len(views))
+        return TileCount(each * len(lines), each * len(lines), each * len(lines))
     visible = full = 0
-    for view in views:
-        if view.positions is not None:
-            schedule = Schedule(mask, [view], Lq, Lk, T, K)
+    for line in lines:
+        if line.positions is not None:
+            schedule = Schedule(mask, [line], Lq, Lk, T, K)
             tiles = [key for tile in range(-(-Lq // T)) for key in schedule.keys(tile)]
             visible, full = visible + len(tiles), full + sum(key.full for key in tiles)
             continue
-        runs = _runs(view, Lq, T)
+        runs = _runs(line, Lq, T)
         assert runs is not None
-        found = mask.intervals(runs.first, runs.last, b=view.b, h=view.h, Lk=Lk, Lq=Lq, i_first=runs.i_first)
+        found = mask.intervals(runs.first, runs.last, b=line.b, h=line.h, Lk=Lk, Lq=Lq, i_first=runs.i_first)
         visible += _touched(found.visible_start, found.visible_stop, found.visible_count, K)
         full += _covered(found.full_start, found.full_stop, found.full_count, K, Lk)
-    return TileCount(visible, full, each * len(views))
+    return TileCount(visible, full, each * len(lines))
 
 
 def _touched(start: Tensor, stop: Tensor, count: Tensor, K: int) -> int:

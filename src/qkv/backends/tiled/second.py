@@ -7,7 +7,7 @@ A dot marks the derivative along the tangents q', k', v', bias', sinks' of the i
     o'_i   = sum_j w_ij (s'_ij v_j + v'_j) - lse'_i o_i                          w = p, or its share that dropout keeps
 
 These are `along`, the forward mode. `curved` differentiates the gradient once more, along the same tangents, with
-dp_ij = do_i . v_j and dp'_ij = do_i . v'_j (or what dropout keeps of them), delta and p as in `tiled_backward`:
+dp_ij = do_i . v_j and dp'_ij = do_i . v'_j (or what dropout keeps of them), delta and p as in `tiled.backward`:
 
     delta'_i = sum_j p_ij s'_ij dp_ij - lse'_i delta_i + sum_j p_ij dp'_ij
     ds'_ij   = p'_ij (dp_ij - delta_i + dlse_i) + p_ij (dp'_ij - delta'_i)
@@ -32,8 +32,8 @@ from torch import Tensor
 
 from qkv.backends.base import Gradients
 from qkv.backends.tiled.backward import Rows, kept
-from qkv.backends.tiled.forward import Block, Walk, product
 from qkv.backends.tiled.schedule import KeyTile
+from qkv.backends.tiled.walk import Block, Walk, product
 from qkv.call.problem import Inputs, Problem
 from qkv.masks import Tile
 from qkv.numerics import finite, no_autocast, softcap_slope, steady_matmul

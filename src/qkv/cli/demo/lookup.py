@@ -12,7 +12,8 @@ from torch import Tensor
 from qkv.cli.demo.features import Features
 from qkv.cli.demo.passages import SENTENCE_END, Passage, Text
 from qkv.cli.demo.words import count, spellings
-from qkv.functional import attention, weights
+from qkv.functional import attention
+from qkv.probabilities import weights
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,10 @@ import math
 
 import torch
 
-from qkv.functional import attention, weights
+from qkv.functional import attention
 from qkv.insight.answer import Answer, prose
 from qkv.insight.terminal import bar, number
+from qkv.probabilities import weights
 
 ENTRIES = 16
 SHARPNESS = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0)

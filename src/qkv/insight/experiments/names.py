@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qkv.functional import attention, weights
+from qkv.functional import attention
 from qkv.insight.answer import Answer, Measured, prose
 from qkv.insight.terminal import heatmap, number, table
+from qkv.probabilities import weights
 
 # The concept behind each word; both languages share the concepts, each adds its own noise. Nothing is learned.
 ENGLISH = (("the", 0), ("black", 2), ("cat", 1), ("sleeps", 3), ("now", 4))

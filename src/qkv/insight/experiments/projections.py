@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 
 import torch
 
-from qkv.functional import attention, weights
+from qkv.functional import attention
 from qkv.insight.answer import Answer, Measured, prose
 from qkv.insight.terminal import bar, number
+from qkv.probabilities import weights
 
 PART, TOKENS = 32, 24  # a token is [wants | is | carries], three parts of 32 numbers
 WIDTH, HEAD, HEADS = 512, 64, 8  # the layer whose folding is priced

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from qkv.functional import weights
 from qkv.insight.answer import Answer, Measured, prose
 from qkv.insight.terminal import bar, number
 from qkv.masks import Mask, causal, sliding_window
+from qkv.probabilities import weights
 
 TOKENS, WIDTH, HEAD = 64, 512, 64
 SHARP = 24.0  # makes a score lead of 1/2 a weight of nearly 1 among 64 tokens

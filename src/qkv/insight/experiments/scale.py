@@ -6,9 +6,9 @@ import math
 
 import torch
 
-from qkv.functional import weights
 from qkv.insight.answer import Answer, Measured, prose
 from qkv.insight.terminal import bar, number
+from qkv.probabilities import weights
 
 SIZES = (4, 16, 64, 256, 1024)
 SETS, KEYS, ROWS = 6, 128, 40  # several sets of keys: one set's longest key would decide everything at d = 4

@@ -8,33 +8,30 @@ Arguments, in order: q, k, v, sinks?, positions? int64 (B or 1, Lq), seed? int64
 mask words, the kind of each bias tensor, the reading of positions ("" = not given, "start", "end", "at" = the offsets,
 "tensor"), offsets, scale?, softcap?, dropout_p, backend?, whether lse is asked for, and whether a gradient follows,
 which autograd says. Results: out, lse (NaN where neither is so) and the state that the backward pass wants
-(`spec.Output`), with no elements where no gradient follows. The backward op takes d_out, d_lse, out, lse, state first.
-Which backend runs is decided when the graph runs, by the rule of every call (`planning.choose`).
+(`Output`), with no elements where no gradient follows. The backward op takes d_out, d_lse, out, lse, state first.
+Which backend runs is decided when the graph runs, by the rule of every call (`plans.choose`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, Protocol, TypeVar
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from qkv import _torch, flops
-from qkv.call.problem import Inputs, Options, Output, empty_output, join_batch
-from qkv.call.validate import check_metadata, check_sinks, drawn_positions, refuse_positions
-from qkv.errors import ArgumentTypeError, UnsupportedError, describe
-from qkv.masks import Mask, Sizes, as_mask
-from qkv.masks.portable import decode, depends_on_position, encode
-from qkv.scores import Alibi, Relative, ScoreTerm, Sum, TensorBias, as_bias
+from qkv import execute, flops
+from qkv._torch import SingleLevel, below_autograd, keys_below_autograd, older_vmaps, over_samples
+from qkv.backends.base import Prepared
+from qkv.call.problem import CALL, Inputs, Options, Output, empty_output, join_batch
+from qkv.call.validate import check_metadata, check_sinks, drawn_positions, refuse_positions, validate
+from qkv.errors import UnsupportedError, describe
+from qkv.masks import Mask, Sizes
+from qkv.masks.portable import decode, depends_on_position
+from qkv.plans import check_backend
+from qkv.scores import Alibi, Relative, ScoreTerm, Sum, TensorBias
 
-if TYPE_CHECKING:
-    from qkv.autograd import Call
-
-P = ParamSpec("P")
-R = TypeVar("R")
-
-CALL = "qkv.attention()"
 _GIVEN = (
     "Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor? positions, Tensor? seed, Tensor[] bias, Tensor[] operands"
 )
@@ -42,7 +39,7 @@ _STATIC = (
     "SymInt[] words, int[] kinds, str reading, SymInt[] offsets, float? scale, float? softcap, float dropout_p, "
     "str? backend, bool return_lse=True"
 )
-_KINDS: tuple[type[ScoreTerm], ...] = (TensorBias, Alibi, Relative)
+KINDS: tuple[type[ScoreTerm], ...] = (TensorBias, Alibi, Relative)
 
 # Kernels see exactly the strides that were traced: the order of the output's dimensions follows q's.
 _TAGS = (getattr(torch.Tag, "needs_exact_strides", torch.Tag.needs_fixed_stride_order), torch.Tag.pt2_compliant_tag)
@@ -56,7 +53,7 @@ _library.define(
 
 
 class _Given(NamedTuple):
-    """The tensors of a call, in the order of the schema."""
+    """The tensors of a call, in the order of the schema: those that may be mapped one by one, then two lists."""
 
     q: Tensor
     k: Tensor
@@ -65,106 +62,21 @@ class _Given(NamedTuple):
     positions: Tensor | None
     seed: Tensor | None
     bias: list[Tensor]
-    operands: list[Tensor]
+    operands: Sequence[Any]
+
+    @classmethod
+    def gathered(cls, flat: Sequence[Any], terms: int) -> _Given:
+        """Of the tensors one after the other, of which `terms` are the bias's."""
+        q, k, v, sinks, positions, seed, *lists = flat
+        return cls(q, k, v, sinks, positions, seed, lists[:terms], lists[terms:])
+
+    def flat(self) -> tuple[Any, ...]:
+        """The tensors one after the other."""
+        *single, bias, operands = self
+        return *single, *bias, *operands
 
 
-class Door(Protocol):
-    """What runs a call: `qkv.functional`, which is above this file and hands itself in."""
-
-    @staticmethod
-    def forward(
-        q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, options: Options, backend: str | None, seed: int,
-        state: bool,
-    ) -> Output:  # fmt: skip
-        """out and lse, and the state if it is wanted and the backend makes one."""
-        ...
-
-    @staticmethod
-    def planned(
-        q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, options: Options, backend: str | None
-    ) -> tuple[Call, Inputs]:
-        """The call as gradients need it."""
-        ...
-
-
-_door: type[Door] | None = None
-
-
-def implement(door: type[Door]) -> None:
-    """Say who computes."""
-    global _door
-    _door = door
-
-
-# ------------------------------------------------------------------------------------------------- into the graph
-def traced(
-    q: Any, k: Any, v: Any, mask: Any, positions: Any, bias: Any, scale: Any, softcap: Any, sinks: Any,
-    dropout_p: Any, backend: Any, return_lse: Any,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """attention() as one node: (out, lse). Written for tracers to follow: plain branches, no tables, no data."""
-    if v is None:
-        fix = "Pass v; it is left out only where k is a cache's view"
-        raise ArgumentTypeError(describe(CALL, "v must be a tensor", "v=None", fix))
-    if any(isinstance(t, Tensor) and t.is_nested for t in (q, k, v)):
-        check_metadata(CALL, q, k, v)  # says how to pack them
-    words: list[int] = []
-    operands: list[Tensor] = []
-    if mask is not None:
-        known = mask if isinstance(mask, Tensor) and mask.dtype == torch.bool else as_mask(mask, CALL)
-        assert known is not None
-        encode(CALL, known, words, operands)
-    kinds: list[int] = []
-    tensors: list[Tensor] = []
-    if bias is not None:
-        _encode_bias(q, bias, kinds, tensors)
-    reading, offsets, where = _encode_positions(positions, q)
-    seed = draw_seed() if dropout_p else None
-    out, lse, _ = torch.ops.qkv.attention(
-        q, k, v, sinks, where, seed, tensors, operands, words=words, kinds=kinds, reading=reading, offsets=offsets,
-        scale=scale, softcap=softcap, dropout_p=dropout_p, backend=backend, return_lse=return_lse,
-    )  # fmt: skip
-    return out, lse
-
-
-def draw_seed() -> Tensor:
-    """A seed for dropout from torch's generator, the same one inside and outside of a graph."""
-    return torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu")
-
-
-def _encode_bias(q: Tensor, bias: Any, kinds: list[int], tensors: list[Tensor]) -> None:
-    given = as_bias(bias, CALL)
-    assert given is not None
-    for term in given.terms:
-        lowered = term.lowered(q.device)
-        kind = -1
-        for index, known in enumerate(_KINDS):
-            if isinstance(lowered, known):
-                kind = index
-        if kind < 0:
-            rule = "a score term that is a Python function cannot be part of a graph"
-            fix = "Pass a tensor, qkv.alibi or qkv.relative, or call attention outside of the traced function"
-            raise UnsupportedError(describe(CALL, rule, f"{type(lowered).__name__} while tracing", fix))
-        kinds += [kind]
-        tensors += [lowered.tensors()[0]]
-
-
-def _encode_positions(positions: Any, q: Tensor) -> tuple[str, list[int], Tensor | None]:
-    if positions is None:
-        return "", [], None
-    if isinstance(positions, str):
-        return positions, [], None
-    if isinstance(positions, Tensor):
-        if positions.dim() < 2:  # where each batch row starts
-            positions = positions.reshape(-1, 1) + torch.arange(q.shape[2], device=positions.device)
-        return "tensor", [], positions
-    if isinstance(positions, (list, tuple)):
-        return "at", list(positions), None
-    return "at", [positions], None
-
-
-def eager(function: Callable[P, R]) -> Callable[P, R]:
-    """The function as torch.compile is to leave it: a cache's tables are Python's, and no graph holds them."""
-    return torch.compiler.disable(function) if torch.compiler.is_dynamo_compiling() else function
+_RESULTS = 5  # d_out, d_lse, out, lse, state: what the backward op takes before the tensors of the call
 
 
 # ------------------------------------------------------------------------------------------------- out of the graph
@@ -176,27 +88,36 @@ def _unpack(given: _Given, static: dict[str, Any], *, contents: bool) -> tuple[M
         positions = offsets[0] if len(offsets) == 1 else list(offsets)
     elif reading == "tensor":
         positions = given.positions
-    parts = tuple(_KINDS[kind](t) for kind, t in zip(static["kinds"], given.bias, strict=True))  # type: ignore[call-arg]
+    parts = tuple(KINDS[kind](t) for kind, t in zip(static["kinds"], given.bias, strict=True))  # type: ignore[call-arg]
     bias = None if not parts else parts[0] if len(parts) == 1 else Sum(parts)
     mask = decode(static["words"], given.operands) if contents else None
-    options = Options(
-        positions,
-        bias,
-        static["scale"],
-        static["softcap"],
-        given.sinks,
-        static["dropout_p"],
-        static.get("return_lse", True),
-    )
-    return mask, options
+    o = static
+    lse = o.get("return_lse", True)
+    return mask, Options(positions, bias, o["scale"], o["softcap"], given.sinks, o["dropout_p"], lse)
+
+
+def _prepared(given: _Given, static: dict[str, Any], learns: bool) -> tuple[Prepared, Inputs]:
+    """The call made ready, and the tensors where backends look for them. Autograd and tracers are above."""
+    mask, o = _unpack(given, static, contents=True)
+    q, k, v, backend, key = given.q, given.k, given.v, static["backend"], None
+    if o.bias is None and not o.dropout_p and o.positions.__class__ in execute.PLAIN_POSITIONS:
+        key = execute.key_of(
+            q, k, v, mask, o.positions, None, o.scale, o.softcap, o.dropout_p, o.sinks, o.return_lse, backend, learns
+        )
+        kept = execute.PREPARED.get(key)
+        if kept is not None:
+            kept.used = execute.now()
+            return kept.value, Inputs(q, k, v, None, None, o.sinks)
+    check_backend(CALL, backend)
+    problem, inputs = validate(CALL, q, k, v, mask, o)
+    prepared = execute.prepare(replace(problem, needs_grad=learns), inputs, o, backend, key)
+    return prepared, inputs._replace(seed=int(given.seed) if given.seed is not None else 0)
 
 
 def _forward(*args: Any, state: bool = False, **static: Any) -> tuple[Tensor, Tensor, Tensor]:
-    given = _Given(*args)
-    assert _door is not None
-    mask, options = _unpack(given, static, contents=True)
-    seed = int(given.seed) if given.seed is not None else 0
-    out, lse, kept = _door.forward(*given[:3], mask, options, static["backend"], seed, state)
+    with torch.no_grad():
+        prepared, inputs = _prepared(_Given(*args), static, state)
+        out, lse, kept = prepared.run(*inputs)
     if lse is None:  # as the state below
         lse = out.new_full(out.shape[:3], torch.nan, dtype=_accumulate(out))
     if kept is None:  # its size was promised; nobody reads it
@@ -218,22 +139,13 @@ def _backward(
     from qkv.autograd import backward  # loaded by the first call that needs it
 
     given = _Given(*args)
-    assert _door is not None
-    mask, options = _unpack(given, static, contents=True)
     with torch.no_grad():
-        call, inputs = _door.planned(*given[:3], mask, options, static["backend"])
-        inputs.seed = int(given.seed) if given.seed is not None else 0
+        prepared, inputs = _prepared(given, static, True)
         output = Output(out, lse, state if state.shape[0] else None)
-        found = backward(call, call.problem, inputs, output, d_out, d_lse)
-    laid_out = [_as(g, t) for g, t in zip(found[:3], given[:3], strict=True)]
+        found = backward(prepared, inputs, output, d_out, d_lse)
     sinks = found.sinks if found.sinks is not None else out.new_empty(0)
-    return (
-        laid_out[0],
-        laid_out[1],
-        laid_out[2],
-        sinks,
-        [_as(g, t) for g, t in zip(found.bias, given.bias, strict=True)],
-    )
+    d_bias = [_as(g, t) for g, t in zip(found.bias, given.bias, strict=True)]
+    return _as(found.q, given.q), _as(found.k, given.k), _as(found.v, given.v), sinks, d_bias
 
 
 def _as(gradient: Tensor, like: Tensor) -> Tensor:
@@ -252,7 +164,8 @@ def _fake_forward(*args: Any, state: bool = False, **static: Any) -> tuple[Tenso
     _, options = _unpack(given, static, contents=False)
     if options.bias is not None:
         options.bias.check(CALL, sizes)
-    check_sinks(CALL, given.sinks, sizes)
+    if given.sinks is not None:
+        check_sinks(CALL, given.sinks, sizes)
     words = static["words"]
     masked = bool(words) and depends_on_position(words)
     biased = options.bias is not None and options.bias.depends_on_position
@@ -273,13 +186,13 @@ def _fake_backward(
 
 
 # ------------------------------------------------------------------------------------------------- autograd and vmap
-class _Node(_torch.SingleLevel):
+class _Node(SingleLevel):
     """The op in autograd's graph."""
 
     @staticmethod
     def forward(ctx: Any, keys: Any, static: dict[str, Any], terms: int, *flat: Any) -> Any:
-        args = (*flat[:6], *_lists(flat[6:], terms))
-        out, lse, state = _below(torch.ops.qkv.attention.default, keys, args, static | {"state": True})
+        given = _Given.gathered(flat, terms)
+        out, lse, state = _below(torch.ops.qkv.attention.default, keys, given, static | {"state": True})
         ctx.static, ctx.terms = static, terms
         ctx.save_for_backward(out, lse, state, *flat)
         if not static.get("state"):  # who called did not ask for it
@@ -290,16 +203,18 @@ class _Node(_torch.SingleLevel):
     @staticmethod
     def backward(ctx: Any, d_out: Tensor, d_lse: Tensor, _: Any) -> Any:
         out, lse, state, *flat = ctx.saved_tensors
-        lists = _lists(flat[6:], ctx.terms)
+        given = _Given.gathered(flat, ctx.terms)
 
         def gradients(*sums: Tensor) -> tuple[Any, ...]:
-            each = torch.ops.qkv.attention_backward(*sums, out, lse, state, *flat[:6], *lists, **ctx.static)
-            return *each[:4], *each[4]
+            *each, bias = torch.ops.qkv.attention_backward(*sums, out, lse, state, *given, **ctx.static)
+            return *each, *bias
 
-        several = _torch.over_samples(gradients, (d_out, d_lse), at) if (at := _torch.older_vmaps()) else None
+        several = over_samples(gradients, (d_out, d_lse), at) if (at := older_vmaps()) else None
         dq, dk, dv, sinks, *bias = gradients(d_out, d_lse) if several is None else several
-        given = (dq, dk, dv, sinks if ctx.needs_input_grad[6] else None, None, None)
-        return None, None, None, *given, *bias, *[None] * len(lists[1])
+        found = _Given(
+            dq, dk, dv, None if given.sinks is None else sinks, None, None, bias, [None] * len(given.operands)
+        )
+        return None, None, None, *found.flat()
 
 
 class _Last(_Node):
@@ -316,13 +231,9 @@ class _Last(_Node):
         raise UnsupportedError(describe(CALL, rule, "a gradient of a gradient in a graph", fix))
 
 
-def _lists(flat: Any, terms: int) -> tuple[list[Tensor], list[Tensor]]:
-    return list(flat[:terms]), list(flat[terms:])
-
-
 def _below(op: Any, keys: Any, args: tuple[Any, ...], static: dict[str, Any]) -> Any:
-    with _torch.below_autograd():
-        return op.redispatch(keys & _torch.keys_below_autograd, *args, **static)
+    with below_autograd():
+        return op.redispatch(keys & keys_below_autograd, *args, **static)
 
 
 def _learns(tensors: Any) -> bool:
@@ -330,19 +241,20 @@ def _learns(tensors: Any) -> bool:
 
 
 def _autograd_forward(keys: Any, *args: Any, **static: Any) -> Any:
-    flat = (*args[:6], *args[6], *args[7])
+    given = _Given(*args)
+    flat = given.flat()
     if _learns(flat):
-        return _Node.apply(keys, static, len(args[6]), *flat)
+        return _Node.apply(keys, static, len(given.bias), *flat)
     return _below(torch.ops.qkv.attention.default, keys, args, static)
 
 
 def _autograd_backward(keys: Any, *args: Any, **static: Any) -> Any:
-    found = _below(torch.ops.qkv.attention_backward.default, keys, args, static)
-    flat = (*args[:11], *args[11], *args[12])
+    *found, d_bias = _below(torch.ops.qkv.attention_backward.default, keys, args, static)
+    flat = (*args[:_RESULTS], *_Given(*args[_RESULTS:]).flat())
     if _learns(flat):
-        dq, dk, dv, sinks, *bias = _Last.apply(4 + len(found[4]), *found[:4], *found[4], *flat)
-        return dq, dk, dv, sinks, bias
-    return found
+        dq, dk, dv, sinks, *d_bias = _Last.apply(len(found) + len(d_bias), *found, *d_bias, *flat)
+        found = [dq, dk, dv, sinks]
+    return *found, d_bias
 
 
 def _over(op: Callable[..., Any], before: tuple[int, ...], sums: bool) -> Callable[..., Any]:
@@ -350,20 +262,20 @@ def _over(op: Callable[..., Any], before: tuple[int, ...], sums: bool) -> Callab
 
     `before`: which dimension is the batch in the tensors before q.
     """
-    rows, batch = len(before), (*before, 0, 0, 0)
+    rows = len(before)
 
     def rule(info: Any, in_dims: tuple[Any, ...], *args: Any, **static: Any) -> Any:
-        count = info.batch_size
-        sinks, bias = args[rows + 3], args[rows + 6]
-        alone = any(map(_is_mapped, in_dims[rows + 3 :])) or args[rows + 4] is not None or args[rows + 7]
+        count, given = info.batch_size, _Given(*args[rows:])
+        dims: Any = _Given(*in_dims[rows:])
+        alone = any(map(_is_mapped, dims[3:])) or given.positions is not None or given.operands
         simple = not alone and len(static["offsets"]) < 2
-        shared = sinks is not None or bool(bias)
-        wide = [t for t in bias if t.dim() == 4 and t.shape[0] > 1]
+        shared = given.sinks is not None or bool(given.bias)
+        wide = [t for t in given.bias if t.dim() == 4 and t.shape[0] > 1]
         if simple and not wide and not static["dropout_p"] and not (sums and shared):
-            d = in_dims[rows]
-            B = args[rows].shape[0] if d is None else args[rows].movedim(d, 0).shape[1]
-            wider = [join_batch(t, d, count, at) for t, d, at in zip(args, in_dims, batch, strict=False)]
-            found = op(*wider, *args[rows + 3 :], **static)
+            B = given.q.shape[0] if dims.q is None else given.q.movedim(dims.q, 0).shape[1]
+            joined = (*before, 0, 0, 0)  # which dimension is the batch: in what comes before, in q, k and v
+            wider = [join_batch(t, d, count, at) for t, d, at in zip(args, in_dims, joined, strict=False)]
+            found = op(*wider, *given[3:], **static)
             ends = (0, 0, 0) if sums else (0, 0, 1)  # dq, dk and dv; out, lse and state
             split = tuple(t.unflatten(end, (count, B)) for t, end in zip(found, ends, strict=False))
             return (*split, *found[3:]), (*ends, *((None, []) if sums else ()))
@@ -389,6 +301,7 @@ def _pick(given: Any, dim: Any, n: int) -> Any:
     return given if dim is None else given.select(dim, n)
 
 
+# ------------------------------------------------------------------------------------------------- registration
 _library.impl("attention", _forward, "CompositeExplicitAutograd")
 _library.impl("attention_backward", _backward, "CompositeExplicitAutograd")
 torch.library.register_fake("qkv::attention", _fake_forward, lib=_library)
