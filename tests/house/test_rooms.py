@@ -28,26 +28,6 @@ def _imported(path: Path) -> set[str]:
 
 
 PACKAGE = ROOT / "src" / "qkv"
-ROOMS = ("bench", "cli", "insight", "lm")
-
-
-def _name(path: Path) -> str:
-    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-
-
-@pytest.mark.parametrize("room", ROOMS)
-def test_no_file_of_a_room_needs_one_that_needs_it(room: str) -> None:
-    """Imports inside of functions and for type checkers count as well."""
-    files = {_name(path): path for path in (PACKAGE / room).rglob("*.py")}
-    needs = {name: (_imported(path) & files.keys()) - {name} for name, path in files.items()}
-    for name in needs:  # `from package import module` needs the module, which the package's own file need not know
-        needs[name] -= {
-            package for package in needs[name] if any(other.startswith(f"{package}.") for other in needs[name])
-        }
-    while leaves := [name for name, others in needs.items() if not others]:
-        needs = {name: others - set(leaves) for name, others in needs.items() if others}
-    assert not needs, f"in or above a circle: {sorted(needs)}"
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: f"{path.parent.name}/{path.name}")
