@@ -40,3 +40,11 @@ def test_the_version_is_written_once() -> None:
     assert not re.search(r"^version =", project, re.MULTILINE)
     assert f'__version__ = "{qkv.__version__}"' in _text("src/qkv/__init__.py")
     assert qkv.__version__ in _text("CHANGELOG.md").partition("\n## ")[2].partition("\n")[0]
+
+
+def test_pages_name_files_that_there_are() -> None:
+    pages = ["README.md", "SECURITY.md", "RELEASE.md", "CONTRIBUTING.md", "benchmarks/README.md"]
+    pages += [f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md") if path.stem != "foreign_tests"]
+    for page in pages:  # foreign_tests names files of PyTorch
+        for name in re.findall(r"`((?:csrc|src|tests|tools|docs|benchmarks|examples)/[\w./-]+)`", _text(page)):
+            assert (ROOT / name).exists(), f"{page}: {name}"
