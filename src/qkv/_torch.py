@@ -66,6 +66,8 @@ forward_level: Callable[[], int] = partial(getattr, forward_ad, "_current_level"
 """The level of forward-mode differentiation; below 0 where none is open. Calls no Python."""
 compiler_loaded: Callable[[], bool] = partial(sys.modules.__contains__, "torch._dynamo")
 """Whether anything may be compiled: torch.compile loads its tracer when it is first used."""
+onnx_loaded: Callable[[], bool] = partial(sys.modules.__contains__, "torch.onnx._internal.exporter._flags")
+"""Whether torch.onnx may be making a graph by way of torch.export; `exporting_onnx` says whether it is."""
 without_transforms = torch._C._DisableFuncTorch
 without_torch_function = torch._C.DisableTorchFunctionSubclass
 below_autograd = torch._C._AutoDispatchBelowAutograd

@@ -144,9 +144,9 @@ def key_of(
     keys, values, k_scale, v_scale, dtype, layout, held = k
     return (
         q.shape, q.stride(), q.dtype, q.__class__, keys.shape, keys.stride(), keys.dtype, values.shape, values.stride(),
-        dtype, len(layout.lengths), layout.queries is None, held, None if k_scale is None else k_scale.stride(),
-        None if v_scale is None else v_scale.stride(), mask, scale, scale.__class__, softcap, softcap.__class__, sinks,
-        return_lse, backend,
+        keys.is_cpu, dtype, len(layout.lengths), layout.queries is None, held,
+        None if k_scale is None else k_scale.stride(), None if v_scale is None else v_scale.stride(), mask, scale,
+        scale.__class__, softcap, softcap.__class__, sinks, return_lse, backend,
     )  # fmt: skip
 
 
@@ -184,7 +184,7 @@ def prepare(problem: Problem, inputs: Inputs, options: Options, backend: str | N
             found: Prepared = kept.value
             return found
     prepared = choose(problem, backend, inputs.positions).chosen.prepare(problem, inputs)
-    if not own:
+    if not own and key is not None:
         PREPARED.put(key, prepared, () if problem.mask is None else (problem.mask, prepared.operands))
     return prepared
 

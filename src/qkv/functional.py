@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qkv import graph
-from qkv._torch import compiler_loaded, forward_level, modes, recording, under_transform
+from qkv._torch import compiler_loaded, forward_level, modes, onnx_loaded, recording, under_transform
 from qkv.backends.base import Prepared
 from qkv.call import keywords
 from qkv.call.keys import KVView
@@ -29,56 +29,29 @@ _TENSORS = frozenset((Tensor, torch.nn.Parameter))
 
 @overload
 def attention(
-    q: Tensor,
-    k: Tensor | KVView,
-    v: Tensor | None = None,
-    mask: Mask | Tensor | None = None,
-    *,
-    positions: str | int | Sequence[int] | Tensor | None = None,
-    bias: Tensor | ScoreTerm | None = None,
-    scale: float | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    dropout_p: float = 0.0,
-    return_lse: Literal[False] = False,
-    backend: str | None = None,
-) -> Tensor: ...
+    q: Tensor, k: Tensor | KVView, v: Tensor | None = None, mask: Mask | Tensor | None = None, *,
+    positions: str | int | Sequence[int] | Tensor | None = None, bias: Tensor | ScoreTerm | None = None,
+    scale: float | None = None, softcap: float | None = None, sinks: Tensor | None = None, dropout_p: float = 0.0,
+    return_lse: Literal[False] = False, backend: str | None = None,
+) -> Tensor: ...  # fmt: skip
 
 
 @overload
 def attention(
-    q: Tensor,
-    k: Tensor | KVView,
-    v: Tensor | None = None,
-    mask: Mask | Tensor | None = None,
-    *,
-    positions: str | int | Sequence[int] | Tensor | None = None,
-    bias: Tensor | ScoreTerm | None = None,
-    scale: float | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    dropout_p: float = 0.0,
-    return_lse: Literal[True],
-    backend: str | None = None,
-) -> OutputWithLse: ...
+    q: Tensor, k: Tensor | KVView, v: Tensor | None = None, mask: Mask | Tensor | None = None, *,
+    positions: str | int | Sequence[int] | Tensor | None = None, bias: Tensor | ScoreTerm | None = None,
+    scale: float | None = None, softcap: float | None = None, sinks: Tensor | None = None, dropout_p: float = 0.0,
+    return_lse: Literal[True], backend: str | None = None,
+) -> OutputWithLse: ...  # fmt: skip
 
 
 @overload
 def attention(
-    q: Tensor,
-    k: Tensor | KVView,
-    v: Tensor | None = None,
-    mask: Mask | Tensor | None = None,
-    *,
-    positions: str | int | Sequence[int] | Tensor | None = None,
-    bias: Tensor | ScoreTerm | None = None,
-    scale: float | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    dropout_p: float = 0.0,
-    return_lse: bool,
-    backend: str | None = None,
-) -> Tensor | OutputWithLse: ...
+    q: Tensor, k: Tensor | KVView, v: Tensor | None = None, mask: Mask | Tensor | None = None, *,
+    positions: str | int | Sequence[int] | Tensor | None = None, bias: Tensor | ScoreTerm | None = None,
+    scale: float | None = None, softcap: float | None = None, sinks: Tensor | None = None, dropout_p: float = 0.0,
+    return_lse: bool, backend: str | None = None,
+) -> Tensor | OutputWithLse: ...  # fmt: skip
 
 
 def attention(
@@ -214,7 +187,8 @@ def _over_view(q: Any, view: KVView, v: Any, mask: Any, options: Options, backen
     if _compiling():
         output = graph.eager(on_view)(CALL, q, view, v, mask, options, backend)
     else:
-        graph.refuse_recording()
+        if recording() or onnx_loaded():
+            graph.refuse_recording()
         output = on_view(CALL, q, view, v, mask, options, backend)
     return OutputWithLse(output.out, output.lse) if options.return_lse else output.out  # type: ignore[arg-type]
 

@@ -5,7 +5,7 @@ Everything that depends on sizes, strides, dtypes and the mask is prepared once;
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib import import_module
 from types import ModuleType
 from typing import Any
@@ -24,6 +24,7 @@ _STORED = {**_TYPES, torch.int8: 4, torch.float8_e4m3fn: 5}
 _BIAS_KINDS = {"tensor": 0, "alibi": 1, "relative": 2}
 
 _CPU = torch.device("cpu")
+_TENSORS = frozenset((Tensor, torch.nn.Parameter))
 # Looked up once: a call is to cost a few microseconds.
 _empty, _empty_strided, _threads = torch.empty, torch.empty_strided, torch.get_num_threads
 
@@ -150,7 +151,7 @@ class _Prepared(Prepared):
         self.dtype, self.wide, self.with_state = p.dtype, p.accumulate, p.needs_grad
         self.with_lse = p.needs_lse or p.needs_grad
         # What one kernel call does and a new tensor of q's kind holds: a subclass may answer for its own.
-        self.plain = not self.with_lse and p.dropout_p == 0 and type(q) in (Tensor, torch.nn.Parameter)
+        self.plain = not self.with_lse and p.dropout_p == 0 and type(q) in _TENSORS
 
     def run(
         self,
@@ -230,6 +231,7 @@ class _PreparedView(PreparedView):
         self.native = backend._native(
             p, (q, view.k, view.v), self.strides, bias, sinks, sizes=(q.shape[2], 0), offsets=[], pages=pages
         )
+        self.run_pages, self.plain = self.native.run_pages, type(q) in _TENSORS
         self.dtype, self.wide, self.with_lse = p.dtype, p.accumulate, p.needs_lse
 
     def run(
@@ -243,11 +245,12 @@ class _PreparedView(PreparedView):
     ) -> Output:
         if to is None:
             lse = _empty(self.size[:3], dtype=self.wide, device=_CPU) if self.with_lse else None
-            to = Output(_empty_strided(self.size, self.strides, dtype=self.dtype, device=_CPU), lse)
+            make = q.new_empty_strided if self.plain else partial(_empty_strided, dtype=self.dtype, device=_CPU)
+            to = Output(make(self.size, self.strides), lse)
         out, lse, k_scale, v_scale, layout = to.out, to.lse, view.k_scale, view.v_scale, view.layout
         tables, starts, lengths = layout.tables.buffer_info(), layout.starts.buffer_info(), layout.lengths.buffer_info()
         queries = (0, 0) if layout.queries is None else layout.queries.buffer_info()
-        self.native.run_pages(
+        self.run_pages(
             [
                 q.data_ptr(), view.k.data_ptr(), view.v.data_ptr(), 0 if k_scale is None else k_scale.data_ptr() or 1,
                 0 if v_scale is None else v_scale.data_ptr() or 1, out.data_ptr(), 0 if lse is None else lse.data_ptr(),
