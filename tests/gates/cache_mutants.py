@@ -118,9 +118,10 @@ MUTANTS = (
     Mutant("rows run past their page", Cache, "_places", "min(end, at - at % P + P)", "end"),
     Mutant("tokens and heads are mixed up", storage.Plane, "write", "rows(H, P, by_token)", "rows(H, P, False)"),
     # copies
-    Mutant("a copy on write leaves the scales", storage.Storage, "copy_pages", "if plane.scale is not None:",
-           "if False:"),
-    Mutant("a copy on write is of one layer", storage.Storage, "copy_pages", "in self.planes:", "in self.planes[:1]:"),
+    Mutant("a copy on write leaves the scales", storage.Storage, "copy_pages", "in self._tensors():",
+           "in (plane.pages for plane in self._planes()):"),
+    Mutant("a copy on write is of one layer", storage.Storage, "copy_pages", "in self._tensors():",
+           "in list(self._tensors())[: len(self.planes[0])]:"),
     Mutant("pages come back in another order", Paged, "swap_in", "zip(missing, pages", "zip(missing, pages[::-1]"),
     Mutant("pages come back to other places", Paged, "swap_in", "table[host.places[at]]", "table[at]", "paged"),
     Mutant("growing forgets", storage.Storage, "grown", "fresh.raw[:, :, : self.page_size] = old.raw", "pass", "dense"),

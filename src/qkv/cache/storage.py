@@ -6,8 +6,9 @@ A token's keys of one head are a row of D numbers; row (page, h, slot) of a (N, 
 
 from __future__ import annotations
 
+import itertools
 from array import array
-from collections.abc import Sequence as Ordered
+from collections.abc import Iterator, Sequence as Ordered
 
 import torch
 from torch import Tensor
@@ -168,58 +169,53 @@ class Storage:
         for plane, x in zip(self.planes[layer], rows, strict=True):
             plane.write(x, places)
 
+    def _tensors(self) -> Iterator[Tensor]:
+        """All that is on pages, page by page: rows in wide units, and scales."""
+        for plane in self._planes():
+            yield plane.pages
+            if plane.scale is not None:
+                yield plane.scale
+
+    def _planes(self) -> Iterator[Plane]:
+        return itertools.chain.from_iterable(self.planes)
+
     def copy_pages(self, sources: Ordered[int], targets: Ordered[int]) -> None:
         """Copy whole pages of all layers, bit for bit."""
         source, target = self._ids(sources), self._ids(targets)
-        for planes in self.planes:
-            for plane in planes:
-                plane.pages.index_copy_(0, target, plane.pages.index_select(0, source))
-                if plane.scale is not None:
-                    plane.scale.index_copy_(0, target, plane.scale.index_select(0, source))
+        for tensor in self._tensors():
+            tensor.index_copy_(0, target, tensor.index_select(0, source))
 
     def read(self, pages: Ordered[int]) -> list[Tensor]:
         """Copies of the pages in host memory, with their scales."""
         ids = self._ids(pages)
-        host = []
-        for planes in self.planes:
-            for plane in planes:
-                host.append(plane.pages.index_select(0, ids).cpu())
-                if plane.scale is not None:
-                    host.append(plane.scale.index_select(0, ids).cpu())
-        return host
+        return [tensor.index_select(0, ids).cpu() for tensor in self._tensors()]
 
     def restore(self, host: Ordered[Tensor], rows: Ordered[int], pages: Ordered[int]) -> None:
         """Put the given rows of what `read` returned into pages."""
-        ids, chosen, place = self._ids(pages), torch.tensor(rows, dtype=torch.int64, device="cpu"), iter(host)
-        for planes in self.planes:
-            for plane in planes:
-                plane.pages.index_copy_(0, ids, next(place).index_select(0, chosen).to(self.spec.device))
-                if plane.scale is not None:
-                    plane.scale.index_copy_(0, ids, next(place).index_select(0, chosen).to(self.spec.device))
+        ids, chosen = self._ids(pages), torch.tensor(rows, dtype=torch.int64, device="cpu")
+        for tensor, copy in zip(self._tensors(), host, strict=True):
+            tensor.index_copy_(0, ids, copy.index_select(0, chosen).to(self.spec.device))
 
     def poison(self, pages: Ordered[int]) -> None:
         """Fill pages with NaN, so that whatever reads them shows."""
         if len(pages):
             ids = self._ids(pages)
-            for planes in self.planes:
-                for plane in planes:
-                    plane.poison(ids)
+            for plane in self._planes():
+                plane.poison(ids)
 
     def poison_slots(self, page: int, first: int) -> None:
         """Fill a page's slots from `first` with NaN."""
-        for planes in self.planes:
-            for plane in planes:
-                plane.poison_slots(page, first)
+        for plane in self._planes():
+            plane.poison_slots(page, first)
 
     def grown(self, page_size: int) -> Storage:
         """A storage with longer pages and the same contents; this one stays as it is."""
         new = Storage(self.spec, self.pages, page_size)
         with torch.inference_mode(False), torch.no_grad():
-            for mine, theirs in zip(self.planes, new.planes, strict=True):
-                for old, fresh in zip(mine, theirs, strict=True):
-                    fresh.raw[:, :, : self.page_size] = old.raw
-                    if old.scale is not None and fresh.scale is not None:
-                        fresh.scale[:, :, : self.page_size] = old.scale
+            for old, fresh in zip(self._planes(), new._planes(), strict=True):
+                fresh.raw[:, :, : self.page_size] = old.raw
+                if old.scale is not None and fresh.scale is not None:
+                    fresh.scale[:, :, : self.page_size] = old.scale
         return new
 
     def _ids(self, pages: Ordered[int]) -> Tensor:

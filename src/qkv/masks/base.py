@@ -246,7 +246,7 @@ class Composed(Mask):
         return (len(self.parts),)
 
     def _encode(self, call: str, words: list[int], tensors: list[Tensor]) -> None:
-        words += [self.op, *self._numbers()]
+        super()._encode(call, words, tensors)
         for part in self.parts:
             part._encode(call, words, tensors)
 
@@ -420,9 +420,8 @@ class Dense(Mask, op=Op.DENSE):
         strides = [0 if n == 1 else s for n, s in zip(self.t.shape, self.t.stride(), strict=True)]
         builder.emit(self.op, builder.operand(self.t), *([0] * (4 - self.t.ndim)), *strides)
 
-    def _encode(self, call: str, words: list[int], tensors: list[Tensor]) -> None:
-        words += [self.op]
-        tensors += [self.t]
+    def _tensors(self) -> tuple[Tensor, ...]:
+        return (self.t,)
 
     @classmethod
     def _decode(cls, words: Iterator[int], tensors: Iterator[Tensor]) -> Rule:

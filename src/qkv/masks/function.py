@@ -24,17 +24,9 @@ class MaskMod(Mask):
 
     fn: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
-    @property
-    def depends_on_position(self) -> bool:
-        return True
-
-    @property
-    def varies_by_batch(self) -> bool:
-        return True
-
-    @property
-    def varies_by_head(self) -> bool:
-        return True
+    depends_on_position = True
+    varies_by_batch = True
+    varies_by_head = True
 
     def visible(self, at: Tile, sizes: Sizes) -> Tensor:
         call, b, h, p, j = repr(self), at.b, at.h, at.p, at.j

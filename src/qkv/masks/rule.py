@@ -142,9 +142,13 @@ class Rule:
         """The mask that head h sees, without per_head."""
         return self
 
-    # The two lowered forms. Where both are the opcode and some integers, `_numbers` says the integers.
+    # The two lowered forms. The graph form is the opcode, some integers and some tensors; a mask without tensors is the
+    # same for a kernel.
     def _numbers(self) -> tuple[int, ...]:
-        raise NotImplementedError
+        return ()
+
+    def _tensors(self) -> tuple[Tensor, ...]:
+        return ()
 
     def _lower(self, builder: Builder) -> None:
         builder.emit(self.op, *self._numbers())
@@ -156,6 +160,7 @@ class Rule:
             fix = "Build it from qkv's masks, pass a bool tensor, or call attention outside of the traced function"
             raise UnsupportedError(describe(call, rule, f"{type(self).__name__} while tracing", fix))
         words += [self.op, *self._numbers()]
+        tensors += self._tensors()
 
     @classmethod
     def _decode(cls, words: Iterator[int], tensors: Iterator[Tensor]) -> Rule:

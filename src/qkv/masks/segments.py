@@ -53,9 +53,11 @@ class Padding(Mask, op=Op.PADDING):
     def _lower(self, builder: Builder) -> None:
         builder.emit(self.op, builder.operand(self.lengths.tensor), int(self.side == "left"))
 
-    def _encode(self, call: str, words: list[int], tensors: list[Tensor]) -> None:
-        words += [self.op, int(self.side == "left")]
-        tensors += [self.lengths.tensor]
+    def _numbers(self) -> tuple[int, ...]:
+        return (int(self.side == "left"),)
+
+    def _tensors(self) -> tuple[Tensor, ...]:
+        return (self.lengths.tensor,)
 
     @classmethod
     def _decode(cls, words: Iterator[int], tensors: Iterator[Tensor]) -> Rule:
@@ -311,9 +313,11 @@ class Documents(Mask, op=Op.DOCUMENTS):
             ids = (builder.operand(mine), builder.operand(theirs), theirs.shape[0])
         builder.emit(self.op, int(self.by_index), int(contiguous), *ranges, rows, size, *ids)
 
-    def _encode(self, call: str, words: list[int], tensors: list[Tensor]) -> None:
-        words += [self.op, int(self.queries.ids is not None), int(self.by_index)]
-        tensors += [axis.given for axis in ((self.queries, self.keys) if self.by_index else (self.queries,))]
+    def _numbers(self) -> tuple[int, ...]:
+        return int(self.queries.ids is not None), int(self.by_index)
+
+    def _tensors(self) -> tuple[Tensor, ...]:
+        return (self.queries.given, self.keys.given) if self.by_index else (self.queries.given,)
 
     @classmethod
     def _decode(cls, words: Iterator[int], tensors: Iterator[Tensor]) -> Rule:

@@ -39,13 +39,11 @@ class Window(Mask, op=Op.WINDOW):
     right: int | None
     text: str
 
+    fits_any_length = True
+
     @property
     def depends_on_position(self) -> bool:
         return self.left is not None or self.right is not None
-
-    @property
-    def fits_any_length(self) -> bool:
-        return True
 
     def visible(self, at: Tile, sizes: Sizes) -> Tensor:
         if self.left is None:
@@ -190,16 +188,14 @@ class Prefix(Mask, op=Op.PREFIX):
 
     n: int | Operand
 
+    fits_any_length = True
+
     @property
     def varies_by_batch(self) -> bool:
         return isinstance(self.n, Operand) and self.n.tensor.numel() > 1
 
     def check(self, call: str, sizes: Sizes) -> None:
         check_batch(call, "prefix(n)", self.n, sizes.B)
-
-    @property
-    def fits_any_length(self) -> bool:
-        return True
 
     def visible(self, at: Tile, sizes: Sizes) -> Tensor:
         return at.j < (self.n.on(at.b.device)[at.b] if isinstance(self.n, Operand) else self.n)
@@ -214,12 +210,11 @@ class Prefix(Mask, op=Op.PREFIX):
         else:
             builder.emit(self.op, self.n, -1)
 
-    def _encode(self, call: str, words: list[int], tensors: list[Tensor]) -> None:
-        if isinstance(self.n, Operand):
-            words += [self.op, -1]
-            tensors += [self.n.tensor]
-        else:
-            words += [self.op, self.n]
+    def _numbers(self) -> tuple[int, ...]:
+        return (-1 if isinstance(self.n, Operand) else self.n,)
+
+    def _tensors(self) -> tuple[Tensor, ...]:
+        return (self.n.tensor,) if isinstance(self.n, Operand) else ()
 
     @classmethod
     def _decode(cls, words: Iterator[int], tensors: Iterator[Tensor]) -> Rule:
@@ -285,13 +280,8 @@ class Chunked(Mask, op=Op.CHUNKED):
 
     n: int
 
-    @property
-    def depends_on_position(self) -> bool:
-        return True
-
-    @property
-    def fits_any_length(self) -> bool:
-        return True
+    depends_on_position = True
+    fits_any_length = True
 
     def visible(self, at: Tile, sizes: Sizes) -> Tensor:
         return floor(at.p, self.n) == floor(at.j, self.n)
@@ -363,13 +353,11 @@ class Strided(Mask, op=Op.STRIDED):
     n: int
     offset: int
 
+    fits_any_length = True
+
     @property
     def depends_on_position(self) -> bool:
         return self.n > 1
-
-    @property
-    def fits_any_length(self) -> bool:
-        return True
 
     def visible(self, at: Tile, sizes: Sizes) -> Tensor:
         return (at.p - at.j - self.offset) % self.n == 0
@@ -434,13 +422,8 @@ class Dilated(Mask, op=Op.DILATED):
     window: int
     step: int
 
-    @property
-    def depends_on_position(self) -> bool:
-        return True
-
-    @property
-    def fits_any_length(self) -> bool:
-        return True
+    depends_on_position = True
+    fits_any_length = True
 
     def visible(self, at: Tile, sizes: Sizes) -> Tensor:
         distance = at.p - at.j
@@ -513,13 +496,12 @@ class GlobalTokens(Mask, op=Op.GLOBAL):
 
     indices: Operand
 
+    fits_any_length = True
+    _reads_position = True
+
     @property
     def depends_on_position(self) -> bool:
         return self.indices.tensor.numel() > 0
-
-    @property
-    def fits_any_length(self) -> bool:
-        return True
 
     def visible(self, at: Tile, sizes: Sizes) -> Tensor:
         chosen = self.indices.on(at.j.device)
@@ -556,17 +538,12 @@ class GlobalTokens(Mask, op=Op.GLOBAL):
     def _lower(self, builder: Builder) -> None:
         builder.emit(self.op, builder.operand(self.indices.tensor))
 
-    def _encode(self, call: str, words: list[int], tensors: list[Tensor]) -> None:
-        words += [self.op]
-        tensors += [self.indices.tensor]
+    def _tensors(self) -> tuple[Tensor, ...]:
+        return (self.indices.tensor,)
 
     @classmethod
     def _decode(cls, words: Iterator[int], tensors: Iterator[Tensor]) -> Rule:
         return global_tokens(next(tensors))
-
-    @property
-    def _reads_position(self) -> bool:
-        return True
 
     def __repr__(self) -> str:
         return f"global_tokens({self.indices!r})"

@@ -59,6 +59,8 @@ class RandomBlocks(Mask, op=Op.RANDOM):
     block: int
     seed: int
 
+    fits_any_length = True
+
     @property
     def depends_on_position(self) -> bool:
         return self.per_row > 0
@@ -73,10 +75,6 @@ class RandomBlocks(Mask, op=Op.RANDOM):
             taken = (chosen[..., :n] == draw[..., None]).any(-1)
             chosen[..., n] = torch.where(taken, last, draw)
         return chosen
-
-    @property
-    def fits_any_length(self) -> bool:
-        return True
 
     def visible(self, at: Tile, sizes: Sizes) -> Tensor:
         key = floor(at.j, self.block)
@@ -153,9 +151,7 @@ class Blocks(Mask, op=Op.BLOCKS):
     map: Operand  # bool (rows_b, rows_h, nq, nk)
     block: int
 
-    @property
-    def depends_on_position(self) -> bool:
-        return True
+    depends_on_position = True
 
     @property
     def varies_by_batch(self) -> bool:
@@ -214,9 +210,11 @@ class Blocks(Mask, op=Op.BLOCKS):
         table = self.map.tensor
         builder.emit(self.op, builder.operand(table.view(torch.uint8)), *table.shape, self.block)
 
-    def _encode(self, call: str, words: list[int], tensors: list[Tensor]) -> None:
-        words += [self.op, self.block]
-        tensors += [self.map.tensor]
+    def _numbers(self) -> tuple[int, ...]:
+        return (self.block,)
+
+    def _tensors(self) -> tuple[Tensor, ...]:
+        return (self.map.tensor,)
 
     @classmethod
     def _decode(cls, words: Iterator[int], tensors: Iterator[Tensor]) -> Rule:
