@@ -631,11 +631,16 @@ class Gradients {
               factor(V::set1(static_cast<E>(job.factor))),
               grown(V::set1(static_cast<E>(call.dropout_scale))) {}
 
-        // Rows [z, z + W), key j of the granule g.
+        V m, inverse, delta, rise;  // of rows [z, z + W)
+        QKV_INLINE void begin(const Work& w, int64_t z) {
+            m = V::load(w.m + z), inverse = V::load(w.inverse + z);
+            delta = V::load(w.delta + z), rise = V::load(w.rise + z);
+        }
+
+        // Of these rows and key j of the granule g.
         QKV_INLINE void of(Work& w, const Block& block, int g, int j, int64_t z, V& p, V& dx) const {
             const int64_t n = w.n;
-            const V zero = V::zero(), m = V::load(w.m + z), inverse = V::load(w.inverse + z);
-            const V delta = V::load(w.delta + z), rise = V::load(w.rise + z);
+            const V zero = V::zero();
             const uint64_t bits = block.words[g * kGranule + j] >> z;
             V slope = V::set1(1), dp = V::load(w.dp + j * n + z);
             const V x = score.template held<Transform>(V::load(w.s + j * n + z), w.bias + j * n + z, slope);
@@ -665,8 +670,9 @@ class Gradients {
     template <bool Transform, bool Masked, bool Dropped>
     void element_wise(Work& w, const Block& block, int g) {
         const int64_t n = w.n;
-        const Slopes<Transform, Masked, Dropped> slopes(a_, job_);
-        for (int64_t z = 0; z < n; z += W)
+        Slopes<Transform, Masked, Dropped> slopes(a_, job_);
+        for (int64_t z = 0; z < n; z += W) {
+            slopes.begin(w, z);
             for (int j = 0; j < kGranule; j += kPair) {
                 const int64_t at = (g * kGranule + j) * n + z;
                 V p, dx;
@@ -686,6 +692,7 @@ class Gradients {
                     dx.store(w.dx + at);
                 }
             }
+        }
     }
 
     // dV += P dO, dK += dX Q, dQ += dX^T K for `keys` neighbouring keys: `first` in the chunk, `from` in the step.

@@ -64,16 +64,17 @@ struct Product {
     }
 
   private:
-    // Rows [m, m + 4), Z vectors from z on.
+    // Rows [m, m + 4), Z vectors from z on. Apart: among its callers' numbers the loop's strides would not stay in
+    // registers.
     template <int Z>
-    static QKV_INLINE void tile(const Factors& f, int64_t m, int64_t z, bool add) {
+    static QKV_APART void tile(const Factors& f, int64_t m, int64_t z, bool add) {
         const Single* a = f.a + m * f.a_row;
         const Lane* b = f.b + z * W;
-        const int64_t a_row = f.a_row, a_step = f.a_step, b_step = f.b_step;
+        const int64_t a_row = f.a_row, a_step = f.a_step, b_step = f.b_step, count = f.count;
         V acc[kRows][Z];
         QKV_FOR(i, kRows)
             QKV_FOR(k, Z) acc[i][k] = V::zero();
-        for (int64_t u = 0; u < f.count; ++u, a += a_step, b += b_step) {
+        for (int64_t u = 0; u < count; ++u, a += a_step, b += b_step) {
             typename M::R x[Z];
             QKV_FOR(k, Z) x[k] = M::load(b + k * W);
             QKV_FOR(i, kRows) {
