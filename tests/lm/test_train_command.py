@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import re
 from pathlib import Path
 
@@ -124,7 +123,7 @@ def test_the_tables_are_made_in_pieces_and_nothing_twice(
     assert made.count("play.mha.qkv.0.json") == 1  # the third call found all of them made
     assert len(list((tmp_path / "r").iterdir())) == 2 * len(tables.VARIANTS)
     command("ablations", "--seeds", "0", "--steps", "2")
-    command("report", "--json", str(tmp_path / "all.json"))
+    command("report", "--json", str(tmp_path / "all.jsonl"))
     printed = capsys.readouterr().out
     assert "| mla | " in printed
     assert "from one seed 0.00" in printed
@@ -135,5 +134,6 @@ def test_the_tables_are_made_in_pieces_and_nothing_twice(
     told = capsys.readouterr().out
     assert "| size | 2 layers of 32, 2 heads, context 32 bytes" in told
     assert re.search(r"\*\*\d\.\d{3} bits per byte\*\* .* float32, \d\.\d{3} as stored", told)
-    runs = json.loads((tmp_path / "all.json").read_text())["runs"]
+    runs, timings = tables.read(tmp_path / "all.jsonl")
+    assert tables.tables(runs, timings) == printed.strip(), "the one file says what the folder says"
     assert len(runs) == 2 * len(tables.VARIANTS) + len(tables.RULES)
