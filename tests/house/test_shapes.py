@@ -124,8 +124,8 @@ EXAMPLES: dict[str, Callable[[], Example]] = {
     "sdpa": _sdpa,
 }
 PROMISED = {  # the tensors whose shapes have to be bound, by example
-    "attention": 6, "attention, positions": 5, "weights": 3, "merge": 6, "alibi": 1, "relative": 1, "rotary": 3,
-    "Attention": 3, "LatentAttention": 2, "MultiheadAttention": 6, "append": 2, "append of a layer": 0, "sdpa": 4,
+    "attention": 6, "attention, positions": 6, "weights": 3, "merge": 6, "alibi": 1, "relative": 1, "rotary": 3,
+    "Attention": 3, "LatentAttention": 3, "MultiheadAttention": 6, "append": 2, "append of a layer": 2, "sdpa": 4,
 }  # fmt: skip
 
 
