@@ -122,9 +122,8 @@ def sdpa(
         if torch.overrides.has_torch_function((query, key, value)):  # a stand-in for a tensor, such as torch.fx's
             return _by_torch(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
         refuse_other_types(query=query, key=key, value=value)
-    if is_causal.__class__ is not bool or enable_gqa.__class__ is not bool:
-        flag(CALL, "is_causal", is_causal)
-        flag(CALL, "enable_gqa", enable_gqa)
+    for name, x in (("is_causal", is_causal), ("enable_gqa", enable_gqa)):
+        flag(CALL, name, x)
     corner = _causal_bias(attn_mask)
     if attn_mask is not None and is_causal:
         rule = "Explicit attn_mask should not be set when is_causal=True"  # PyTorch's words, for who looks for them
