@@ -333,3 +333,7 @@ def mutant_append() -> None:
 
 def mutant_commit() -> None:
     walk_lines("the last layer", debug_scene)
+
+
+def mutant_free() -> None:
+    walk_lines("free", debug_scene)

@@ -130,8 +130,10 @@ MUTANTS = (
     Mutant("evicted pages keep their numbers", Paged, "_take", "if self.debug:", "if False:"),
     Mutant("no waste is reported", Paged, "_empty_slots", "return empty", "return 0"),
     # interruptions
-    Mutant("an interrupted append is not repaired", ledger._Change, "__exit__", "self._ledger._repair()", "pass",
+    Mutant("an interrupted append is not repaired", Cache, "append", "self._repair()", "self._dirty = False",
            test="test_faults.mutant_append"),
+    Mutant("an interrupted change is not repaired", ledger._Change, "__exit__", "self._ledger._repair()", "pass",
+           test="test_faults.mutant_free"),
     Mutant("a repair forgets the counts", Cache, "_repair", "self._pool.rebuild", "(lambda owned: None)",
            test="test_faults.mutant_append"),
     Mutant("a commit is not taken up again", Cache, "_repair", "self._advance(step)", "pass",

@@ -101,38 +101,43 @@ class Cache(Ledger):
             if layer + 1 < self.layers:
                 step.next = layer + 1
                 return
-            with self._change():
-                self._commit(step)
-            return
-        call = f"{self._name}.append()"
-        names = check_seqs(self, call, seqs)
-        if self._steps:
-            refuse_open(self, call, names)
-        if lengths is None:
-            T = k.shape[-2] if isinstance(k, Tensor) and k.ndim >= 2 else -1
-            rows = self._spec.rows(self._name, k, v, len(names), T)
-            ragged = None
+            claim = None
         else:
-            ragged = checks.counts(call, "lengths", lengths, len(names))
-            T = sum(ragged)
-            rows = self._spec.rows(self._name, k, v, 1, T)
-        known = None if tokens is None else self._check_tokens(call, names, tokens, T, ragged)
-        step = Unfinished(names, T, ragged, known)
-        claim = self._count(call, step)
-        with self._change():
-            self._recent = []
-            self._claim(claim)
-            if step.total:
-                step.places = self._places(step)
-                self._storage.write(0, rows, step.places)
-            if self.layers == 1:
+            call = f"{self._name}.append()"
+            names = check_seqs(self, call, seqs)
+            if self._steps:
+                refuse_open(self, call, names)
+            if lengths is None:
+                T = k.shape[-2] if isinstance(k, Tensor) and k.ndim >= 2 else -1
+                rows = self._spec.rows(self._name, k, v, len(names), T)
+                ragged = None
+            else:
+                ragged = checks.counts(call, "lengths", lengths, len(names))
+                T = sum(ragged)
+                rows = self._spec.rows(self._name, k, v, 1, T)
+            known = None if tokens is None else self._check_tokens(call, names, tokens, T, ragged)
+            step = Unfinished(names, T, ragged, known)
+            claim = self._count(call, step)
+        self._dirty = True  # as `_change` does, without its object: this is the path of every token
+        try:
+            if layer == 0:
+                self._recent = []
+                self._claim(claim)
+                if step.total:
+                    step.places = self._places(step)
+                    self._storage.write(0, rows, step.places)
+            if layer + 1 == self.layers:
                 self._commit(step)
             else:
-                for seq, end in zip(names, step.ends, strict=True):
+                for seq, end in zip(step.seqs, step.ends, strict=True):
                     seq._step, seq._end = step, end
                 step.next = 1
-                if names:
+                if step.seqs:
                     self._steps[step] = None
+        except BaseException:
+            self._repair()
+            raise
+        self._dirty = False
 
     def view(self, seqs: Ordered[Sequence], layer: int = 0, *, lengths: Any = None) -> KVView:
         """All keys and values of one layer that were appended, an unfinished step's among them, where they lie.
