@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Sequence as Ordered
+from collections.abc import Sequence as Ordered
 from typing import Any
 
 from torch import Tensor
@@ -53,7 +53,15 @@ class Cache(Ledger):
             rule = f"tokens, salt and adapter are for caches that share prefixes, and a {self._name} does not"
             given = ", ".join(n for n, x in (("tokens", tokens), ("salt", salt), ("adapter", adapter)) if x is not None)
             raise ArgumentError(describe(call, rule, given, "Leave them out, or use qkv.cache.PagedCache"))
-        return self._add(call)
+        if len(self._pool.free) < self._each:
+            given = f"{len(self._pool.refs) // self._each} sequences, all in use"
+            fix = "free() one, or build the cache with more sequences"
+            raise PagesExhausted(describe(call, f"each sequence needs a {self._what} of its own", given, fix))
+        seq = Sequence(self, self._made, None)
+        with self._change():
+            self._hold(seq, self._pool.take(self._each)[0])
+            self._enter(seq)
+        return seq
 
     def append(
         self, seqs: Ordered[Sequence], k: Tensor, v: Tensor, layer: int = 0, *, lengths: Any = None, tokens: Any = None
@@ -204,10 +212,7 @@ class Cache(Ledger):
         ArgumentError, ArgumentTypeError, ShapeError
             Both or neither of T and lengths, or sequences that cannot begin a step.
         """
-        call = f"{self._name}.step()"
-        self._mend()
-        names = check_seqs(self, call, seqs)
-        refuse_open(self, call, names)
+        call, names = self._between_steps("step", seqs)
         if (lengths is None) == (T is None):
             given = "neither" if T is None else f"T={shown(T)} and lengths={shown(lengths)}"
             raise ArgumentError(describe(call, "a step takes T or lengths", given, "Pass T=1, or lengths=[...]"))
@@ -232,7 +237,7 @@ class Cache(Ledger):
         """
         self._mend()
         names = check_seqs(self, f"{self._name}.rollback()", [seqs] if isinstance(seqs, Sequence) else seqs)
-        self._undo({seq._step: None for seq in names if seq._step is not None})
+        self._undo(names)
 
     def truncate(self, seq: Sequence, length: int) -> None:
         """Forget a sequence's tokens past `length`, as speculative decoding does with what was not accepted.
@@ -251,10 +256,7 @@ class Cache(Ledger):
             length > seq.length, an unfinished step, or (with a window) keys that a query at `length` sees and that
             were given back. The tokens of the last step can always be taken back.
         """
-        call = f"{self._name}.truncate()"
-        self._mend()
-        check_seqs(self, call, [seq])
-        refuse_open(self, call, (seq,))
+        call, _ = self._between_steps("truncate", [seq])
         length = integer(call, "length", length)
         if length > seq._length:
             given = f"length={length} and a sequence of {seq._length} tokens"
@@ -288,7 +290,7 @@ class Cache(Ledger):
         call = f"{self._name}.free()"
         self._mend()
         names = check_seqs(self, call, [seqs] if isinstance(seqs, Sequence) else seqs, swapped=True)
-        self._undo({seq._step: None for seq in names if seq._step is not None})
+        self._undo(names)
         with self._change():
             self._tick()
             for seq in names:
@@ -334,28 +336,12 @@ class Cache(Ledger):
 
     # ---- what differs between caches
 
-    def _add(self, call: str) -> Sequence:
-        seq = Sequence(self, self._made, None)
-        seq._live = self
-        self._made += 1
-        self._seqs[seq] = None
-        return seq
+    _what: str  # what each sequence gets all its pages as, at once
+    _each = 1  # and how many pages that is
 
-    def _place(self, call: str, need: int, what: str, hold: Callable[[Sequence, list[int]], None]) -> Sequence:
-        """A sequence that gets all its pages at once, where they are free; `hold` keeps them."""
-        pool = self._pool
-        if len(pool.free) < need:
-            given = f"{len(pool.refs) // need} sequences, all in use"
-            fix = "free() one, or build the cache with more sequences"
-            raise PagesExhausted(describe(call, f"each sequence needs a {what} of its own", given, fix))
-        with self._change():
-            pages, _ = pool.take(need)
-            seq = Sequence(self, self._made, None)
-            hold(seq, pages)
-            seq._live = self
-            self._made += 1
-            self._seqs[seq] = None
-        return seq
+    def _hold(self, seq: Sequence, pages: list[int]) -> None:
+        """Keep the pages that `add` took for a sequence."""
+        raise NotImplementedError
 
     def _count(self, call: str, step: Unfinished) -> Any:
         """What the step needs, or an error where there is not enough. Changes nothing."""
@@ -379,6 +365,14 @@ class Cache(Ledger):
         raise ArgumentError(describe(call, rule, "tokens", "Leave them out, or use qkv.cache.PagedCache"))
 
     # ---- steps
+
+    def _between_steps(self, method: str, seqs: Any) -> tuple[str, tuple[Sequence, ...]]:
+        """The call, for messages, and its sequences, once none of them is in an unfinished step."""
+        call = f"{self._name}.{method}()"
+        self._mend()
+        names = check_seqs(self, call, seqs)
+        refuse_open(self, call, names)
+        return call, names
 
     def _going_on(self, seqs: Any, layer: int, lengths: Any) -> Unfinished:
         """The unfinished step that layer > 0 of `seqs` belongs to."""

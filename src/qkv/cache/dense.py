@@ -53,6 +53,8 @@ class DenseCache(Cache):
     (100, 128)
     """
 
+    _what = "place"
+
     def __init__(
         self,
         *,
@@ -78,11 +80,8 @@ class DenseCache(Cache):
         slots = _FIRST if self.capacity is None else _rounded(self.capacity)
         super().__init__(Storage(spec, count, slots), PagePool(count))
 
-    def _add(self, call: str) -> Sequence:
-        def hold(seq: Sequence, pages: list[int]) -> None:
-            seq._table = array("i", pages)
-
-        return self._place(call, 1, "place", hold)
+    def _hold(self, seq: Sequence, pages: list[int]) -> None:
+        seq._table = array("i", pages)
 
     def _count(self, call: str, step: Unfinished) -> Any:
         longest = max(step.ends, default=0)

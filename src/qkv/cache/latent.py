@@ -77,8 +77,6 @@ class LatentCache(Cache):
             given = "neither" if pages is None else f"pages={pages!r} and sequences={sequences!r}"
             rule = "a latent cache is on pages or dense"
             raise ArgumentError(describe(_CALL, rule, given, "Pass pages=, or sequences= for a dense one"))
-        if type(self) is LatentCache:  # which of its kinds it is follows from the arguments
-            self.__class__ = PagedLatentCache if sequences is None else DenseLatentCache
         if pages is not None and capacity is not None:
             fix = "Leave it out, or pass sequences= in place of pages="
             raise ArgumentError(describe(_CALL, "capacity is of a dense cache", f"capacity={capacity!r}", fix))
@@ -95,6 +93,14 @@ class LatentCache(Cache):
         else:
             assert isinstance(self, DenseLatentCache)
             self._begin_dense(_CALL, spec, sequences, capacity)
+
+    def __new__(cls, *args: Any, **given: Any) -> Any:
+        if cls is not LatentCache:
+            return super().__new__(cls)
+        # Which of its kinds it is follows from the arguments. An object given another class later is slower to read.
+        return super().__new__(PagedLatentCache if given.get("sequences") is None else DenseLatentCache)
+
+    __new__.__wrapped__ = __init__  # type: ignore[attr-defined]  # so that help() shows what it takes
 
     def append(  # type: ignore[override]
         self,

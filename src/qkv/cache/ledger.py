@@ -81,6 +81,12 @@ class Ledger:
         if self._dirty:
             self._repair()
 
+    def _enter(self, seq: Sequence) -> None:
+        """Make a sequence one of the cache's; the books are open."""
+        seq._live = self
+        self._made += 1
+        self._seqs[seq] = None
+
     def _tick(self) -> None:
         """End the life of all views."""
         self.clock.now += 1
@@ -164,8 +170,9 @@ class Ledger:
     def _fold(self, step: Unfinished) -> None:
         """Parts of the commit that may be done twice."""
 
-    def _undo(self, steps: Iterable[Unfinished]) -> None:
-        steps = list(steps)
+    def _undo(self, seqs: Iterable[Sequence]) -> None:
+        """Forget the unfinished steps that these sequences are in."""
+        steps = {seq._step: None for seq in seqs if seq._step is not None}
         if not steps:
             return
         with self._change():

@@ -14,7 +14,7 @@ from qkv.cache.pool import PagePool
 from qkv.cache.prefix import Entry, PrefixIndex, typed
 from qkv.cache.sequence import NEVER, Host, Sequence, Unfinished
 from qkv.cache.spec import Spec
-from qkv.cache.state import check_seqs, refuse_open
+from qkv.cache.state import check_seqs
 from qkv.cache.storage import Storage
 from qkv.checks import integer, short
 from qkv.errors import ArgumentError, PagesExhausted, describe
@@ -173,19 +173,15 @@ class PagedCache(Cache):
             seq._chain, seq._hashed = matched[-1], len(matched)
             seq._length = seq._cached = len(matched) * self.page_size
             seq._gone = self._pinned
-        self._enter(seq)
+        self._adopt(seq)
         return seq
 
-    def _enter(self, seq: Sequence) -> None:
-        """Make a sequence whose table is set one of the cache's."""
+    def _adopt(self, seq: Sequence) -> None:
+        """Make a sequence whose table is set one of the cache's, and a user of its pages."""
         with self._change():
-            share = self._pool.share
-            for page in seq._table:
-                if page >= 0:
-                    share(page)
-            seq._live = self
-            self._made += 1
-            self._seqs[seq] = None
+            for page in self._owned(seq):
+                self._pool.share(page)
+            self._enter(seq)
 
     def fork(self, seq: Sequence) -> Sequence:
         """A second sequence of the same tokens, on the same pages; what either appends is its own.
@@ -208,16 +204,13 @@ class PagedCache(Cache):
         -----
         Cost: a table entry a page. The partly filled last page is shared, too; the first that appends copies it.
         """
-        call = f"{self._name}.fork()"
-        self._mend()
-        check_seqs(self, call, [seq])
-        refuse_open(self, call, (seq,))
+        self._between_steps("fork", [seq])
         twin = Sequence(self, self._made, seq._root)
         twin._length = twin._cached = seq._length
         twin._table, twin._gone = seq._table[:], seq._gone
         twin._tokens = None if seq._tokens is None else seq._tokens[:]
         twin._chain, twin._hashed, twin._due = seq._chain, seq._hashed, seq._due
-        self._enter(twin)
+        self._adopt(twin)
         return twin
 
     # ---- pages of a step
@@ -410,10 +403,7 @@ class PagedCache(Cache):
         -----
         Cost: a copy of its pages.
         """
-        call = f"{self._name}.swap_out()"
-        self._mend()
-        check_seqs(self, call, [seq])
-        refuse_open(self, call, (seq,))
+        self._between_steps("swap_out", [seq])
         places = [at for at, page in enumerate(seq._table) if page >= 0]
         pages = [seq._table[at] for at in places]
         tensors = self._storage.read(pages)

@@ -65,6 +65,8 @@ class RingCache(Cache):
     (18, (-1, -1, 2, 0, 1))
     """
 
+    _what = "ring"
+
     def __init__(
         self,
         *,
@@ -95,11 +97,8 @@ class RingCache(Cache):
         pages = self.sequences * self._each
         super().__init__(Storage(spec, pages, P), PagePool(pages), window=window, sinks=sinks)
 
-    def _add(self, call: str) -> Sequence:
-        def hold(seq: Sequence, pages: list[int]) -> None:
-            seq._own = pages
-
-        return self._place(call, self._each, "ring", hold)
+    def _hold(self, seq: Sequence, pages: list[int]) -> None:
+        seq._own = pages
 
     def _count(self, call: str, step: Unfinished) -> Any:
         most = max(step.counts, default=0)

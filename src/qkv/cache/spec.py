@@ -39,23 +39,20 @@ class Spec:
 
     def rows(self, name: str, k: Any, v: Any, n: int, T: int) -> tuple[Tensor, ...]:
         """A step's tensors, checked, as one (n, H, T, width) for each plane; `k` and `v` may be latents and ropes."""
-        dtype, device = self.dtype, self.device
-        if self.rank is not None:
-            sizes = ((n, T, self.rank), (n, T, self.widths[0] - self.rank))
-            checks.check_rows(f"{name}.append()", (("latent", k), ("rope", v)), sizes, dtype, device)
-            return (torch.cat((k.detach(), v.detach()), dim=-1)[:, None],)
-        H, (D, Dv) = self.heads, self.widths
+        (H, W, R), dtype, device = (self.heads, self.widths, self.rank), self.dtype, self.device
+        first, second = ((n, H, T, W[0]), (n, H, T, W[1])) if R is None else ((n, T, R), (n, T, W[0] - R))
         try:
-            if (
-                k.shape == (n, H, T, D)
-                and v.shape == (n, H, T, Dv)
+            fits = (
+                k.shape == first
+                and v.shape == second
                 and k.dtype is dtype
                 and v.dtype is dtype
                 and k.device == v.device == device
                 and k.layout is v.layout is torch.strided
-            ):
-                return k, v
+            )
         except AttributeError:
-            pass
-        checks.check_rows(f"{name}.append()", (("k", k), ("v", v)), ((n, H, T, D), (n, H, T, Dv)), dtype, device)
-        return k, v
+            fits = False
+        if not fits:
+            named = (("k", k), ("v", v)) if R is None else (("latent", k), ("rope", v))
+            checks.check_rows(f"{name}.append()", named, (first, second), dtype, device)
+        return (k, v) if R is None else (torch.cat((k.detach(), v.detach()), dim=-1)[:, None],)

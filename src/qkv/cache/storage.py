@@ -137,9 +137,8 @@ class Storage:
     @property
     def bytes_per_slot(self) -> int:
         """Bytes that one token takes, in all layers, with its scales."""
-        number = torch.empty((), dtype=self.spec.storage, device="cpu").element_size()
         scales = 4 * len(self.spec.widths) if self.spec.storage in LARGEST else 0
-        return self.spec.layers * self.spec.heads * (sum(self.spec.widths) * number + scales)
+        return self.spec.layers * self.spec.heads * (sum(self.spec.widths) * self.spec.storage.itemsize + scales)
 
     @property
     def bytes(self) -> int:
@@ -219,6 +218,4 @@ class Storage:
         return new
 
     def _ids(self, pages: Ordered[int]) -> Tensor:
-        return torch.tensor(
-            pages if isinstance(pages, list) else list(pages), dtype=torch.int64, device=self.spec.device
-        )
+        return torch.tensor(list(pages), dtype=torch.int64, device=self.spec.device)
