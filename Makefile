@@ -26,7 +26,7 @@ test: $(VENV)/.installed-dev
 QUICK := tests/house/test_gate.py::test_named_cases tests/house/test_docs.py tests/house/test_docstrings.py \
 	tests/house/test_shapes.py tests/house/test_readme.py tests/masks/test_algebra.py tests/masks/test_values.py \
 	tests/masks/test_errors.py tests/masks/test_programs.py tests/masks/test_scores.py tests/malformed \
-	tests/attention/test_attention_oracle.py tests/attention/test_attention_plan.py tests/attention/test_errors.py \
+	tests/attention/test_oracle.py tests/attention/test_plan.py tests/attention/test_errors.py \
 	tests/attention/test_positions.py tests/gradients/test_against_the_oracle.py tests/views/test_errors.py
 quick: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n 2 $(QUICK)

@@ -1,4 +1,4 @@
-"""The tiled backend: what tiles promise beyond the values that test_attention_oracle checks."""
+"""The tiled backend: what tiles promise beyond the values that test_oracle checks."""
 
 from __future__ import annotations
 
