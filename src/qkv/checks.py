@@ -1,4 +1,4 @@
-"""Checks that every mask constructor shares: each value is read once, at the door, and kept as an immutable copy."""
+"""Checks that every mask constructor shares: it reads each value once and keeps an immutable copy."""
 
 from __future__ import annotations
 

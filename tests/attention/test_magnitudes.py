@@ -163,7 +163,7 @@ def test_values_learn_from_weights_that_add_up_to_one(size: float, backend: str)
     assert dk.isfinite().all()
 
 
-# ----------------------------------------------------------------------------------------------------- other doors
+# --------------------------------------------------------------------------------- padding, modules, compat, merge
 @pytest.mark.parametrize("low", [-1e12, -1e15, -1e32, torch.finfo(torch.float32).min])
 def test_left_padding_by_a_float_mask(low: float) -> None:
     """(1 - mask) * low, once for padding and once for the future: a dense softmax's values and gradients.

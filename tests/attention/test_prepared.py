@@ -1,4 +1,4 @@
-"""The fast path: one plan serves many calls, and a hit in the cache excuses nothing."""
+"""The fast path: one plan serves many calls, and a hit in the cache skips no check."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.kit.sharp import inputs
 
 
 class _Native(Backend):
-    """A stand-in for the native backend, to test the door alone."""
+    """A stand-in for the native backend, to test what runs before it alone."""
 
     name = "cpu"
 
@@ -46,31 +46,31 @@ class _Ready(Prepared):
 
 
 @pytest.fixture
-def door(monkeypatch: pytest.MonkeyPatch, nothing_kept: None) -> _Native:
-    native = _Native()
-    private.use_backend(monkeypatch, "cpu", native)
-    return native
+def native(monkeypatch: pytest.MonkeyPatch, nothing_kept: None) -> _Native:
+    backend = _Native()
+    private.use_backend(monkeypatch, "cpu", backend)
+    return backend
 
 
-def test_one_plan_serves_many_calls(door: _Native) -> None:
+def test_one_plan_serves_many_calls(native: _Native) -> None:
     q, k, v = inputs(Lq=9)
     for _ in range(3):
         want = qkv.attention(q, k, v, mask=qkv.causal(), backend="tiled")
         assert torch.equal(qkv.attention(q, k, v, mask=qkv.causal()), want)
-    assert (door.prepared, door.ran) == (1, 3)
-    assert len([kept for kept in private.ready().values() if kept.value.backend is door]) == 1
+    assert (native.prepared, native.ran) == (1, 3)
+    assert len([kept for kept in private.ready().values() if kept.value.backend is native]) == 1
     qkv.attention(q.requires_grad_(), k, v, mask=qkv.causal()).sum().backward()
-    assert (door.prepared, door.ran) == (2, 4)
+    assert (native.prepared, native.ran) == (2, 4)
     with torch.no_grad():
         qkv.attention(q, k, v, mask=qkv.causal())
-    assert (door.prepared, door.ran) == (2, 5)
+    assert (native.prepared, native.ran) == (2, 5)
     qkv.attention(q.detach(), k, k, mask=qkv.causal())  # v shares k's storage: a plan of its own
-    assert door.prepared == 3
+    assert native.prepared == 3
     qkv.attention(q.detach(), k, v, mask=qkv.causal(), dropout_p=0.5)
-    assert door.prepared == 3
+    assert native.prepared == 3
 
 
-def test_a_hit_is_no_licence(door: _Native) -> None:
+def test_a_kept_call_excuses_no_wrong_argument(native: _Native) -> None:
     """What equals a good argument without being one still raises after the good one was cached."""
     q, k, v = inputs(Lq=9)
     calls: list[tuple[dict[str, Any], dict[str, Any]]] = [
@@ -93,7 +93,7 @@ def test_a_hit_is_no_licence(door: _Native) -> None:
     assert torch.equal(qkv.attention(step, k, v), qkv.attention(q, k, v))
 
 
-def test_data_is_looked_at_in_every_call(door: _Native) -> None:
+def test_data_is_looked_at_in_every_call(native: _Native) -> None:
     q, k, v = inputs(Lq=9)
     mask = torch.ones(9, 9, dtype=torch.bool)
     qkv.attention(q, k, v, mask=mask)
@@ -112,7 +112,7 @@ def test_data_is_looked_at_in_every_call(door: _Native) -> None:
         qkv.attention(q, k, v, mask=qkv.causal(), positions=p + 2**60)
 
 
-def test_caches_are_bounded_and_hold_no_user_tensors(door: _Native, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_caches_are_bounded_and_hold_no_user_tensors(native: _Native, monkeypatch: pytest.MonkeyPatch) -> None:
     import gc
     import weakref
 
@@ -133,7 +133,7 @@ def test_caches_are_bounded_and_hold_no_user_tensors(door: _Native, monkeypatch:
     assert alive_q() is None
 
 
-def test_threads_share_the_door(door: _Native) -> None:
+def test_threads_share_what_is_kept(native: _Native) -> None:
     q, k, v = inputs(Lq=9)
     want = {n: qkv.attention(q, k, v, mask=qkv.sliding_window(n), backend="tiled") for n in range(1, 9)}
     wrong: list[int] = []

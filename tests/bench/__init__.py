@@ -1,1 +1,1 @@
-"""The benchmark: that it is honest, and what it prints."""
+"""The benchmark: that its comparisons are fair, and what it prints."""

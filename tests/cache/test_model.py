@@ -1,4 +1,4 @@
-"""The caches against a dictionary of lists: Hypothesis looks for a short story that breaks a promise.
+"""The caches against a dictionary of lists: Hypothesis looks for a few operations after which they differ.
 
 The machine and its checks are those of `cache_model.py`; `python -m tests.gates.cache_model` runs 100,000 operations.
 """
@@ -53,7 +53,7 @@ for _name, _weight in cache_model.OPERATIONS:
     setattr(Story, _name, _rule(_name))
 
 
-def test_no_story_breaks_a_promise() -> None:
+def test_no_operations_break_a_promise() -> None:
     run_state_machine_as_test(
         Story,
         settings=settings(

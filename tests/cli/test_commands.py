@@ -35,7 +35,7 @@ def _run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str
     )
 
 
-# ---- the door
+# ---- what every command shares
 
 
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:

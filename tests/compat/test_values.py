@@ -1,4 +1,4 @@
-"""qkv.compat.sdpa: outputs and gradients of masks, shapes, layouts, head groups and empty rows, in float64's eyes."""
+"""qkv.compat.sdpa: outputs and gradients of masks, shapes, layouts, head groups and empty rows, against float64."""
 
 from __future__ import annotations
 

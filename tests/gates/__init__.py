@@ -1,1 +1,1 @@
-"""Programs that judge qkv at length: random configurations, mutants, stories of caches, other people's tests."""
+"""Programs that judge qkv at length: random configurations, mutants, operations on caches, other people's tests."""

@@ -185,7 +185,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)
     survivors = []
     start = time.perf_counter()
-    for owner, method in {(m.owner, m.method): None for m in MUTANTS}:  # the surgery itself must harm nobody
+    for owner, method in {(m.owner, m.method): None for m in MUTANTS}:  # replacing the source alone must break nothing
         how = kill(Mutant("no mistake", owner, method, " ", " "), cache_model.EPISODE)
         if how:
             print(f"{method} compiled anew without a mistake: {how}")

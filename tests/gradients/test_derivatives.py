@@ -97,7 +97,7 @@ BIG = dict(B=2, Hq=4, Hkv=2, Lq=150, Lk=300, D=8, Dv=5)
 def test_many_tiles_against_the_definition(dtype: torch.dtype) -> None:
     """Several tiles of queries and keys, some empty, some full, against autograd through the definition."""
     q, k, v = (x.to(dtype) for x in qkv_of(**BIG))
-    q = q * 3  # logits of std 4 and more: a flat softmax forgives a wrong tile
+    q = q * 3  # logits of std 4 and more: a flat softmax hides a wrong tile
     bias, sinks = normal(4, 1, 300).to(dtype), normal(4).to(dtype)
     mask = (qkv.sliding_window(40) | qkv.prefix(3)) & qkv.padding([300, 170])
     given = [q, k, v, bias, sinks]

@@ -263,7 +263,7 @@ def test_transforms_of_the_op() -> None:
         assert torch.allclose(mapped[n], want, atol=1e-5)
 
 
-# ------------------------------------------------------------------------------------------------------ citizenship
+# ---------------------------------------------------------------------------------------- checkpoints, jagged tensors
 def test_activation_checkpointing() -> None:
     from torch.utils.checkpoint import checkpoint
 

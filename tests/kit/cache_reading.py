@@ -1,4 +1,4 @@
-"""What a cache holds, read with one's own eyes: numbers that say where they belong, and a reader of views.
+"""What a cache holds, read without its code: numbers that say where they belong, and a reader of views.
 
 Every key and value written by these tests is a row of small whole numbers that every storage type keeps exactly:
 a marker, then the digits of one integer that no other (write, layer, head) has. A row that is read back from a wrong

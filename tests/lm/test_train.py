@@ -155,7 +155,7 @@ def test_a_seed_decides_and_another_decides_otherwise() -> None:
     losses = []
     for seed in (1, 1, 2):
         run = training.Run(Config(**TINY), training.Settings(steps=3, batch=2, seed=seed), text)
-        torch.rand(seed)  # the global generator has no say
+        torch.rand(seed)  # the global generator changes nothing
         losses.append([run.advance() for _ in range(3)])
     assert losses[0] == losses[1]
     assert losses[0] != losses[2]

@@ -140,7 +140,7 @@ def test_calls_without_meaning_raise(name: str, function: Callable[..., Any]) ->
     changed, kind, words = CALLS[name]
     for prepared in (False, True):
         private.forget()
-        if prepared:  # good calls of the same kind must not open a door
+        if prepared:  # what good calls leave behind must not let a bad one through
             qkv.attention(q(), view(), **BASE)
             qkv.attention(q(1, 4, 3, D), ragged(), **BASE)
             qkv.attention(q(1, 4, 6, D), ragged((2, 4)), **BASE)

@@ -52,7 +52,7 @@ def definition(
     e = torch.exp(s - top)
     total = e.sum(-1, keepdim=True) + torch.exp(sink - top)
     dead = total == 0
-    p = torch.where(visible, e / torch.where(dead, 1.0, total), 0.0)  # a hidden value has no say, in gradients too
+    p = torch.where(visible, e / torch.where(dead, 1.0, total), 0.0)  # hidden values take no part, in gradients too
     lse = torch.where(dead, -torch.inf, top + torch.log(torch.where(dead, 1.0, total)))
 
     kept = p

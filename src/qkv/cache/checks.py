@@ -1,4 +1,4 @@
-"""Checks of what users pass to caches: each value is read once, at the door."""
+"""Checks of what users pass to caches: the public call reads each value once, and what is below trusts it."""
 
 from __future__ import annotations
 

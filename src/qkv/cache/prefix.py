@@ -73,7 +73,7 @@ class PrefixIndex:
         self.digest: Callable[[bytes, bytes], bytes] = self._keyed
         self._names = framed(names)
         self._bytes = page_size * TOKEN_BYTES
-        # One hasher that has eaten the key and the frame of a page; a copy of it saves a third of each page's time.
+        # One hasher that was given the key and the frame of a page; copying it saves a third of each page's time.
         self._hasher = hashlib.blake2b(digest_size=32, key=secrets.token_bytes(64))
         self._hasher.update(self._bytes.to_bytes(8, "little"))
         self._found: dict[bytes, list[Entry]] = {}

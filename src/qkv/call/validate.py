@@ -1,4 +1,4 @@
-"""Every check of a call, made once, at the door: what passes here is a `Problem` that any backend may trust."""
+"""Every check of a call, made once, before it is planned: the result is a `Problem` that backends need not check."""
 
 from __future__ import annotations
 

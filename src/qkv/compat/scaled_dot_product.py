@@ -98,7 +98,7 @@ def sdpa(
     keys are never read, so NaN there does no harm, which PyTorch does not promise. That holds for calls that are
     compiled, exported, mapped (torch.vmap), differentiated by torch.func or in forward mode, checkpointed or watched by
     a mode as well: they are `qkv.attention`'s, as often differentiable as its own, and what sees operators sees
-    `torch.ops.qkv.attention`. `torch.nn.attention.sdpa_kernel` chooses among PyTorch's kernels and has no say.
+    `torch.ops.qkv.attention`. `torch.nn.attention.sdpa_kernel` chooses among PyTorch's kernels; it is not asked.
 
     Handed to PyTorch's own function, which then decides on memory and speed, and to the `__torch_function__` of a
     class as without qkv:

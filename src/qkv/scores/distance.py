@@ -141,7 +141,7 @@ def _check_table(call: str, table: Tensor, sizes: Sizes) -> None:
 
 
 def alibi(slopes: Tensor | Sequence[float]) -> ScoreTerm:
-    """Bias each score by -slope_h * |p - j|: a head's linear distaste for distance.
+    """Bias each score by -slope_h * |p - j|: the farther the key, the lower its score.
 
     Parameters
     ----------
