@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
-from qkv.errors import VersionError, describe
+from qkv.errors import VersionError
 
 FLOOR = (2, 9)
 
@@ -41,7 +41,7 @@ def check(version: str) -> None:
     if release(version) < FLOOR:
         needed = ".".join(map(str, FLOOR))
         fix = f"Use pip install 'torch>={needed}'"
-        raise VersionError(describe("import qkv", f"torch {needed} or newer is needed", f"torch {version}", fix))
+        raise VersionError.of("import qkv", f"torch {needed} or newer is needed", f"torch {version}", fix)
 
 
 check(torch.__version__)

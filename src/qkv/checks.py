@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from qkv import _torch
-from qkv.errors import ArgumentError, ArgumentTypeError, ShapeError, describe
+from qkv.errors import ArgumentError, ArgumentTypeError, ShapeError
 
 # The dtypes of queries, keys, values and outputs.
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -70,19 +70,19 @@ def integer(call: str, name: str, value: Any, low: int = 0, high: int = LIMIT) -
     number = whole(value)
     wanted = "Pass a whole number" if low <= -LIMIT else f"Pass a whole number >= {low}"
     if number is None:
-        raise ArgumentTypeError(describe(call, f"{name} must be an integer", given_as(name, value), wanted))
+        raise ArgumentTypeError.of(call, f"{name} must be an integer", given_as(name, value), wanted)
     if number < low:
-        raise ArgumentError(describe(call, f"{name} must be an integer >= {low}", f"{name}={number}", wanted))
+        raise ArgumentError.of(call, f"{name} must be an integer >= {low}", f"{name}={number}", wanted)
     if number > high:
         rule, fix = f"{name} must be an integer <= {high}", "Pass a smaller number"
-        raise ArgumentError(describe(call, rule, f"{name}={number}", fix))
+        raise ArgumentError.of(call, rule, f"{name}={number}", fix)
     return number
 
 
 def flag(call: str, name: str, value: Any) -> bool:
     """A bool argument."""
     if not isinstance(value, bool):
-        raise ArgumentTypeError(describe(call, f"{name} must be a bool", given_as(name, value), "Pass True or False"))
+        raise ArgumentTypeError.of(call, f"{name} must be a bool", given_as(name, value), "Pass True or False")
     return value
 
 
@@ -153,13 +153,13 @@ def integers(call: str, name: str, value: Any, *, low: int | None = 0, dims: tup
     tensor = value if isinstance(value, Tensor) else _from_sequence(call, name, value)
     if tensor.dtype == torch.bool or tensor.is_floating_point() or tensor.is_complex():
         rule = f"{name} must hold integers"
-        raise ArgumentTypeError(describe(call, rule, f"{name} as {shown(tensor)}", "Convert it with .to(torch.int64)"))
+        raise ArgumentTypeError.of(call, rule, f"{name} as {shown(tensor)}", "Convert it with .to(torch.int64)")
     if tensor.is_meta:
         rule = f"{name} must have values"
-        raise ArgumentError(describe(call, rule, f"{name} on the meta device", "Pass a tensor that holds data"))
+        raise ArgumentError.of(call, rule, f"{name} on the meta device", "Pass a tensor that holds data")
     if tensor.ndim not in dims:
         rule = f"{name} must have {' or '.join(str(d) for d in dims)} dimension{'s' if dims != (1,) else ''}"
-        raise ShapeError(describe(call, rule, f"{name} of shape {tuple(tensor.shape)}", "Reshape it"))
+        raise ShapeError.of(call, rule, f"{name} of shape {tuple(tensor.shape)}", "Reshape it")
     tensor = tensor.detach().to("cpu", torch.int64)
     if not readable(tensor):
         return tensor
@@ -167,10 +167,10 @@ def integers(call: str, name: str, value: Any, *, low: int | None = 0, dims: tup
         tensor = tensor.clone()  # one that may be saved for a backward pass
     if low is not None and tensor.numel() and int(tensor.min()) < low:
         rule = f"{name} must hold integers >= {low}"
-        raise ArgumentError(describe(call, rule, f"a value of {int(tensor.min())}", f"Pass values >= {low}"))
+        raise ArgumentError.of(call, rule, f"a value of {int(tensor.min())}", f"Pass values >= {low}")
     if tensor.numel() and (int(tensor.max()) > LIMIT or int(tensor.min()) < -LIMIT):
         rule = f"{name} must hold integers of magnitude <= {LIMIT}"
-        raise ArgumentError(describe(call, rule, f"a value of {int(tensor.abs().max())}", "Pass smaller values"))
+        raise ArgumentError.of(call, rule, f"a value of {int(tensor.abs().max())}", "Pass smaller values")
     return tensor
 
 
@@ -180,24 +180,23 @@ def _from_sequence(call: str, name: str, value: Any) -> Tensor:
     if not known and (
         isinstance(value, (str, bytes, dict)) or not hasattr(value, "__iter__") or whole(value) is not None
     ):
-        given = given_as(name, value)
-        raise ArgumentTypeError(describe(call, f"{name} must be a list or tensor of integers", given, fix))
+        raise ArgumentTypeError.of(call, f"{name} must be a list or tensor of integers", given_as(name, value), fix)
     entries = list(value)
     if entries and all(hasattr(x, "__len__") and not isinstance(x, (str, bytes)) for x in entries):
         rows = [_from_sequence(call, name, row) for row in entries]
         if any(row.shape != rows[0].shape for row in rows):
             sizes = sorted({tuple(row.shape) for row in rows})
             rule = f"rows of {name} must have one length"
-            raise ShapeError(describe(call, rule, f"rows of shapes {sizes}", "Pad with a negative id"))
+            raise ShapeError.of(call, rule, f"rows of shapes {sizes}", "Pad with a negative id")
         return torch.stack(rows)
     numbers = [whole(x) for x in entries]
     if None in numbers:
         wrong = entries[numbers.index(None)]
         given = f"an entry {shown(wrong)} ({type(wrong).__name__})"
-        raise ArgumentTypeError(describe(call, f"{name} must hold integers", given, fix))
+        raise ArgumentTypeError.of(call, f"{name} must hold integers", given, fix)
     if any(abs(x) > LIMIT for x in numbers if x is not None):
         rule = f"{name} must hold integers of magnitude <= {LIMIT}"
-        raise ArgumentError(describe(call, rule, f"{name}={shown(value)}", "Pass smaller values"))
+        raise ArgumentError.of(call, rule, f"{name}={shown(value)}", "Pass smaller values")
     return torch.tensor(numbers, dtype=torch.int64, device="cpu")
 
 

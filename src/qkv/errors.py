@@ -7,9 +7,25 @@ keeps working.
 
 from __future__ import annotations
 
+from typing import TypeVar
+
+E = TypeVar("E", bound="QKVError")
+
 
 class QKVError(Exception):
     """Base of every error that qkv raises on purpose."""
+
+    @classmethod
+    def of(cls: type[E], call: str, rule: str, given: str, fix: str) -> E:
+        """The error of this kind whose message says the call, the rule, what was given, and the fix.
+
+        It is not the constructor: torch.compile cannot trace one of an exception, and a data loader of torch makes an
+        error of another process anew from its message.
+
+        >>> print(ArgumentError.of("qkv.attention()", "scale must be finite", "scale=nan", "Leave it out"))
+        qkv.attention(): scale must be finite. Got scale=nan. Leave it out.
+        """
+        return cls(describe(call, rule, given, fix))
 
 
 class ShapeError(QKVError, ValueError):
@@ -37,11 +53,7 @@ class PagesExhausted(QKVError, RuntimeError):
 
 
 def describe(call: str, rule: str, given: str, fix: str) -> str:
-    """Build a message: the call, the rule, what was given, and the fix.
-
-    >>> describe("qkv.attention()", "scale must be finite", "scale=nan", "Leave it out for 1/sqrt(D)")
-    'qkv.attention(): scale must be finite. Got scale=nan. Leave it out for 1/sqrt(D).'
-    """
+    """What `QKVError.of` says."""
     return f"{call}: {rule}. Got {given}. {fix}."
 
 
@@ -62,4 +74,4 @@ def from_function(call: str, signature: str, error: Exception) -> QKVError:
             "if p > j"
         )
     kind = ArgumentTypeError if isinstance(error, TypeError) else ArgumentError
-    return kind(describe(call, f"the function is called as {signature}, with tensors that broadcast", given, fix))
+    return kind.of(call, f"the function is called as {signature}, with tensors that broadcast", given, fix)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qkv import _torch
 from qkv.checks import DTYPES, short
-from qkv.errors import ArgumentTypeError, ShapeError, describe
+from qkv.errors import ArgumentTypeError, ShapeError
 
 _CALL = "qkv.merge()"
 
@@ -90,37 +90,20 @@ def _check(out1: Tensor, lse1: Tensor, out2: Tensor, lse2: Tensor) -> None:
     named = {"out1": out1, "lse1": lse1, "out2": out2, "lse2": lse2}
     for name, value in named.items():
         if not isinstance(value, Tensor):
-            raise ArgumentTypeError(
-                describe(
-                    _CALL,
-                    f"{name} must be a tensor",
-                    f"{name} of type {type(value).__name__}",
-                    "Pass out1, lse1, out2, lse2",
-                )
-            )
+            given = f"{name} of type {type(value).__name__}"
+            raise ArgumentTypeError.of(_CALL, f"{name} must be a tensor", given, "Pass out1, lse1, out2, lse2")
     given = ", ".join(f"{name} {tuple(t.shape)} {short(t.dtype)} on {t.device}" for name, t in named.items())
     if out1.shape != out2.shape or out1.dim() < 2:
-        raise ShapeError(
-            describe(
-                _CALL, "the two outputs must have one shape (..., Lq, Dv)", given, "Merge parts of the same queries"
-            )
-        )
+        rule = "the two outputs must have one shape (..., Lq, Dv)"
+        raise ShapeError.of(_CALL, rule, given, "Merge parts of the same queries")
     if lse1.shape != out1.shape[:-1] or lse2.shape != out1.shape[:-1]:
-        raise ShapeError(
-            describe(
-                _CALL, "an lse has its output's shape without Dv", given, "Pass the lse that return_lse=True returned"
-            )
-        )
+        rule = "an lse has its output's shape without Dv"
+        raise ShapeError.of(_CALL, rule, given, "Pass the lse that return_lse=True returned")
     if out1.dtype not in DTYPES or out1.dtype != out2.dtype:
-        raise ArgumentTypeError(
-            describe(_CALL, "the outputs must share one floating dtype", given, "Convert one of them")
-        )
+        raise ArgumentTypeError.of(_CALL, "the outputs must share one floating dtype", given, "Convert one of them")
     wanted = torch.float64 if out1.dtype == torch.float64 else torch.float32
     if lse1.dtype != wanted or lse2.dtype != wanted:
-        raise ArgumentTypeError(
-            describe(_CALL, f"lse must be {short(wanted)} here", given, "Pass the lse as return_lse=True returned it")
-        )
+        rule = f"lse must be {short(wanted)} here"
+        raise ArgumentTypeError.of(_CALL, rule, given, "Pass the lse as return_lse=True returned it")
     if len({t.device for t in named.values()}) > 1:
-        raise ArgumentTypeError(
-            describe(_CALL, "all four tensors must be on one device", given, "Move them with .to(device)")
-        )
+        raise ArgumentTypeError.of(_CALL, "all four tensors must be on one device", given, "Move them with .to(device)")

@@ -19,7 +19,7 @@ from qkv.call.problem import Inputs, Options, Problem
 from qkv.call.validate import validate
 from qkv.call.view import Group, check_view, groups, joined, longest, problem_of
 from qkv.checks import short, shown
-from qkv.errors import ArgumentError, ArgumentTypeError, UnsupportedError, describe
+from qkv.errors import ArgumentError, ArgumentTypeError, UnsupportedError
 from qkv.masks import Mask
 from qkv.scores import ScoreTerm
 
@@ -213,8 +213,8 @@ def check_backend(call: str, backend: Any) -> None:
         return
     fix = f"Use one of {', '.join(registry.NAMES)}, or leave it out"
     if not isinstance(backend, str):
-        raise ArgumentTypeError(describe(call, "backend is a name", f"backend={shown(backend)}", fix))
-    raise ArgumentError(describe(call, "backend must be a known name", f"backend={backend!r}", fix))
+        raise ArgumentTypeError.of(call, "backend is a name", f"backend={shown(backend)}", fix)
+    raise ArgumentError.of(call, "backend must be a known name", f"backend={backend!r}", fix)
 
 
 def choose(
@@ -250,7 +250,7 @@ def choose(
     if why is not None:
         fix = "Move the tensors to a device with data"
         rule = f"no backend can run this call, because {why}"
-        raise UnsupportedError(describe(problem.call, rule, f"tensors on {problem.device!r}", fix))
+        raise UnsupportedError.of(problem.call, rule, f"tensors on {problem.device!r}", fix)
     return Plan(problem, tiled, found, positions)
 
 
@@ -275,7 +275,7 @@ def _by_name(problem: Problem, name: str, every: Sequence[Problem]) -> base.Back
     if why is not None or isinstance(chosen, str):
         fix = "Choose another backend, or leave it out and print qkv.plan(...) for what runs"
         rule = f"backend {name!r} cannot run this call, because {why}"
-        raise UnsupportedError(describe(problem.call, rule, f"backend={name!r}", fix))
+        raise UnsupportedError.of(problem.call, rule, f"backend={name!r}", fix)
     return chosen
 
 

@@ -15,7 +15,7 @@ from qkv.call.problem import Options, Problem
 from qkv.call.validate import named, validate
 from qkv.call.view import check_view, gathered, joined
 from qkv.checks import integers, shown, whole
-from qkv.errors import ArgumentError, ArgumentTypeError, UnsupportedError, describe
+from qkv.errors import ArgumentError, ArgumentTypeError, UnsupportedError
 from qkv.masks import Mask
 from qkv.numerics import no_autocast
 from qkv.scores import ScoreTerm
@@ -82,7 +82,7 @@ def weights(
     problem, inputs = validate(call, q, k, k[..., :0], mask, Options(positions, bias, scale, softcap, sinks))
     if (under_transform() or forward_mode()) and followed(problem, inputs):
         fix = "Call it outside; torch.autograd differentiates it backwards any number of times"
-        raise UnsupportedError(describe(call, "torch.func cannot follow weights", f"{named(q=q, k=k)} inside", fix))
+        raise UnsupportedError.of(call, "torch.func cannot follow weights", f"{named(q=q, k=k)} inside", fix)
     if rows is None and heads is None:
         _refuse_gigabytes(call, q, k, problem)
     chosen = _indices(call, "rows", rows, problem.Lq, "Lq").to(q.device)
@@ -98,9 +98,8 @@ def _refuse_gigabytes(call: str, q: Tensor, k: Tensor, problem: Problem) -> None
     size = problem.B * problem.Hq * problem.Lq * problem.Lk * problem.accumulate.itemsize
     if size > 1 << 30:
         rule = "all probabilities of a call are given up to 1 GiB; more only of the rows or heads that were chosen"
-        given = f"{named(q=q, k=k)}: {size / 1e9:,.1f} GB"
         fix = "Pass rows=slice(0, 16) or rows=[-1], heads=0, or rows=slice(None) for all of them"
-        raise ArgumentError(describe(call, rule, given, fix))
+        raise ArgumentError.of(call, rule, f"{named(q=q, k=k)}: {size / 1e9:,.1f} GB", fix)
 
 
 def _keys_of_view(call: str, q: Any, view: KVView, mask: Any, options: Options) -> tuple[Tensor, Tensor, Any, str]:
@@ -109,8 +108,7 @@ def _keys_of_view(call: str, q: Any, view: KVView, mask: Any, options: Options) 
     lengths = view.layout.lengths
     if view.layout.queries is not None or len(set(lengths)) > 1:
         rule = "weights of a view are those of one sequence, or of several of one length"
-        fix = "Take a view of one sequence at a time"
-        raise ArgumentError(describe(call, rule, f"lengths {list(lengths)}", fix))
+        raise ArgumentError.of(call, rule, f"lengths {list(lengths)}", "Take a view of one sequence at a time")
     if view.k_scale is not None and q.dtype in (torch.bfloat16, torch.float16):  # stored keys have more digits
         q, view = q.float(), view._replace(dtype=torch.float32)
     return q, gathered(view)[0], joined(call, mask, view.held), "end"
@@ -126,10 +124,10 @@ def _indices(call: str, name: str, wanted: Any, size: int, size_name: str) -> Te
             return torch.tensor(range(*wanted.indices(size)), dtype=torch.int64, device="cpu")
         except (TypeError, ValueError):
             rule = f"{name} must select {what}"
-            raise ArgumentTypeError(describe(call, rule, f"{name}={wanted}", "Use slice(0, 16)")) from None
+            raise ArgumentTypeError.of(call, rule, f"{name}={wanted}", "Use slice(0, 16)") from None
     one = whole(wanted)
     found = integers(call, name, wanted if one is None else [one], low=None)
     if found.numel() and not (-size <= int(found.min()) and int(found.max()) < size):
         given = f"{name}={shown(wanted)} and {size_name}={size}"
-        raise ArgumentError(describe(call, f"{name} must be those of {what}", given, f"Use indices in [0, {size})"))
+        raise ArgumentError.of(call, f"{name} must be those of {what}", given, f"Use indices in [0, {size})")
     return torch.where(found < 0, found + size, found)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qkv.errors import ArgumentError, ArgumentTypeError, ShapeError, describe
+from qkv.errors import ArgumentError, ArgumentTypeError, ShapeError
 
 # Tables of positions 0..n-1, shared by every layer with the same frequencies, device and dtype.
 _TABLES: OrderedDict[Any, tuple[Tensor, Tensor]] = OrderedDict()
@@ -234,7 +234,7 @@ class Llama3(Scaling):
         _above(call, 0, factor=self.factor, original_length=self.original_length, low_freq_factor=self.low_freq_factor)
         if not self.high_freq_factor > self.low_freq_factor:
             given = f"low_freq_factor={self.low_freq_factor} and high_freq_factor={self.high_freq_factor}"
-            raise ArgumentError(describe(call, "high_freq_factor must be > low_freq_factor", given, "Use 1 and 4"))
+            raise ArgumentError.of(call, "high_freq_factor must be > low_freq_factor", given, "Use 1 and 4")
 
     def frequencies(self, dim: int, base: float, length: int) -> tuple[float, ...]:
         found = []
@@ -284,7 +284,7 @@ class LongRoPE(Scaling):
             object.__setattr__(self, name, tuple(float(x) for x in getattr(self, name)))  # lists become hashable
         if len(self.short_factor) != len(self.long_factor):
             given = f"{len(self.short_factor)} short and {len(self.long_factor)} long factors"
-            raise ArgumentError(describe(call, "both factors must have one entry a pair", given, "Use dim / 2 each"))
+            raise ArgumentError.of(call, "both factors must have one entry a pair", given, "Use dim / 2 each")
         _above(call, 0, short_factor=min(self.short_factor, default=0), long_factor=min(self.long_factor, default=0))
 
     @property
@@ -302,9 +302,8 @@ class LongRoPE(Scaling):
     def frequencies(self, dim: int, base: float, length: int) -> tuple[float, ...]:
         divisors = self.long_factor if length > self.original_length else self.short_factor
         if len(divisors) != dim // 2:
-            given = f"{len(divisors)} factors and dim={dim}"
             rule, fix = "LongRoPE needs one factor a pair", f"Pass {dim // 2} factors"
-            raise ArgumentError(describe("qkv.rotary.Rotary()", rule, given, fix))
+            raise ArgumentError.of("qkv.rotary.Rotary()", rule, f"{len(divisors)} factors and dim={dim}", fix)
         return tuple(f / d for f, d in zip(_plain(dim, base), divisors, strict=True))
 
 
@@ -360,18 +359,18 @@ class Rotary:
         call = "qkv.rotary.Rotary()"
         if isinstance(self.dim, bool) or not isinstance(self.dim, int):
             given = f"dim={self.dim!r} ({type(self.dim).__name__})"
-            raise ArgumentTypeError(describe(call, "dim must be an integer", given, "Pass the head size"))
+            raise ArgumentTypeError.of(call, "dim must be an integer", given, "Pass the head size")
         if self.dim < 2 or self.dim % 2:
             fix = "Pass the head size, or the even part of it that turns"
-            raise ArgumentError(describe(call, "dim must be even and at least 2", f"dim={self.dim}", fix))
+            raise ArgumentError.of(call, "dim must be even and at least 2", f"dim={self.dim}", fix)
         _above(call, 1, base=self.base)
         if not isinstance(self.interleaved, bool):
             given = f"interleaved={self.interleaved!r}"
-            raise ArgumentTypeError(describe(call, "interleaved is a bool", given, "Pass True or False"))
+            raise ArgumentTypeError.of(call, "interleaved is a bool", given, "Pass True or False")
         if self.scaling is not None and not isinstance(self.scaling, Scaling):
             given = f"scaling={self.scaling!r} ({type(self.scaling).__name__})"
             fix = "Use qkv.rotary.Linear, DynamicNTK, YaRN, Llama3 or LongRoPE"
-            raise ArgumentTypeError(describe(call, "scaling must be a Scaling", given, fix))
+            raise ArgumentTypeError.of(call, "scaling must be a Scaling", given, fix)
         self.frequencies()  # a scaling that does not fit dim says so now
 
     @property
@@ -501,10 +500,10 @@ class Rotary:
         call = "Rotary.rotate()"
         if not isinstance(x, Tensor) or not x.is_floating_point():
             given = f"x {x.dtype}" if isinstance(x, Tensor) else f"x={x!r}"
-            raise ArgumentTypeError(describe(call, "x must be a floating tensor", given, "Pass (B, H, L, D)"))
+            raise ArgumentTypeError.of(call, "x must be a floating tensor", given, "Pass (B, H, L, D)")
         if x.dim() != 4 or x.shape[-1] < self.dim:
             rule = f"x must be (B, H, L, D) with D >= dim={self.dim}"
-            raise ShapeError(describe(call, rule, f"x {tuple(x.shape)}", "Use a smaller dim, or split the heads"))
+            raise ShapeError.of(call, rule, f"x {tuple(x.shape)}", "Use a smaller dim, or split the heads")
         B, _, L, _ = x.shape
         positions = as_positions(call, positions, B, L)
         dtype = torch.promote_types(x.dtype, torch.float32)
@@ -608,12 +607,12 @@ def as_positions(call: str, positions: Any, B: int, L: int) -> int | Tensor:
     fix = f"Pass the first token's position, or an integer tensor of shape ({L},) or ({B}, {L})"
     if not isinstance(positions, Tensor):
         given = f"positions={positions!r} ({type(positions).__name__})"
-        raise ArgumentTypeError(describe(call, "positions must be an int or an integer tensor", given, fix))
+        raise ArgumentTypeError.of(call, "positions must be an int or an integer tensor", given, fix)
     if positions.dtype == torch.bool or positions.is_floating_point() or positions.is_complex():
-        raise ArgumentTypeError(describe(call, "positions must hold integers", f"positions {positions.dtype}", fix))
+        raise ArgumentTypeError.of(call, "positions must hold integers", f"positions {positions.dtype}", fix)
     if positions.shape not in ((L,), (B, L), (1, L)):
         given = f"positions {tuple(positions.shape)}, B={B} and L={L}"
-        raise ShapeError(describe(call, "positions must be (L,) or (B or 1, L)", given, fix))
+        raise ShapeError.of(call, "positions must be (L,) or (B or 1, L)", given, fix)
     return positions
 
 
@@ -621,7 +620,6 @@ def _above(call: str, low: float, **numbers: float) -> None:
     for name, x in numbers.items():
         if isinstance(x, bool) or not isinstance(x, Real):
             given = f"{name}={x!r} ({type(x).__name__})"
-            raise ArgumentTypeError(describe(call, f"{name} must be a number", given, f"Pass a number > {low}"))
+            raise ArgumentTypeError.of(call, f"{name} must be a number", given, f"Pass a number > {low}")
         if not low < x < math.inf:
-            rule, fix = f"{name} must be finite and > {low}", f"Pass a number > {low}"
-            raise ArgumentError(describe(call, rule, f"{name}={x}", fix))
+            raise ArgumentError.of(call, f"{name} must be finite and > {low}", f"{name}={x}", f"Pass a number > {low}")

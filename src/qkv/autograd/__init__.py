@@ -15,7 +15,7 @@ from qkv.autograd.functions import Attention, Recipe, Through, TransformedAttent
 from qkv.backends.base import Backend, Prepared
 from qkv.call.problem import CALL, Inputs, Options, Output, Problem
 from qkv.call.validate import validate
-from qkv.errors import UnsupportedError, describe
+from qkv.errors import UnsupportedError
 from qkv.masks import Mask, Tile
 from qkv.masks.portable import encode
 from qkv.plans import check_backend, choose
@@ -116,10 +116,9 @@ def _refuse_captured(bias: ScoreTerm | None, device: torch.device) -> None:
             torch.zeros(zero.shape, device=device, dtype=torch.float32),
             Tile(one, one, one, one, zero, zero, zero, zero, zero),
         ).requires_grad:
-            rule = "score_mod is differentiated with respect to the scores only"
             given = f"{term!r}, whose function uses a tensor that requires a gradient"
             fix = (
                 "Pass the tensor as bias=, qkv.relative(table) or qkv.alibi(slopes), detach() it, "
                 "or use backend='reference'"
             )
-            raise UnsupportedError(describe(CALL, rule, given, fix))
+            raise UnsupportedError.of(CALL, "score_mod is differentiated with respect to the scores only", given, fix)

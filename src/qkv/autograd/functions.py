@@ -30,7 +30,7 @@ from qkv.backends.base import Backend, Gradients, Prepared
 from qkv.backends.tiled import backward as tiled_backward
 from qkv.backends.tiled.second import along, curved
 from qkv.call.problem import Inputs, Output, Problem, join_batch
-from qkv.errors import UnsupportedError, describe
+from qkv.errors import UnsupportedError
 from qkv.masks.portable import decode
 from qkv.scores import ScoreTerm
 
@@ -237,7 +237,7 @@ class _Along(_Differentiable):
         fix = (
             "Put one of them backwards, as torch.func.hessian does, or use backend='reference' with torch.autograd.grad"
         )
-        raise UnsupportedError(describe(ctx.recipe.problem.call, rule, "a tangent of a tangent", fix))
+        raise UnsupportedError.of(ctx.recipe.problem.call, rule, "a tangent of a tangent", fix)
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, recipe: Recipe, *tensors: Any) -> Any:
@@ -253,7 +253,7 @@ class _Curved(_Differentiable):
     def backward(ctx: Any, *_: Any) -> Any:
         rule = "this backend differentiates twice"
         fix = "Use backend='reference', which is differentiable any number of times by torch.autograd.grad"
-        raise UnsupportedError(describe(ctx.recipe.problem.call, rule, "a gradient of a gradient of a gradient", fix))
+        raise UnsupportedError.of(ctx.recipe.problem.call, rule, "a gradient of a gradient of a gradient", fix)
 
     jvp = backward
 

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qkv.errors import ArgumentError, describe
+from qkv.errors import ArgumentError
 
 DIGITS = 4  # significant ones of every measured number: more than two runs ever agree in
 
@@ -64,7 +64,7 @@ def check(path: Path, part: str, machine: Mapping[str, Any], isa: str | None) ->
         if other != part and theirs != wanted:
             rule = "a file of results is of one processor and instruction set"
             given = f"{path}, of {theirs[0]} (--isa {theirs[1]}), and a run on {wanted[0]} (--isa {wanted[1]})"
-            raise ArgumentError(describe("qkv bench", rule, given, "Name another file"))
+            raise ArgumentError.of("qkv bench", rule, given, "Name another file")
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
@@ -76,5 +76,5 @@ def _lines(path: Path) -> list[dict[str, Any]]:
             raise ValueError("a line without its part")
     except (ValueError, TypeError) as error:
         rule = "a file of results holds JSON lines, each with its part"
-        raise ArgumentError(describe("qkv bench", rule, f"{path} ({error})", "Name another file")) from None
+        raise ArgumentError.of("qkv bench", rule, f"{path} ({error})", "Name another file") from None
     return lines

@@ -17,7 +17,7 @@ from qkv.cache.step import Step
 from qkv.cache.storage import Places
 from qkv.call.keys import KVLayout, KVView
 from qkv.checks import integer, short, shown
-from qkv.errors import ArgumentError, PagesExhausted, describe
+from qkv.errors import ArgumentError, PagesExhausted
 
 _INT = frozenset((int,))
 _RECENT = 4  # layouts kept for the layers to come: one for each group of sequences that a model steps apart
@@ -52,11 +52,11 @@ class Cache(Ledger):
         if tokens is not None or salt is not None or adapter is not None:
             rule = f"tokens, salt and adapter are for caches that share prefixes, and a {self._name} does not"
             given = ", ".join(n for n, x in (("tokens", tokens), ("salt", salt), ("adapter", adapter)) if x is not None)
-            raise ArgumentError(describe(call, rule, given, "Leave them out, or use qkv.cache.PagedCache"))
+            raise ArgumentError.of(call, rule, given, "Leave them out, or use qkv.cache.PagedCache")
         if len(self._pool.free) < self._each:
             given = f"{len(self._pool.refs) // self._each} sequences, all in use"
             fix = "free() one, or build the cache with more sequences"
-            raise PagesExhausted(describe(call, f"each sequence needs a {self._what} of its own", given, fix))
+            raise PagesExhausted.of(call, f"each sequence needs a {self._what} of its own", given, fix)
         seq = Sequence(self, self._made, None)
         with self._change():
             self._hold(seq, self._pool.take(self._each)[0])
@@ -215,7 +215,7 @@ class Cache(Ledger):
         call, names = self._between_steps("step", seqs)
         if (lengths is None) == (T is None):
             given = "neither" if T is None else f"T={shown(T)} and lengths={shown(lengths)}"
-            raise ArgumentError(describe(call, "a step takes T or lengths", given, "Pass T=1, or lengths=[...]"))
+            raise ArgumentError.of(call, "a step takes T or lengths", given, "Pass T=1, or lengths=[...]")
         if lengths is None:
             return Step(self, names, checks.size(call, "T", T, low=0), None, tokens)
         counts = checks.counts(call, "lengths", lengths, len(names))
@@ -261,13 +261,13 @@ class Cache(Ledger):
         if length > seq._length:
             given = f"length={length} and a sequence of {seq._length} tokens"
             fix = "Pass a length of at most seq.length"
-            raise ArgumentError(describe(call, "truncate only makes a sequence shorter", given, fix))
+            raise ArgumentError.of(call, "truncate only makes a sequence shorter", given, fix)
         if not self._reaches(seq, length):
             first = max(length - (self.window or 0) + 1, 0)
             given = f"length={length}, window={self.window}, and the keys before {seq._gone * self.page_size} are gone"
             fix = "Truncate by at most the last step's tokens, or free the sequence and compute it anew"
             rule = f"a query at {length} sees the keys from {first} on, so they must still be stored"
-            raise ArgumentError(describe(call, rule, given, fix))
+            raise ArgumentError.of(call, rule, given, fix)
         if length == seq._length and (seq._tokens is None or len(seq._tokens) <= length):
             return
         with self._change():
@@ -362,7 +362,7 @@ class Cache(Ledger):
         self, call: str, names: tuple[Sequence, ...], tokens: Any, T: int, lengths: tuple[int, ...] | None
     ) -> list[array[int]]:
         rule = f"tokens are for caches that share prefixes, and a {self._name} does not"
-        raise ArgumentError(describe(call, rule, "tokens", "Leave them out, or use qkv.cache.PagedCache"))
+        raise ArgumentError.of(call, rule, "tokens", "Leave them out, or use qkv.cache.PagedCache")
 
     # ---- steps
 
@@ -470,4 +470,4 @@ class Cache(Ledger):
         else:
             rule = f"the queries' window of {self.window} keys must still be stored"
             fix = "Ask for the queries of the last step only"
-        raise ArgumentError(describe(call, rule, given, fix))
+        raise ArgumentError.of(call, rule, given, fix)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from qkv.checks import DTYPES, flag, given_as, integer, short, shown
-from qkv.errors import ArgumentError, ArgumentTypeError, ShapeError, describe
+from qkv.errors import ArgumentError, ArgumentTypeError, ShapeError
 
 INT8, FLOAT8 = torch.int8, torch.float8_e4m3fn
 LARGEST = {INT8: 127.0, FLOAT8: 448.0}  # of the storages in 8 bits, which need scales
@@ -27,7 +27,7 @@ def float_dtype(call: str, value: Any) -> torch.dtype:
     if isinstance(value, torch.dtype) and value in DTYPES:
         return value
     fix = "Use one of float64, float32, bfloat16, float16; int8 and float8_e4m3fn are storage="
-    raise ArgumentTypeError(describe(call, "dtype must be a floating dtype of attention", f"dtype={shown(value)}", fix))
+    raise ArgumentTypeError.of(call, "dtype must be a floating dtype of attention", f"dtype={shown(value)}", fix)
 
 
 def storage_dtype(call: str, value: Any) -> torch.dtype | None:
@@ -35,21 +35,19 @@ def storage_dtype(call: str, value: Any) -> torch.dtype | None:
         return value
     fix = "Leave it out to store as dtype, or pass torch.int8 or torch.float8_e4m3fn"
     rule = "storage must be None, torch.int8 or torch.float8_e4m3fn"
-    raise ArgumentTypeError(describe(call, rule, f"storage={shown(value)}", fix))
+    raise ArgumentTypeError.of(call, rule, f"storage={shown(value)}", fix)
 
 
 def real_device(call: str, value: Any) -> torch.device:
     if not isinstance(value, (str, torch.device)):
         given = given_as("device", value)
-        raise ArgumentTypeError(describe(call, "device must be a name or a torch.device", given, 'Pass "cpu"'))
+        raise ArgumentTypeError.of(call, "device must be a name or a torch.device", given, 'Pass "cpu"')
     try:
         device = torch.device(value)
     except RuntimeError:
-        rule = "device must be one that torch knows"
-        raise ArgumentError(describe(call, rule, f"device={value!r}", 'Pass "cpu"')) from None
+        raise ArgumentError.of(call, "device must be one that torch knows", f"device={value!r}", 'Pass "cpu"') from None
     if device.type == "meta":
-        rule = "a cache needs memory"
-        raise ArgumentError(describe(call, rule, "device='meta'", "Pass a device that holds data"))
+        raise ArgumentError.of(call, "a cache needs memory", "device='meta'", "Pass a device that holds data")
     return device
 
 
@@ -66,11 +64,11 @@ def counts(call: str, name: str, value: Any, n: int) -> tuple[int, ...]:
     if value.__class__ is not list and value.__class__ is not tuple:
         if not isinstance(value, Tensor) or value.ndim != 1:
             rule = f"{name} must be a list of integers, one a sequence"
-            raise ArgumentTypeError(describe(call, rule, given_as(name, value), "Pass a list such as [3, 1, 1]"))
+            raise ArgumentTypeError.of(call, rule, given_as(name, value), "Pass a list such as [3, 1, 1]")
         value = list(value)
     if len(value) != n:
         given = f"{len(value)} lengths for {n} sequence{'s' * (n != 1)}"
-        raise ShapeError(describe(call, f"{name} must have one entry a sequence", given, f"Pass {n} of them"))
+        raise ShapeError.of(call, f"{name} must have one entry a sequence", given, f"Pass {n} of them")
     for x in value:
         if x.__class__ is not int or x < 0:
             return tuple([integer(call, f"an entry of {name}", y) for y in value])
@@ -83,36 +81,30 @@ def token_array(call: str, name: str, value: Any) -> array[int]:
         return _from_tensor(call, name, value)
     fix = "Pass a list of token ids, or a 1-D integer tensor"
     if isinstance(value, (str, bytes, dict, set)) or not hasattr(value, "__len__") or not hasattr(value, "__iter__"):
-        raise ArgumentTypeError(describe(call, f"{name} must be a list of integers", given_as(name, value), fix))
+        raise ArgumentTypeError.of(call, f"{name} must be a list of integers", given_as(name, value), fix)
     try:
         ids = array("q", value)
     except (TypeError, ValueError, RuntimeError):
         wrong = next((x for x in value if not isinstance(x, int)), value)
         given = f"{name} with an entry {shown(wrong)} ({type(wrong).__name__})"
-        raise ArgumentTypeError(describe(call, f"{name} must hold integers", given, fix)) from None
+        raise ArgumentTypeError.of(call, f"{name} must hold integers", given, fix) from None
     except OverflowError:
         rule = f"{name} must hold 64-bit integers"
-        raise ArgumentError(
-            describe(call, rule, f"{name}={shown(value)}", "Pass token ids of the vocabulary")
-        ) from None
+        raise ArgumentError.of(call, rule, f"{name}={shown(value)}", "Pass token ids of the vocabulary") from None
     if bool in set(map(type, value)):
-        raise ArgumentTypeError(describe(call, f"{name} must hold integers", f"{name} with bools", fix))
+        raise ArgumentTypeError.of(call, f"{name} must hold integers", f"{name} with bools", fix)
     return _not_negative(call, name, ids)
 
 
 def _from_tensor(call: str, name: str, value: Tensor) -> array[int]:
     if value.dtype == torch.bool or value.is_floating_point() or value.is_complex():
         fix = "Convert it with .to(torch.int64)"
-        raise ArgumentTypeError(describe(call, f"{name} must hold integers", f"{name} as {shown(value)}", fix))
+        raise ArgumentTypeError.of(call, f"{name} must hold integers", f"{name} as {shown(value)}", fix)
     if value.ndim != 1:
         rule = f"{name} of one sequence must have one dimension"
-        raise ShapeError(
-            describe(call, rule, f"{name} as {shown(value)}", "Pass tokens[0], or add sequences one by one")
-        )
+        raise ShapeError.of(call, rule, f"{name} as {shown(value)}", "Pass tokens[0], or add sequences one by one")
     if value.is_meta:
-        raise ArgumentError(
-            describe(call, f"{name} must have values", "a meta tensor", "Pass a tensor that holds data")
-        )
+        raise ArgumentError.of(call, f"{name} must have values", "a meta tensor", "Pass a tensor that holds data")
     plain = value.detach().to("cpu", torch.int64).contiguous()
     ids = array("q")
     if plain.numel():
@@ -124,7 +116,7 @@ def _not_negative(call: str, name: str, ids: array[int]) -> array[int]:
     if ids and min(ids) < 0:
         rule = f"{name} must hold token ids >= 0"
         given = f"{name} with {min(ids)}"
-        raise ArgumentError(describe(call, rule, given, "Leave padding out: each sequence has its own length"))
+        raise ArgumentError.of(call, rule, given, "Leave padding out: each sequence has its own length")
     return ids
 
 
@@ -134,23 +126,21 @@ def step_tokens(call: str, value: Any, n: int, T: int, lengths: tuple[int, ...] 
         if not isinstance(value, (list, tuple)) and not (isinstance(value, Tensor) and value.ndim == 2):
             given = given_as("tokens", value)
             rule = "tokens of a step must be a list of rows, one a sequence, or a (n, T) tensor"
-            raise ArgumentTypeError(describe(call, rule, given, "Pass [[ids of sequence 0], [ids of sequence 1], ...]"))
+            raise ArgumentTypeError.of(call, rule, given, "Pass [[ids of sequence 0], [ids of sequence 1], ...]")
         if len(value) != n:
             given = f"{len(value)} rows of tokens for {n} sequences"
-            raise ShapeError(describe(call, "tokens must have one row a sequence", given, f"Pass {n} rows"))
+            raise ShapeError.of(call, "tokens must have one row a sequence", given, f"Pass {n} rows")
         rows = [token_array(call, "tokens", row) for row in value]
         for row in rows:
             if len(row) != T:
                 given = f"a row of {len(row)} tokens and T={T}"
-                raise ShapeError(
-                    describe(call, "each row of tokens must have T ids", given, f"Pass {T} ids a sequence")
-                )
+                raise ShapeError.of(call, "each row of tokens must have T ids", given, f"Pass {T} ids a sequence")
         return rows
     packed = token_array(call, "tokens", value)
     if len(packed) != sum(lengths):
         given = f"{len(packed)} tokens and lengths that sum to {sum(lengths)}"
         fix = "Pass one flat list, sequence after sequence"
-        raise ShapeError(describe(call, "packed tokens must be as many as the lengths say", given, fix))
+        raise ShapeError.of(call, "packed tokens must be as many as the lengths say", given, fix)
     rows, start = [], 0
     for length in lengths:
         rows.append(packed[start : start + length])
@@ -170,21 +160,18 @@ def check_rows(
         shape = f"({', '.join('T' if size < 0 else str(size) for size in want)})"  # -1: k has no length to compare with
         letters = f"{name} {shape}"
         if not isinstance(x, Tensor):
-            raise ArgumentTypeError(describe(call, f"{name} must be a tensor", given_as(name, x), f"Pass {letters}"))
+            raise ArgumentTypeError.of(call, f"{name} must be a tensor", given_as(name, x), f"Pass {letters}")
         if x.layout != torch.strided:
-            raise ArgumentTypeError(
-                describe(call, f"{name} must be a dense tensor", f"{name} of layout {x.layout}", "Call .to_dense()")
-            )
+            rule = f"{name} must be a dense tensor"
+            raise ArgumentTypeError.of(call, rule, f"{name} of layout {x.layout}", "Call .to_dense()")
         if x.dtype != dtype:
             fix = f"Convert it with .to(torch.{short(dtype)}), or build the cache with dtype=torch.{short(x.dtype)}"
             given = f"{name} {short(x.dtype)}, cache {short(dtype)}"
-            raise ArgumentTypeError(describe(call, "tensors must be in the cache's dtype", given, fix))
+            raise ArgumentTypeError.of(call, "tensors must be in the cache's dtype", given, fix)
         if x.device != device:
             given = f"{name} on {x.device}, cache on {device}"
-            raise ArgumentTypeError(
-                describe(call, "tensors must be on the cache's device", given, f'Move it with .to("{device}")')
-            )
+            rule = "tensors must be on the cache's device"
+            raise ArgumentTypeError.of(call, rule, given, f'Move it with .to("{device}")')
         if tuple(x.shape) != want:
-            given = f"{name} {tuple(x.shape)}"
             fix = f"Pass {letters}; with lengths= all tokens are packed into a batch of 1"
-            raise ShapeError(describe(call, f"{name} must be {shape} here", given, fix))
+            raise ShapeError.of(call, f"{name} must be {shape} here", f"{name} {tuple(x.shape)}", fix)

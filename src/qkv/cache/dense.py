@@ -14,7 +14,7 @@ from qkv.cache.pool import PagePool
 from qkv.cache.sequence import Sequence, Unfinished
 from qkv.cache.spec import Spec
 from qkv.cache.storage import Storage
-from qkv.errors import ArgumentError, describe
+from qkv.errors import ArgumentError
 
 _FIRST = 64  # slots of a growing cache at the start
 _MULTIPLE = 16
@@ -88,7 +88,7 @@ class DenseCache(Cache):
         if self.capacity is not None and longest > self.capacity:
             given = f"{longest} tokens and capacity={self.capacity}"
             fix = "Build the cache with a larger capacity, or leave it out to let it grow"
-            raise ArgumentError(describe(call, "a sequence must fit into the capacity", given, fix))
+            raise ArgumentError.of(call, "a sequence must fit into the capacity", given, fix)
         return longest
 
     def _claim(self, claim: Any) -> None:

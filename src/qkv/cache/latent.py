@@ -12,7 +12,7 @@ from qkv.cache.base import Cache
 from qkv.cache.dense import DenseCache
 from qkv.cache.paged import PagedCache
 from qkv.cache.spec import Spec
-from qkv.errors import ArgumentError, describe
+from qkv.errors import ArgumentError
 
 _CALL = "qkv.cache.LatentCache()"
 
@@ -76,14 +76,14 @@ class LatentCache(Cache):
         if (pages is None) == (sequences is None):
             given = "neither" if pages is None else f"pages={pages!r} and sequences={sequences!r}"
             rule = "a latent cache is on pages or dense"
-            raise ArgumentError(describe(_CALL, rule, given, "Pass pages=, or sequences= for a dense one"))
+            raise ArgumentError.of(_CALL, rule, given, "Pass pages=, or sequences= for a dense one")
         if pages is not None and capacity is not None:
             fix = "Leave it out, or pass sequences= in place of pages="
-            raise ArgumentError(describe(_CALL, "capacity is of a dense cache", f"capacity={capacity!r}", fix))
+            raise ArgumentError.of(_CALL, "capacity is of a dense cache", f"capacity={capacity!r}", fix)
         if sequences is not None and (page_size != 16 or identity is not None):
             given = f"page_size={page_size!r}, identity={identity!r}"
             fix = "Leave them out, or pass pages= in place of sequences="
-            raise ArgumentError(describe(_CALL, "page_size and identity are of a cache on pages", given, fix))
+            raise ArgumentError.of(_CALL, "page_size and identity are of a cache on pages", given, fix)
         if pages is not None:
             pages, page_size = checks.size(_CALL, "pages", pages), checks.size(_CALL, "page_size", page_size)
         spec = Spec.of_latents(_CALL, rank, rope_dim, layers, dtype, storage, device, debug)

@@ -17,7 +17,7 @@ from qkv.cache.spec import Spec
 from qkv.cache.state import check_seqs
 from qkv.cache.storage import Storage
 from qkv.checks import integer, short
-from qkv.errors import ArgumentError, PagesExhausted, describe
+from qkv.errors import ArgumentError, PagesExhausted
 
 
 class PagedCache(Cache):
@@ -105,9 +105,7 @@ class PagedCache(Cache):
         sinks = checks.size(call, "sinks", sinks, low=0)
         if sinks and window is None:
             fix = "Pass window= with it; without a window all keys stay"
-            raise ArgumentError(
-                describe(call, "sinks are keys that stay while a window moves on", f"sinks={sinks}", fix)
-            )
+            raise ArgumentError.of(call, "sinks are keys that stay while a window moves on", f"sinks={sinks}", fix)
         pages, page_size = checks.size(call, "pages", pages), checks.size(call, "page_size", page_size)
         spec = Spec.of_heads(call, num_kv_heads, head_dim, value_dim, layers, dtype, storage, device, debug)
         self._begin_paged(call, spec, pages, page_size, identity, window, sinks)
@@ -287,7 +285,7 @@ class PagedCache(Cache):
             "Cached pages are evicted by themselves; free() or swap_out() a sequence and try again, append fewer "
             "tokens at a time, or build the cache with more pages"
         )
-        raise PagesExhausted(describe(call, "a step takes all its pages or none", given, fix))
+        raise PagesExhausted.of(call, "a step takes all its pages or none", given, fix)
 
     # ---- what follows a step
 
@@ -302,7 +300,7 @@ class PagedCache(Cache):
                 if known[seq._length : seq._length + both] != row[:both]:
                     given = f"{list(row[:4])}... for {seq!r}, known as {list(known[seq._length : seq._length + 4])}..."
                     fix = "Append the keys of the tokens that add() was given, or truncate() the sequence first"
-                    raise ArgumentError(describe(call, "tokens must be those that are known already", given, fix))
+                    raise ArgumentError.of(call, "tokens must be those that are known already", given, fix)
         return rows
 
     def _fold(self, step: Unfinished) -> None:
@@ -436,7 +434,7 @@ class PagedCache(Cache):
         host = seq._host
         if host is None:
             fix = "Only a sequence that cache.swap_out() moved can be brought back"
-            raise ArgumentError(describe(call, "the sequence must be swapped out", repr(seq), fix))
+            raise ArgumentError.of(call, "the sequence must be swapped out", repr(seq), fix)
         pool = self._pool
         # An entry that is alive is on the page it was on, and what is on a page with an entry is never written.
         again = [at for at, entry in enumerate(host.entries) if entry is not None and entry.page >= 0]

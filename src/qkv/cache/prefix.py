@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from qkv.checks import shown
-from qkv.errors import ArgumentTypeError, describe
+from qkv.errors import ArgumentTypeError
 
 Name = tuple[str, Any]  # a typed value: 1, "1" and b"1" are three
 TOKEN_BYTES = 8
@@ -31,7 +31,7 @@ def typed(call: str, name: str, value: Any) -> Name:
     if value is None or kind in (str, bytes, int):
         return kind.__name__, value
     given = f"{name}={shown(value)} ({kind.__name__})"
-    raise ArgumentTypeError(describe(call, f"{name} must be a str, bytes or int", given, f"Pass str({name})"))
+    raise ArgumentTypeError.of(call, f"{name} must be a str, bytes or int", given, f"Pass str({name})")
 
 
 def framed(names: Iterable[Name]) -> bytes:

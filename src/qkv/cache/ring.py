@@ -13,7 +13,7 @@ from qkv.cache.pool import PagePool
 from qkv.cache.sequence import Sequence, Unfinished
 from qkv.cache.spec import Spec
 from qkv.cache.storage import Storage
-from qkv.errors import ArgumentError, describe
+from qkv.errors import ArgumentError
 
 
 class RingCache(Cache):
@@ -105,7 +105,7 @@ class RingCache(Cache):
         if most > self.chunk:
             given = f"{most} tokens and chunk={self.chunk}"
             fix = "Append fewer at a time, or build the cache with a larger chunk"
-            raise ArgumentError(describe(call, "an append must fit into the chunk", given, fix))
+            raise ArgumentError.of(call, "an append must fit into the chunk", given, fix)
         P = self.page_size
         return [
             (seq, -(-end // P)) for seq, end in zip(step.seqs, step.ends, strict=True) if -(-end // P) > len(seq._table)

@@ -8,38 +8,38 @@ from qkv.cache import checks
 from qkv.cache.ledger import Ledger
 from qkv.cache.sequence import Sequence, Unfinished
 from qkv.checks import given_as, shown
-from qkv.errors import ArgumentError, ArgumentTypeError, describe
+from qkv.errors import ArgumentError, ArgumentTypeError
 
 
 def check_seqs(home: Ledger, call: str, seqs: Any, swapped: bool = False) -> tuple[Sequence, ...]:
     if seqs.__class__ is not list and seqs.__class__ is not tuple:
         fix = "Pass [seq]" if isinstance(seqs, Sequence) else "Pass a list of what cache.add() returned"
-        raise ArgumentTypeError(describe(call, "seqs must be a list of sequences", given_as("seqs", seqs), fix))
+        raise ArgumentTypeError.of(call, "seqs must be a list of sequences", given_as("seqs", seqs), fix)
     names = tuple(seqs)
     for seq in names:
         if seq.__class__ is not Sequence:
             given = f"an entry {shown(seq)} ({type(seq).__name__})"
             fix = "Pass a list of what cache.add() returned"
-            raise ArgumentTypeError(describe(call, "seqs must hold sequences", given, fix))
+            raise ArgumentTypeError.of(call, "seqs must hold sequences", given, fix)
         if seq._live is not home:
             _refuse_state(home, call, seq, swapped)
     if len(names) > 1 and len(set(names)) != len(names):
         twice = next(seq for seq in names if names.count(seq) > 1)
         fix = "Pass each sequence once; cache.fork(seq) makes another one of the same tokens"
-        raise ArgumentError(describe(call, "a sequence may be in a call only once", f"{twice!r} twice", fix))
+        raise ArgumentError.of(call, "a sequence may be in a call only once", f"{twice!r} twice", fix)
     return names
 
 
 def _refuse_state(home: Ledger, call: str, seq: Sequence, swapped: bool) -> None:
     if seq._home is not home:
         fix = "Pass it to the cache that made it"
-        raise ArgumentError(describe(call, "the sequence must be of this cache", f"{seq!r} of another one", fix))
+        raise ArgumentError.of(call, "the sequence must be of this cache", f"{seq!r} of another one", fix)
     if seq._host is None:
         fix = "Add a new one with cache.add()"
-        raise ArgumentError(describe(call, "the sequence must not have been freed", repr(seq), fix))
+        raise ArgumentError.of(call, "the sequence must not have been freed", repr(seq), fix)
     if not swapped:
         fix = "Bring it back with cache.swap_in(seq)"
-        raise ArgumentError(describe(call, "the sequence must not be swapped out", repr(seq), fix))
+        raise ArgumentError.of(call, "the sequence must not be swapped out", repr(seq), fix)
 
 
 def refuse_open(home: Ledger, call: str, names: tuple[Sequence, ...]) -> None:
@@ -47,16 +47,16 @@ def refuse_open(home: Ledger, call: str, names: tuple[Sequence, ...]) -> None:
         if seq._step is not None:
             given = f"{seq!r} with layer {seq._step.next} of {home.layers} to come"
             fix = "Append the layers that are missing, or forget the step with cache.rollback(seqs)"
-            raise ArgumentError(describe(call, "the sequence is in an unfinished step", given, fix))
+            raise ArgumentError.of(call, "the sequence is in an unfinished step", given, fix)
 
 
 def refuse_layer(home: Ledger, method: str, layer: Any) -> None:
     call = f"{home._name}.{method}()"
     if layer.__class__ is not int:
         given = given_as("layer", layer)
-        raise ArgumentTypeError(describe(call, "layer must be an int", given, f"Pass 0 .. {home.layers - 1}"))
+        raise ArgumentTypeError.of(call, "layer must be an int", given, f"Pass 0 .. {home.layers - 1}")
     rule = f"layer must be one of the cache's {home.layers}"
-    raise ArgumentError(describe(call, rule, f"layer={layer}", f"Pass 0 .. {home.layers - 1}"))
+    raise ArgumentError.of(call, rule, f"layer={layer}", f"Pass 0 .. {home.layers - 1}")
 
 
 def other_step(home: Ledger, call: str, names: tuple[Sequence, ...], layer: int, lengths: Any) -> ArgumentError:
@@ -66,14 +66,14 @@ def other_step(home: Ledger, call: str, names: tuple[Sequence, ...], layer: int,
     if step is None or step.next != layer:
         expected = 0 if step is None else step.next
         given = f"layer={layer}, expected layer={expected} of {home.layers}"
-        return ArgumentError(describe(call, "the layers of a step come in order 0, 1, ...", given, fix))
+        return ArgumentError.of(call, "the layers of a step come in order 0, 1, ...", given, fix)
     if step.seqs != names:
         given = f"{len(names)} sequences, and {len(step.seqs)} in layer 0 (or others, or in another order)"
-        return ArgumentError(describe(call, "all layers of a step have the same sequences", given, fix))
+        return ArgumentError.of(call, "all layers of a step have the same sequences", given, fix)
     if lengths is not None:
         checks.counts(call, "lengths", lengths, len(names))
     given = f"lengths={shown(lengths)}, and {step.lengths} in layer 0"
-    return ArgumentError(describe(call, "all layers of a step have the same lengths", given, fix))
+    return ArgumentError.of(call, "all layers of a step have the same lengths", given, fix)
 
 
 def check_repeated(home: Ledger, step: Unfinished, tokens: Any) -> None:
@@ -82,4 +82,4 @@ def check_repeated(home: Ledger, step: Unfinished, tokens: Any) -> None:
     again = checks.step_tokens(call, tokens, len(step.seqs), step.T, step.lengths)
     if again != step.tokens:
         rule, fix = "tokens of a step are given with layer 0", "Pass them there; further layers may leave them out"
-        raise ArgumentError(describe(call, rule, "other tokens, or none, in layer 0", fix))
+        raise ArgumentError.of(call, rule, "other tokens, or none, in layer 0", fix)

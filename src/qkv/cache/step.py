@@ -12,7 +12,7 @@ from torch import Tensor
 from qkv.cache.sequence import Sequence
 from qkv.call.keys import KVView, LayerCache
 from qkv.checks import integer
-from qkv.errors import ArgumentError, ShapeError, describe
+from qkv.errors import ArgumentError, ShapeError
 
 
 class Home(Protocol):
@@ -97,11 +97,11 @@ class Step:
         if layer == 0 and [seq._length for seq in self.seqs] != self._starts:
             rule = "a Step is for the lengths its sequences had when it was made"
             given = f"lengths {self._starts} then, {[seq._length for seq in self.seqs]} now"
-            raise ArgumentError(describe(call, rule, given, "Make a new one with cache.step() for each step"))
+            raise ArgumentError.of(call, rule, given, "Make a new one with cache.step() for each step")
         T = k.shape[-2] if isinstance(k, Tensor) and k.ndim >= 2 else self.T
         if self.T != T:
             given = f"{T} tokens and a step of {self.T}"
-            raise ShapeError(describe(call, "a step has one number of tokens in all layers", given, "Pass them all"))
+            raise ShapeError.of(call, "a step has one number of tokens in all layers", given, "Pass them all")
         tokens = self._tokens if layer == 0 else None
         self._cache.append(self.seqs, k, v, layer, lengths=self.lengths, tokens=tokens)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from qkv.cache.checks import FLOAT8, INT8, LARGEST
 from qkv.cache.hugepages import zeros
 from qkv.cache.spec import Spec
-from qkv.errors import ArgumentError, describe
+from qkv.errors import ArgumentError
 
 _MAX = torch.finfo(torch.float32).max
 _POISON = 127  # as an int8; these bits as float8_e4m3fn are NaN
@@ -154,8 +154,7 @@ class Storage:
         except (RuntimeError, AssertionError) as error:  # torch's words for no memory, or no such device
             given = f"{self.bytes:,} bytes on {self.spec.device}: {str(error).splitlines()[0][:120]}"
             fix = "Use fewer pages (or sequences), a smaller capacity, or storage=torch.int8"
-            rule = "the tensors of a cache must fit in memory"
-            raise ArgumentError(describe("qkv.cache", rule, given, fix)) from error
+            raise ArgumentError.of("qkv.cache", "the tensors of a cache must fit in memory", given, fix) from error
 
     def _parts(self, planes: tuple[Plane, ...]) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, torch.dtype]:
         k, v = planes[0], planes[-1]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qkv.checks import shown
-from qkv.errors import ArgumentTypeError, describe
+from qkv.errors import ArgumentTypeError
 
 # What users of PyTorch's SDPA and FlexAttention, flash-attn, xFormers, JAX, Keras and transformers type.
 _LEAVE = "Leave it out: "
@@ -120,4 +120,4 @@ mask=qkv.causal(), with positions="start" where Lq != Lk.
     else:
         close = difflib.get_close_matches(name, names, 1, 0.7)
         fix = f"Did you mean {close[0]}=" if close else f"The arguments are {', '.join(names)}"
-    return ArgumentTypeError(describe(call, f"there is no argument {name}", f"{name}={shown(value)}", fix))
+    return ArgumentTypeError.of(call, f"there is no argument {name}", f"{name}={shown(value)}", fix)

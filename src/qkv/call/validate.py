@@ -12,7 +12,7 @@ from torch import Tensor
 from qkv import _torch
 from qkv.call.problem import Inputs, Options, Problem
 from qkv.checks import DTYPES, LIMIT, integers, short, shown, whole
-from qkv.errors import ArgumentError, ArgumentTypeError, ShapeError, UnsupportedError, describe
+from qkv.errors import ArgumentError, ArgumentTypeError, ShapeError, UnsupportedError
 from qkv.masks import Mask, Sizes, as_mask
 from qkv.scores import ScoreTerm, as_bias
 
@@ -48,11 +48,11 @@ def checked(
     scale = None if o.scale is None else _number(call, "scale", o.scale, "Leave it out for 1/sqrt(D)")
     softcap = None if o.softcap is None else _number(call, "softcap", o.softcap, "Leave it out for no cap")
     if softcap is not None and softcap <= 0:
-        raise ArgumentError(describe(call, "softcap must be > 0", f"softcap={softcap}", "Leave it out for no cap"))
+        raise ArgumentError.of(call, "softcap must be > 0", f"softcap={softcap}", "Leave it out for no cap")
     sinks = None if o.sinks is None else check_sinks(call, o.sinks, sizes)
     if not isinstance(o.return_lse, bool):
         given = f"return_lse={shown(o.return_lse)}"
-        raise ArgumentTypeError(describe(call, "return_lse is a bool", given, "Pass True or False"))
+        raise ArgumentTypeError.of(call, "return_lse is a bool", given, "Pass True or False")
     learns = q.requires_grad or k.requires_grad or v.requires_grad or (sinks is not None and sinks.requires_grad)
     if bias is not None:
         learns = learns or any(t.requires_grad for t in bias.tensors())
@@ -91,9 +91,7 @@ def _check_tensors(call: str, q: Any, k: Any, v: Any) -> None:
                 fix = f"Make a tensor of it with torch.from_numpy({name})"
             if name == "v" and x is None:
                 fix = "Pass v; it is left out only where k is a cache's view"
-            raise ArgumentTypeError(
-                describe(call, f"{name} must be a tensor", f"{name}={shown(x)} ({type(x).__name__})", fix)
-            )
+            raise ArgumentTypeError.of(call, f"{name} must be a tensor", f"{name}={shown(x)} ({type(x).__name__})", fix)
         if x.layout != torch.strided or x.is_nested:
             fix = "Use .to_dense(); a batch of unequal lengths is qkv.padding or qkv.documents over a plain tensor"
             if x.is_nested:
@@ -101,23 +99,21 @@ def _check_tensors(call: str, q: Any, k: Any, v: Any) -> None:
                     "Pack it: with x = values() as (T, H, D), pass x.transpose(0, 1)[None] as (1, H, T, D) and "
                     "mask=qkv.documents(lengths), where lengths = offsets().diff(); & qkv.causal() if it is causal"
                 )
-            raise ArgumentTypeError(describe(call, f"{name} must be a plain strided tensor", f"{name} {x.layout}", fix))
+            raise ArgumentTypeError.of(call, f"{name} must be a plain strided tensor", f"{name} {x.layout}", fix)
         if x.dtype not in DTYPES:
             refuse_dtype(call, name, x)
     if not q.dtype == k.dtype == v.dtype:
         got = ", ".join(f"{name} {short(x.dtype)}" for name, x in given)
-        raise ArgumentTypeError(
-            describe(call, "q, k and v must share one dtype", got, "Convert them with .to(q.dtype)")
-        )
+        raise ArgumentTypeError.of(call, "q, k and v must share one dtype", got, "Convert them with .to(q.dtype)")
     if not q.device == k.device == v.device:
         got = ", ".join(f"{name} on {x.device}" for name, x in given)
-        raise ArgumentTypeError(describe(call, "q, k and v must be on one device", got, "Move them with .to(q.device)"))
+        raise ArgumentTypeError.of(call, "q, k and v must be on one device", got, "Move them with .to(q.device)")
 
 
 def refuse_dtype(call: str, name: str, x: Tensor) -> None:
     """Raise, because no backend computes with x's dtype."""
     rule = f"{name} must be float64, float32, bfloat16 or float16"
-    raise ArgumentTypeError(describe(call, rule, f"{name} {short(x.dtype)}", "Convert it with .to()"))
+    raise ArgumentTypeError.of(call, rule, f"{name} {short(x.dtype)}", "Convert it with .to()")
 
 
 def check_storage(call: str, *given: Tensor) -> None:
@@ -130,39 +126,36 @@ def check_storage(call: str, *given: Tensor) -> None:
                 continue
             rule = f"{name} must have memory of its own"
             fix = "Pass tensors that hold data; torch.compile, torch.export, torch.vmap and torch.func are followed"
-            raise UnsupportedError(describe(call, rule, f"{name} without storage", fix)) from None
+            raise UnsupportedError.of(call, rule, f"{name} without storage", fix) from None
 
 
 def _check_shapes(call: str, q: Tensor, k: Tensor, v: Tensor) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dim() != 4:
             fix = "Add the missing dimensions with unsqueeze; split heads with unflatten(-1, (H, D)).transpose(1, 2)"
-            raise ShapeError(describe(call, f"{name} must have 4 dimensions {_LAYOUT}", named(**{name: x}), fix))
+            raise ShapeError.of(call, f"{name} must have 4 dimensions {_LAYOUT}", named(**{name: x}), fix)
     if not q.shape[0] == k.shape[0] == v.shape[0]:
         fix = "Expand the smaller one: k.expand(B, -1, -1, -1) is free"
-        raise ShapeError(describe(call, "q, k and v must have one batch size B", named(q=q, k=k, v=v), fix))
+        raise ShapeError.of(call, "q, k and v must have one batch size B", named(q=q, k=k, v=v), fix)
     if q.shape[3] != k.shape[3]:
         got = f"{named(q=q)} → D={q.shape[3]} and {named(k=k)} → D={k.shape[3]}"
         fix = f"Project both to one head size, or check that they are {_LAYOUT}"
-        raise ShapeError(describe(call, "q and k must have one head size D", got, fix))
+        raise ShapeError.of(call, "q and k must have one head size D", got, fix)
     if q.shape[3] == 0:
-        raise ShapeError(
-            describe(call, "the head size D must be at least 1", named(q=q), "Give q and k a last dimension")
-        )
+        raise ShapeError.of(call, "the head size D must be at least 1", named(q=q), "Give q and k a last dimension")
     if k.shape[2] != v.shape[2]:
         got = f"{named(k=k)} → Lk={k.shape[2]} and {named(v=v)} → Lk={v.shape[2]}"
-        raise ShapeError(
-            describe(call, "k and v must have one length Lk", got, "Every key has one value: give them the same tokens")
-        )
+        rule = "k and v must have one length Lk"
+        raise ShapeError.of(call, rule, got, "Every key has one value: give them the same tokens")
     if k.shape[1] != v.shape[1]:
         got = f"{named(k=k)} → Hkv={k.shape[1]} and {named(v=v)} → Hkv={v.shape[1]}"
-        raise ShapeError(describe(call, "k and v must have the same heads", got, "Expand the one with fewer heads"))
+        raise ShapeError.of(call, "k and v must have the same heads", got, "Expand the one with fewer heads")
     Hq, Hkv = q.shape[1], k.shape[1]
     if (Hq == 0) != (Hkv == 0) or (Hkv and Hq % Hkv):
         fits = ", ".join(str(n) for n in range(1, Hq + 1) if Hq % n == 0) if Hq else "0"
         got = f"{named(q=q)} → Hq={Hq} and {named(k=k)} → Hkv={Hkv}"
         fix = f"Use Hkv in {{{fits}}}, or check that q is (B, H, L, D)"
-        raise ShapeError(describe(call, "query heads must be a multiple of key/value heads", got, fix))
+        raise ShapeError.of(call, "query heads must be a multiple of key/value heads", got, fix)
 
 
 def normalise_positions(
@@ -173,28 +166,28 @@ def normalise_positions(
         if positions in ("start", "end"):
             return positions, None
         fix = 'Use "start" (p = i), "end" (p = i + Lk - Lq), an int, B ints or a (B or 1, Lq) integer tensor'
-        raise ArgumentError(describe(call, 'positions must be "start" or "end"', f"positions={positions!r}", fix))
+        raise ArgumentError.of(call, 'positions must be "start" or "end"', f"positions={positions!r}", fix)
     first = whole(positions)
     if first is None:
         if isinstance(positions, Tensor) and _torch.transformed(positions):
             fix = "Pass the same positions for all samples, as a plain tensor or as ints"
             rule = "torch.func transforms cannot map positions"
-            raise UnsupportedError(describe(call, rule, f"positions {tuple(positions.shape)} inside of one", fix))
+            raise UnsupportedError.of(call, rule, f"positions {tuple(positions.shape)} inside of one", fix)
         given = integers(call, "positions", positions, low=None, dims=(1, 2))
         if given.dim() == 1:
             if given.shape[0] != B:
                 rule = "positions of one dimension hold the first query's position of each batch row"
                 fix = f"Pass {B} ints, or a tensor of shape ({B} or 1, {Lq}) for a position per query"
-                raise ShapeError(describe(call, rule, f"positions {tuple(given.shape)} and B={B}", fix))
+                raise ShapeError.of(call, rule, f"positions {tuple(given.shape)} and B={B}", fix)
             return tuple(int(n) for n in given), None  # not tolist(), which torch 2.9 cannot under a transform
         if given.shape[0] not in (1, B) or given.shape[1] != Lq:
             rule = "positions of two dimensions must be (B or 1, Lq)"
             fix = f"Pass a tensor of shape ({B}, {Lq}) or (1, {Lq})"
-            raise ShapeError(describe(call, rule, f"positions {tuple(given.shape)}, B={B} and Lq={Lq}", fix))
+            raise ShapeError.of(call, rule, f"positions {tuple(given.shape)}, B={B} and Lq={Lq}", fix)
         return "tensor", given.to(device)
     if abs(first) > LIMIT:
         rule = f"positions must be of magnitude <= {LIMIT}"
-        raise ArgumentError(describe(call, rule, f"positions={first}", "Pass smaller positions"))
+        raise ArgumentError.of(call, rule, f"positions={first}", "Pass smaller positions")
     return (first,), None
 
 
@@ -209,7 +202,7 @@ def refuse_positions(call: str, name: str, readings: str, sizes: Sizes) -> None:
     """Raise, because `name` depends on position and nothing says where the queries stand."""
     rule = "positions= must say where the queries stand when Lq != Lk and the mask or bias depends on position"
     fix = f"The two readings are\n{readings}\nPass one of them, or the positions themselves"
-    raise ArgumentError(describe(call, rule, f"Lq={sizes.Lq}, Lk={sizes.Lk} and {name}", fix))
+    raise ArgumentError.of(call, rule, f"Lq={sizes.Lq}, Lk={sizes.Lk} and {name}", fix)
 
 
 def drawn_positions(Lq: int, Lk: int) -> str:
@@ -229,25 +222,23 @@ def drawn_positions(Lq: int, Lk: int) -> str:
 def _number(call: str, name: str, x: Any, fix: str) -> float:
     if isinstance(x, bool) or not isinstance(x, Real):
         given = f"{name}={shown(x)} ({type(x).__name__})"
-        raise ArgumentTypeError(
-            describe(call, f"{name} must be a number", given, f"Use float(x), or scale q itself. {fix}")
-        )
+        raise ArgumentTypeError.of(call, f"{name} must be a number", given, f"Use float(x), or scale q itself. {fix}")
     try:
         value = float(x)
     except (TypeError, ValueError, OverflowError):
         value = math.nan
     if not math.isfinite(value):
-        raise ArgumentError(describe(call, f"{name} must be finite", f"{name}={shown(x)}", fix))
+        raise ArgumentError.of(call, f"{name} must be finite", f"{name}={shown(x)}", fix)
     return value
 
 
 def _dropout(call: str, x: Any) -> float:
     fix = "Use 0 for no dropout"
     if x is None:
-        raise ArgumentTypeError(describe(call, "dropout_p must be a number", "dropout_p=None", fix))
+        raise ArgumentTypeError.of(call, "dropout_p must be a number", "dropout_p=None", fix)
     value = _number(call, "dropout_p", x, fix)
     if not 0 <= value < 1:
-        raise ArgumentError(describe(call, "dropout_p must be in [0, 1)", f"dropout_p={value}", fix))
+        raise ArgumentError.of(call, "dropout_p must be in [0, 1)", f"dropout_p={value}", fix)
     return value
 
 
@@ -255,14 +246,12 @@ def check_sinks(call: str, sinks: Any, sizes: Sizes) -> Tensor:
     """The sinks as kernels take them; raises unless they fit the call."""
     fix = "Pass one number a query head as a tensor (Hq,); -inf for none"
     if not isinstance(sinks, Tensor) or sinks.dtype not in DTYPES:
-        raise ArgumentTypeError(describe(call, "sinks must be a floating tensor", f"sinks={shown(sinks)}", fix))
+        raise ArgumentTypeError.of(call, "sinks must be a floating tensor", f"sinks={shown(sinks)}", fix)
     if tuple(sinks.shape) != (sizes.Hq,):
-        raise ShapeError(
-            describe(call, "sinks must have shape (Hq,)", f"sinks {tuple(sinks.shape)} and Hq={sizes.Hq}", fix)
-        )
+        raise ShapeError.of(call, "sinks must have shape (Hq,)", f"sinks {tuple(sinks.shape)} and Hq={sizes.Hq}", fix)
     if sinks.device != sizes.device:
         given = f"sinks on {sinks.device} and q on {sizes.device}"
-        raise ArgumentTypeError(describe(call, "sinks must be on q's device", given, "Move them with .to(q.device)"))
+        raise ArgumentTypeError.of(call, "sinks must be on q's device", given, "Move them with .to(q.device)")
     if sinks.is_inference() and torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
         sinks = sinks.clone()  # one that may be saved for a backward pass
     kept: Tensor = sinks.resolve_neg()

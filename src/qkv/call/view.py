@@ -11,7 +11,7 @@ from qkv.call.keys import KVView
 from qkv.call.problem import Inputs, Options, Problem
 from qkv.call.validate import check_storage, checked, named, refuse_dtype
 from qkv.checks import DTYPES, shown
-from qkv.errors import ArgumentError, ArgumentTypeError, ShapeError, UnsupportedError, describe
+from qkv.errors import ArgumentError, ArgumentTypeError, ShapeError, UnsupportedError
 from qkv.masks import Mask, as_mask
 from qkv.scores import as_bias
 
@@ -29,25 +29,24 @@ def check_view(call: str, q: Any, view: KVView, v: Any, options: Options) -> Non
     layout = view.layout
     if v is not None:
         fix = f"Call {call.replace('()', '')}(q, view) without v"
-        raise ArgumentError(describe(call, "a cache's view holds keys and values", f"v={shown(v)} with a view", fix))
+        raise ArgumentError.of(call, "a cache's view holds keys and values", f"v={shown(v)} with a view", fix)
     if options.positions is not None:
         rule = "a cache's view says where the queries stand: they are its last tokens"
-        fix = "Leave positions out"
-        raise ArgumentError(describe(call, rule, f"positions={shown(options.positions)} with a view", fix))
+        raise ArgumentError.of(call, rule, f"positions={shown(options.positions)} with a view", "Leave positions out")
     if layout.clock.now != layout.alive_at:
         rule = "a view lives until its cache gives pages back or writes over them"
         given = "a view from before a free, truncate, eviction, swap, copy on write or overwritten window"
-        raise ArgumentError(describe(call, rule, given, "Ask the cache for a new view"))
+        raise ArgumentError.of(call, rule, given, "Ask the cache for a new view")
     _check_layout(call, view)
     _check_queries(call, q, view)
     if options.dropout_p != 0:
         rule, fix = "a cache is for inference, without dropout", "Leave dropout_p out"
-        raise UnsupportedError(describe(call, rule, f"dropout_p={shown(options.dropout_p)} with a view", fix))
+        raise UnsupportedError.of(call, rule, f"dropout_p={shown(options.dropout_p)} with a view", fix)
     learned = (q, options.sinks, *(as_bias(options.bias, call).tensors() if options.bias is not None else ()))  # type: ignore[union-attr]
     if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in learned):
         rule = "a cache's keys have no gradients, so none are computed through a view"
         fix = "Call it under torch.inference_mode() or torch.no_grad(); for training pass k and v"
-        raise UnsupportedError(describe(call, rule, "tensors that require grad", fix))
+        raise UnsupportedError.of(call, rule, "tensors that require grad", fix)
 
 
 def _check_layout(call: str, view: KVView) -> None:
@@ -57,67 +56,62 @@ def _check_layout(call: str, view: KVView) -> None:
     sizes = f"{n} lengths, {len(starts)} starts"
     if len(starts) != n + 1 or (layout.queries is not None and len(layout.queries) != n):
         rule, fix = "a layout has n lengths, n + 1 starts and n queries", "Take views from a cache or qkv.cache.stored"
-        raise ShapeError(describe(call, rule, sizes, fix))
+        raise ShapeError.of(call, rule, sizes, fix)
     for i, length in enumerate(layout.lengths):
         table = layout.tables[max(starts[i], 0) : max(starts[i + 1], 0)]
         used = table[: length // P + (length % P > 0)] if length >= 0 else table
         if length < 0 or starts[i] < 0 or len(used) * P < length or min(used, default=0) < -1:
             given = f"sequence {i} of length {length} with {len(table)} pages of {P}"
             fix = "Take views from a cache or qkv.cache.stored"
-            raise ArgumentError(describe(call, "a page table has a page for every key", given, fix))
+            raise ArgumentError.of(call, "a page table has a page for every key", given, fix)
         if max(used, default=-1) >= view.k.shape[0]:
             given = f"page {max(used)} of sequence {i}, and {view.k.shape[0]} pages"
-            raise ArgumentError(describe(call, "a page table names pages of its pool", given, "Check the table"))
+            raise ArgumentError.of(call, "a page table names pages of its pool", given, "Check the table")
     if layout.queries is not None and min(layout.queries, default=0) < 0:
-        given = f"queries {list(layout.queries)}"
-        raise ArgumentError(describe(call, "numbers of queries are >= 0", given, "Check lengths="))
+        raise ArgumentError.of(call, "numbers of queries are >= 0", f"queries {list(layout.queries)}", "Check lengths=")
     scales = (view.k_scale, view.v_scale)
     if any(s is not None for s in scales) and len({None if s is None else s.stride() for s in scales}) > 1:
         given = f"k_scale and v_scale with strides {[None if s is None else s.stride() for s in scales]}"
-        raise ArgumentError(describe(call, "both scales have the same strides", given, "Make both contiguous"))
+        raise ArgumentError.of(call, "both scales have the same strides", given, "Make both contiguous")
 
 
 def _check_queries(call: str, q: Any, view: KVView) -> None:
     if not isinstance(q, Tensor) or q.layout != torch.strided or q.is_nested:
         given = f"q={shown(q)} ({type(q).__name__})"
-        raise ArgumentTypeError(describe(call, "q must be a plain tensor", given, "Pass a tensor (n, Hq, T, D)"))
+        raise ArgumentTypeError.of(call, "q must be a plain tensor", given, "Pass a tensor (n, Hq, T, D)")
     if q.dtype != view.dtype:
-        given = f"q {q.dtype} and a cache of {view.dtype}"
         rule, fix = "q must have the dtype of its cache", "Convert q with .to(), or make the cache with q's dtype"
-        raise ArgumentTypeError(describe(call, rule, given, fix))
+        raise ArgumentTypeError.of(call, rule, f"q {q.dtype} and a cache of {view.dtype}", fix)
     if q.dtype not in DTYPES:
         refuse_dtype(call, "q", q)
     if q.device != view.k.device:
         given = f"q on {q.device} and a cache on {view.k.device}"
-        raise ArgumentTypeError(describe(call, "q must be on its cache's device", given, "Move q with .to()"))
+        raise ArgumentTypeError.of(call, "q must be on its cache's device", given, "Move q with .to()")
     lengths, queries = view.layout.lengths, view.layout.queries
     n, Hkv, D = len(lengths), view.k.shape[1], view.k.shape[3]
     want = "(1, Hq, all queries, D) of a ragged step" if queries is not None else "(sequences, Hq, T, D)"
     if q.dim() != 4 or q.shape[0] != (1 if queries is not None else n):
-        given = f"{named(q=q)} and a view of {n} sequences"
         fix = "view(seqs, lengths=[...]) is for packed queries, view(seqs) for one row a sequence"
-        raise ShapeError(describe(call, f"q must be {want}", given, fix))
+        raise ShapeError.of(call, f"q must be {want}", f"{named(q=q)} and a view of {n} sequences", fix)
     if queries is not None and sum(queries) != q.shape[2]:
         given = f"{named(q=q)} and lengths={list(queries)}, which sum to {sum(queries)}"
-        raise ShapeError(describe(call, "a ragged view's lengths must sum to q's rows", given, "Pack as many rows"))
+        raise ShapeError.of(call, "a ragged view's lengths must sum to q's rows", given, "Pack as many rows")
     if q.shape[3] != D or D == 0 or (q.shape[1] == 0) != (Hkv == 0) or (Hkv and q.shape[1] % Hkv):
         given = f"{named(q=q)} and a cache with {Hkv} heads of {D} numbers"
         rule = "q must have the cache's head size, and a multiple of its heads"
-        raise ShapeError(describe(call, rule, given, "Check that q is (B, H, L, D)"))
+        raise ShapeError.of(call, rule, given, "Check that q is (B, H, L, D)")
     most = view.layout.most
     if most is not None and queries is None and q.shape[2] > most:
-        given = f"{q.shape[2]} queries, and keys for the last {most}"
         rule, fix = (
             "what the queries see must still be stored",
             "Attend to a window's keys in the step that appends them",
         )
-        raise ShapeError(describe(call, rule, given, fix))
+        raise ShapeError.of(call, rule, f"{q.shape[2]} queries, and keys for the last {most}", fix)
     for i, length in enumerate(lengths):
         rows = queries[i] if queries is not None else q.shape[2]
         if rows > length:
-            given = f"{rows} queries for sequence {i} of length {length}"
             rule, fix = "queries are the last tokens of their sequence", "Append their keys and values first"
-            raise ShapeError(describe(call, rule, given, fix))
+            raise ShapeError.of(call, rule, f"{rows} queries for sequence {i} of length {length}", fix)
     check_storage(call, q)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from qkv import masks
-from qkv.errors import ArgumentError, QKVError, describe
+from qkv.errors import ArgumentError, QKVError
 from qkv.masks import constructors
 
 CALL = "qkv mask"
@@ -126,4 +126,4 @@ def _text(node: ast.AST) -> str:
 
 
 def refuse(rule: str, given: str, fix: str) -> ArgumentError:
-    return ArgumentError(describe(CALL, rule, given, fix))
+    return ArgumentError.of(CALL, rule, given, fix)

@@ -11,7 +11,7 @@ import torch
 
 from qkv.bench.machine import threads
 from qkv.cli.progress import Progress
-from qkv.errors import ArgumentError, describe
+from qkv.errors import ArgumentError
 from qkv.insight.terminal import bar, is_terminal
 from qkv.lm import checkpoint
 from qkv.lm.data import SPLIT, read_corpus
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     """Run `qkv train` and return the exit code."""
     for name in ("every", "stop", "threads"):
         if (value := getattr(args, name)) is not None and value < 1:
-            raise ArgumentError(describe("qkv train", f"--{name} is >= 1", f"--{name} {value}", "Leave it out"))
+            raise ArgumentError.of("qkv train", f"--{name} is >= 1", f"--{name} {value}", "Leave it out")
     out = Path(args.out or args.resume or OUT)
     checkpoint.check_target(out, may_exist=args.resume is not None and out == Path(args.resume))
     if args.export is not None:
@@ -93,7 +93,7 @@ def _prepare(args: argparse.Namespace) -> Run:
     named = [f"--{name}" for part in given.values() for name in part]
     if named:
         rule, fix = "a checkpoint brings its own settings", f"Leave out {', '.join(named)}, or begin a new run"
-        raise ArgumentError(describe("qkv train", rule, f"--resume and {', '.join(named)}", fix))
+        raise ArgumentError.of("qkv train", rule, f"--resume and {', '.join(named)}", fix)
     saved = checkpoint.load(args.resume)
     return resumed(saved, read_corpus(args.text, configured(saved)[0].context))
 

@@ -34,7 +34,7 @@ from qkv.compat.arguments import (
     refuse_other_types,
 )
 from qkv.compat.attribute import aside, torch_sdpa
-from qkv.errors import ArgumentTypeError, describe
+from qkv.errors import ArgumentTypeError
 from qkv.functional import attention
 from qkv.graph import eager
 from qkv.masks import causal
@@ -130,7 +130,7 @@ def sdpa(
         if corner is not None:
             rule = "CausalBias should not be used with causal=True"
         fix = "Leave out is_causal and write it into the mask (attn_mask.tril()), or leave out attn_mask"
-        raise TorchArgumentError(describe(CALL, rule, "both", fix))
+        raise TorchArgumentError.of(CALL, rule, "both", fix)
     why = _torchs(query, key, value, attn_mask if corner is None else None)
     if why is not None:
         counting.count("PyTorch", why)
@@ -210,7 +210,7 @@ def _causal_bias(attn_mask: Any) -> Any:
         return None
     if not isinstance(attn_mask, Tensor):
         fix = "Pass a bool or floating tensor; a qkv mask goes to qkv.attention(mask=)"
-        raise ArgumentTypeError(describe(CALL, "attn_mask must be a tensor", given_as("attn_mask", attn_mask), fix))
+        raise ArgumentTypeError.of(CALL, "attn_mask must be a tensor", given_as("attn_mask", attn_mask), fix)
     from torch.nn.attention.bias import CausalBias  # loads on first use: hardly anyone passes one
 
     return attn_mask if isinstance(attn_mask, CausalBias) else None
@@ -226,7 +226,7 @@ def _alignment(corner: Any, Lq: int, Lk: int) -> str:
     if made_for != (Lq, Lk):
         given = f"causal_lower_right{made_for}, Lq={Lq} and Lk={Lk}"
         fix = f"Use causal_lower_right({Lq}, {Lk})"
-        raise TorchShapeError(describe(CALL, "a lower-right causal bias is made for its lengths", given, fix))
+        raise TorchShapeError.of(CALL, "a lower-right causal bias is made for its lengths", given, fix)
     return "end"
 
 

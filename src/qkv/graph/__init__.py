@@ -12,7 +12,7 @@ from qkv import execute
 from qkv._torch import exporting_onnx, modes, recording, stands_in
 from qkv.call.problem import CALL, Options, Output
 from qkv.call.validate import check_metadata
-from qkv.errors import ArgumentTypeError, UnsupportedError, describe
+from qkv.errors import ArgumentTypeError, UnsupportedError
 from qkv.graph.ops import KINDS
 from qkv.masks import as_mask
 from qkv.masks.portable import encode
@@ -30,7 +30,7 @@ def traced(
     """attention() as one node: (out, lse). Written for tracers to follow: plain branches, no tables, no data."""
     if v is None:
         fix = "Pass v; it is left out only where k is a cache's view"
-        raise ArgumentTypeError(describe(CALL, "v must be a tensor", "v=None", fix))
+        raise ArgumentTypeError.of(CALL, "v must be a tensor", "v=None", fix)
     if any(isinstance(t, Tensor) and t.is_nested for t in (q, k, v)):
         check_metadata(CALL, q, k, v)  # says how to pack them
     words: list[int] = []
@@ -73,10 +73,9 @@ def follow(q: Any, k: Any, v: Any, mask: Any, options: Options, backend: Any) ->
 def refuse_recording() -> None:
     """TorchScript would keep the numbers of this one call, and ONNX has no such node."""
     if recording() or exporting_onnx():
-        rule = "no TorchScript and no ONNX graph can hold the call"
         given = "a call inside of torch.jit.trace" if recording() else "a call inside of torch.onnx.export"
         fix = "Use torch.export.export or torch.compile, which take it as one node; for ONNX export PyTorch's own layer"
-        raise UnsupportedError(describe(CALL, rule, given, fix))
+        raise UnsupportedError.of(CALL, "no TorchScript and no ONNX graph can hold the call", given, fix)
 
 
 def _encode_bias(q: Tensor, bias: Any, kinds: list[int], tensors: list[Tensor]) -> None:
@@ -91,7 +90,7 @@ def _encode_bias(q: Tensor, bias: Any, kinds: list[int], tensors: list[Tensor]) 
         if kind < 0:
             rule = "a score term that is a Python function cannot be part of a graph"
             fix = "Pass a tensor, qkv.alibi or qkv.relative, or call attention outside of the traced function"
-            raise UnsupportedError(describe(CALL, rule, f"{type(lowered).__name__} while tracing", fix))
+            raise UnsupportedError.of(CALL, rule, f"{type(lowered).__name__} while tracing", fix)
         kinds += [kind]
         tensors += [lowered.tensors()[0]]
 

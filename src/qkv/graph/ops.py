@@ -26,7 +26,7 @@ from qkv._torch import SingleLevel, below_autograd, keys_below_autograd, older_v
 from qkv.backends.base import Prepared
 from qkv.call.problem import CALL, Inputs, Options, Output, empty_output, join_batch
 from qkv.call.validate import check_metadata, check_sinks, drawn_positions, refuse_positions, validate
-from qkv.errors import UnsupportedError, describe
+from qkv.errors import UnsupportedError
 from qkv.masks import Mask, Sizes
 from qkv.masks.portable import decode, depends_on_position
 from qkv.plans import check_backend
@@ -226,9 +226,8 @@ class _Last(_Node):
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:
-        rule = "a traced call differentiates once"
         fix = "Differentiate twice outside of the traced function"
-        raise UnsupportedError(describe(CALL, rule, "a gradient of a gradient in a graph", fix))
+        raise UnsupportedError.of(CALL, "a traced call differentiates once", "a gradient of a gradient in a graph", fix)
 
 
 def _below(op: Any, keys: Any, args: tuple[Any, ...], static: dict[str, Any]) -> Any:

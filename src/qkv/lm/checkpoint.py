@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qkv.errors import ArgumentError, UnsupportedError, describe
+from qkv.errors import ArgumentError, UnsupportedError
 
 FORMAT = "qkv decoder 1"
 
@@ -36,10 +36,10 @@ def check_target(path: Path, may_exist: bool) -> None:
     _safetensors("save_file")
     if path.is_dir() or not os.access(path.parent, os.W_OK):
         fix = "Name a file in a directory that exists and that you may write"
-        raise ArgumentError(describe("qkv train", "the checkpoint cannot be written", repr(str(path)), fix))
+        raise ArgumentError.of("qkv train", "the checkpoint cannot be written", repr(str(path)), fix)
     if path.exists() and not may_exist:
         rule, fix = "a file is not overwritten by a new run", f"Continue it with --resume {path}, or name another"
-        raise ArgumentError(describe("qkv train", rule, repr(str(path)), fix))
+        raise ArgumentError.of("qkv train", rule, repr(str(path)), fix)
 
 
 def save(path: Path, tensors: Mapping[str, Tensor], notes: Mapping[str, Any]) -> None:
@@ -62,9 +62,7 @@ def save(path: Path, tensors: Mapping[str, Tensor], notes: Mapping[str, Any]) ->
         os.replace(beside, path)
     except (OSError, _error()) as error:
         fix = "Name a file in a directory that exists and that you may write"
-        raise ArgumentError(
-            describe("qkv train", "the checkpoint cannot be written", f"{path} ({error})", fix)
-        ) from None
+        raise ArgumentError.of("qkv train", "the checkpoint cannot be written", f"{path} ({error})", fix) from None
 
 
 def load(path: str | Path) -> Saved:
@@ -80,7 +78,7 @@ def load(path: str | Path) -> Saved:
     opened = _safetensors("safe_open")
     fix = "Name a file that qkv train wrote"
     if not Path(path).is_file():
-        raise ArgumentError(describe("qkv train", "no such checkpoint", repr(str(path)), fix))
+        raise ArgumentError.of("qkv train", "no such checkpoint", repr(str(path)), fix)
     try:
         with opened(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -88,10 +86,10 @@ def load(path: str | Path) -> Saved:
         notes = json.loads(metadata["notes"]) if metadata.get("format") == FORMAT else None
     except (OSError, ValueError, KeyError, _error()) as error:
         rule = "a checkpoint is a safetensors file (pickles are never read)"
-        raise ArgumentError(describe("qkv train", rule, f"{path} ({error})", fix)) from None
+        raise ArgumentError.of("qkv train", rule, f"{path} ({error})", fix) from None
     if not isinstance(notes, dict):
         rule = f"the metadata of a checkpoint must say format={FORMAT!r} and hold notes"
-        raise ArgumentError(describe("qkv train", rule, f"{path}, metadata {sorted(metadata)}", fix))
+        raise ArgumentError.of("qkv train", rule, f"{path}, metadata {sorted(metadata)}", fix)
     return Saved(Path(path), tensors, notes)
 
 
@@ -121,7 +119,7 @@ def copy_exactly(saved: Saved, prefix: str, wanted: Mapping[str, Tensor]) -> Non
 
 def _unfit(rule: str, given: str) -> ArgumentError:
     fix = "Use the settings that the checkpoint was made with (qkv train --resume reads them from it)"
-    return ArgumentError(describe("qkv train", rule, given, fix))
+    return ArgumentError.of("qkv train", rule, given, fix)
 
 
 def _safetensors(name: str) -> Any:
@@ -130,7 +128,7 @@ def _safetensors(name: str) -> Any:
         import safetensors.torch
     except ImportError:
         rule, fix = "checkpoints are safetensors files", "Use pip install safetensors"
-        raise UnsupportedError(describe("qkv train", rule, "a Python without safetensors", fix)) from None
+        raise UnsupportedError.of("qkv train", rule, "a Python without safetensors", fix) from None
     return getattr(safetensors if name == "safe_open" else safetensors.torch, name)
 
 

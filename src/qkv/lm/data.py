@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qkv.errors import ArgumentError, describe
+from qkv.errors import ArgumentError
 
 HELD_OUT = 10  # the last 1/10 of a text, from the next blank line on
 SPLIT = "the last tenth, from the next blank line on"
@@ -72,7 +72,7 @@ def read_corpus(path: str | None, context: int) -> Corpus:
     if min(cut, len(data) - cut) <= context:
         rule = f"a tenth of the text is held out, and each part must be longer than the context of {context:,} bytes"
         fix = f"Use a text of more than {(context + 1) * HELD_OUT:,} bytes, or a smaller --context"
-        raise ArgumentError(describe("qkv train", rule, f"{name}, {len(data):,} bytes", fix))
+        raise ArgumentError.of("qkv train", rule, f"{name}, {len(data):,} bytes", fix)
     both = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     return Corpus(name, both[:cut].clone(), both[cut:].clone(), hashlib.sha256(data).hexdigest())
 
@@ -86,7 +86,7 @@ def _reference() -> tuple[str, bytes]:
         from pydoc_data import topics
     except ImportError:
         rule, fix = "the default text is pydoc_data.topics", "Name a file: qkv train FILE"
-        raise ArgumentError(describe("qkv train", rule, "a Python without it", fix)) from None
+        raise ArgumentError.of("qkv train", rule, "a Python without it", fix) from None
     seen: set[str] = set()
     kept: list[str] = []
     for _, text in sorted(topics.topics.items()):
@@ -101,7 +101,7 @@ def _reference() -> tuple[str, bytes]:
 
 def _read(path: str) -> bytes:
     def refuse(rule: str, given: str, fix: str) -> ArgumentError:
-        return ArgumentError(describe("qkv train", rule, given, fix))
+        return ArgumentError.of("qkv train", rule, given, fix)
 
     try:
         return Path(path).read_bytes()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from qkv.cache import PagedCache, Step
 from qkv.cache.latent import PagedLatentCache
 from qkv.call.keys import LayerCache
-from qkv.errors import ArgumentError, UnsupportedError, describe
+from qkv.errors import ArgumentError, UnsupportedError
 from qkv.lm.variants import ABLATIONS, AblatedAttention, SdpaAttention
 from qkv.masks import Mask, causal, sliding_window
 from qkv.nn import Attention, LatentAttention
@@ -49,7 +49,7 @@ class Config:
             self._refuse(rule, f"dim={self.dim}, heads={self.heads}", "Use dim=128 and heads=4")
 
     def _refuse(self, rule: str, given: str, fix: str) -> None:
-        raise ArgumentError(describe("qkv train", rule, given, fix))
+        raise ArgumentError.of("qkv train", rule, given, fix)
 
     @property
     def head_dim(self) -> int:
@@ -153,8 +153,7 @@ class Decoder(nn.Module):
         config = self.config
         if not config.caches:
             rule, given = "layers for comparison have no cache", f"attention={config.attention!r}, op={config.op!r}"
-            fix = f"Use op='qkv' and one of {', '.join(KINDS)}"
-            raise UnsupportedError(describe("qkv train", rule, given, fix))
+            raise UnsupportedError.of("qkv train", rule, given, f"Use op='qkv' and one of {', '.join(KINDS)}")
         weight, attention = self.embedding.weight, self.blocks[0].attention
         made: dict[str, Any] = {"pages": pages, "page_size": page_size, "layers": config.layers, "storage": storage}
         made |= {"dtype": weight.dtype, "device": weight.device}

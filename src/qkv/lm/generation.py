@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from qkv.errors import ArgumentError, UnsupportedError, describe
+from qkv.errors import ArgumentError, UnsupportedError
 from qkv.lm import checkpoint, training
 from qkv.lm.decoder import Decoder
 from qkv.lm.serving import one_thread, pick
@@ -58,7 +58,7 @@ def continue_prompt(
     if not tokens or length < 0 or not 0 <= temperature < float("inf"):
         given = f"a prompt of {len(tokens)} bytes, length={length}, temperature={temperature}"
         rule, fix = "a prompt has at least one byte, length and temperature are >= 0", "Use a word as the prompt"
-        raise ArgumentError(describe("qkv demo", rule, given, fix))
+        raise ArgumentError.of("qkv demo", rule, given, fix)
     model = load(path)
     rng = torch.Generator().manual_seed(seed)
     context, start = model.config.context, len(tokens)
@@ -86,7 +86,7 @@ def load(path: Path | None = None) -> Decoder:
     """
     if path is None and not SHIPPED.exists():
         rule, fix = "the shipped model is part of the package", "Train one with qkv train, and pass its path"
-        raise UnsupportedError(describe("qkv demo", rule, f"no {SHIPPED.name}", fix))
+        raise UnsupportedError.of("qkv demo", rule, f"no {SHIPPED.name}", fix)
     return training.decoder(checkpoint.load(path or SHIPPED))
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from qkv.cache import PagedCache, PagesExhausted, Sequence
-from qkv.errors import ArgumentError, describe
+from qkv.errors import ArgumentError
 from qkv.lm.decoder import Decoder
 
 
@@ -31,7 +31,7 @@ class Request:
         if not self.prompt or self.length < 1 or not 0 <= self.temperature < float("inf"):
             given = f"a prompt of {len(self.prompt)} bytes, length={self.length}, temperature={self.temperature}"
             rule = "a request has a prompt and a length of at least one byte, and a temperature >= 0"
-            raise ArgumentError(describe("qkv demo", rule, given, "Use a word as the prompt"))
+            raise ArgumentError.of("qkv demo", rule, given, "Use a word as the prompt")
 
 
 @dataclass(eq=False)
@@ -92,7 +92,7 @@ class Server:
     ) -> None:
         if batch < 1 or chunk < 1:
             rule, given = "batch and chunk are at least 1", f"batch={batch}, chunk={chunk}"
-            raise ArgumentError(describe("qkv demo", rule, given, "Use the defaults"))
+            raise ArgumentError.of("qkv demo", rule, given, "Use the defaults")
         self.model, self.cache, self.batch, self.chunk, self.swap = model, cache, batch, chunk, swap
         self.jobs: list[Job] = []  # all, as they came
         self.waiting: deque[Job] = deque()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from qkv.errors import ArgumentError, describe
+from qkv.errors import ArgumentError
 from qkv.lm import checkpoint
 from qkv.lm.data import Corpus
 from qkv.lm.decoder import Config, Decoder
@@ -39,7 +39,7 @@ class Settings:
         if not whole or min(self.steps, self.batch) < 1 or min(self.warmup, self.seed) < 0 or not 0 < self.rate < 1:
             given = ", ".join(f"{f.name}={getattr(self, f.name)}" for f in fields(self))
             rule, fix = "steps and batch are >= 1, warmup and seed >= 0, 0 < rate < 1", "Leave one out for its default"
-            raise ArgumentError(describe("qkv train", rule, given, fix))
+            raise ArgumentError.of("qkv train", rule, given, fix)
 
     def rate_at(self, step: int) -> float:
         """Return the learning rate of a step, counted from 0."""
@@ -94,7 +94,7 @@ class Run:
         bits = loss.item() / math.log(2)
         if not math.isfinite(bits):
             given = f"a loss of {bits} at step {self.step + 1} with {self.config} and {self.settings}"
-            raise ArgumentError(describe("qkv train", "the loss must stay finite", given, "Use a smaller --rate"))
+            raise ArgumentError.of("qkv train", "the loss must stay finite", given, "Use a smaller --rate")
         self.step += 1
         self.record.losses.append(bits)
         self.record.milliseconds.append((time.perf_counter() - start) * 1e3)
@@ -156,8 +156,7 @@ class Run:
             raise _unreadable(saved, "text, step and record", error) from None
         if not same:
             rule, fix = "a run continues on the text it began with", "Name the same, unchanged file"
-            given = f"{self.corpus.name} and a checkpoint of {text.get('name')}"
-            raise ArgumentError(describe("qkv train", rule, given, fix))
+            raise ArgumentError.of("qkv train", rule, f"{self.corpus.name} and a checkpoint of {text.get('name')}", fix)
         state = self.rng.get_state()
         checkpoint.copy_exactly(saved, "model", self.model.state_dict())
         checkpoint.copy_exactly(saved, "rng", {"batches": state})
@@ -207,7 +206,7 @@ def configured(saved: checkpoint.Saved) -> tuple[Config, Settings]:
 
 def _unreadable(saved: checkpoint.Saved, what: str, error: Exception) -> ArgumentError:
     rule, given = f"a checkpoint's notes must hold its {what}", f"{saved.path} ({type(error).__name__}: {error})"
-    return ArgumentError(describe("qkv train", rule, given, "Name a file that qkv train wrote"))
+    return ArgumentError.of("qkv train", rule, given, "Name a file that qkv train wrote")
 
 
 def held_out_bits(model: Decoder, windows: Iterator[tuple[Tensor, Tensor]]) -> float:

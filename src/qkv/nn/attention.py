@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from qkv.call import keywords
 from qkv.call.keys import KVView, LayerCache
 from qkv.checks import integer
-from qkv.errors import ArgumentError, ArgumentTypeError, ShapeError, describe
+from qkv.errors import ArgumentError, ArgumentTypeError, ShapeError
 from qkv.graph import eager
 from qkv.masks import Mask, as_mask
 from qkv.nn.layer import Layer, RMSNorm, check_step, check_tokens
@@ -309,21 +309,21 @@ class Attention(Layer):
             if self.context_dim != self.dim:
                 given = f"no context, dim={self.dim} and context_dim={self.context_dim}"
                 rule, fix = "a layer with a context_dim of its own needs a context", "Pass context (B, Lk, context_dim)"
-                raise ArgumentError(describe(_FORWARD, rule, given, fix))
+                raise ArgumentError.of(_FORWARD, rule, given, fix)
         else:
             check_tokens(_FORWARD, "context", context, "context_dim", self.context_dim)
             Lk = context.shape[1]
             if context.shape[0] != B:
                 given = f"x {tuple(x.shape)} and context {tuple(context.shape)}"
                 fix = "Expand the smaller one: context.expand(B, -1, -1) is free"
-                raise ShapeError(describe(_FORWARD, "x and context must have one batch size B", given, fix))
+                raise ShapeError.of(_FORWARD, "x and context must have one batch size B", given, fix)
         if positions is None:
             if self.rotary is not None and Lq != Lk:
                 rule = (
                     "positions= must say where the queries stand in the context when Lq != Lk and the layer is rotary"
                 )
                 fix = f'Pass positions="start" (0 .. {Lq - 1}), "end" ({Lk - Lq} .. {Lk - 1}), an int or a tensor'
-                raise ArgumentError(describe(_FORWARD, rule, f"Lq={Lq} and Lk={Lk}", fix))
+                raise ArgumentError.of(_FORWARD, rule, f"Lq={Lq} and Lk={Lk}", fix)
             return None
         if isinstance(positions, str) and context is not None and positions in ("start", "end"):
             return positions
@@ -334,34 +334,31 @@ class Attention(Layer):
         if context is not None:
             rule, given = "a cache holds the tokens of x, so there is none for a context", "context and cache"
             fix = "Leave cache out: keys of a context are the same in each step, project() gives them once"
-            raise ArgumentError(describe(_FORWARD, rule, given, fix))
+            raise ArgumentError.of(_FORWARD, rule, given, fix)
         self._query_positions(x, None, None)
         return check_step(_FORWARD, self, x, positions, self.rotary, cache)
 
     def _head_dim(self) -> int:
         if self.dim % self.num_heads:
-            given = f"dim={self.dim} and num_heads={self.num_heads}"
             rule, fix = "dim must be a multiple of num_heads where head_dim is left out", "Pass head_dim"
-            raise ArgumentError(describe(_CALL, rule, given, fix))
+            raise ArgumentError.of(_CALL, rule, f"dim={self.dim} and num_heads={self.num_heads}", fix)
         return self.dim // self.num_heads
 
     def _check(self) -> None:
         if self.num_heads % self.num_kv_heads:
             fits = ", ".join(str(n) for n in range(1, self.num_heads + 1) if self.num_heads % n == 0)
-            given = f"num_heads={self.num_heads} and num_kv_heads={self.num_kv_heads}"
             rule, fix = "num_heads must be a multiple of num_kv_heads", f"Use num_kv_heads in {{{fits}}}"
-            raise ArgumentError(describe(_CALL, rule, given, fix))
+            raise ArgumentError.of(_CALL, rule, f"num_heads={self.num_heads} and num_kv_heads={self.num_kv_heads}", fix)
         if self.rotary is not None and not isinstance(self.rotary, Rotary):
-            given = f"rotary={self.rotary!r}"
             fix = f"Pass qkv.rotary.Rotary({self.head_dim})"
-            raise ArgumentTypeError(describe(_CALL, "rotary must be a Rotary", given, fix))
+            raise ArgumentTypeError.of(_CALL, "rotary must be a Rotary", f"rotary={self.rotary!r}", fix)
         if self.rotary is not None and self.rotary.dim > self.head_dim:
             given = f"rotary.dim={self.rotary.dim} and head_dim={self.head_dim}"
             fix = f"Use Rotary({self.head_dim}), or fewer for a partial one"
-            raise ArgumentError(describe(_CALL, "rotary turns at most head_dim numbers", given, fix))
+            raise ArgumentError.of(_CALL, "rotary turns at most head_dim numbers", given, fix)
         if self.gate not in (False, True, "headwise"):
             fix = 'Pass True for a gate a number, or "headwise"'
-            raise ArgumentError(describe(_CALL, 'gate is a bool or "headwise"', f"gate={self.gate!r}", fix))
+            raise ArgumentError.of(_CALL, 'gate is a bool or "headwise"', f"gate={self.gate!r}", fix)
 
     def extra_repr(self) -> str:
         """The sizes and options, for `print`."""

@@ -12,7 +12,7 @@ from qkv.call import keywords
 from qkv.call.keys import Clock, KVLayout, KVView, LayerCache
 from qkv.call.view import gathered
 from qkv.checks import integer
-from qkv.errors import ArgumentError, ArgumentTypeError, ShapeError, describe
+from qkv.errors import ArgumentError, ArgumentTypeError, ShapeError
 from qkv.graph import eager
 from qkv.masks import Mask, as_mask
 from qkv.nn.layer import Layer, RMSNorm, check_step, check_tokens, matrix_of
@@ -157,7 +157,7 @@ class LatentAttention(Layer):
         self._check_rotary()
         if absorb not in (None, False, True):
             fix = "Pass True, False, or None for the cheaper form"
-            raise ArgumentError(describe(_CALL, "absorb is a bool or None", f"absorb={absorb!r}", fix))
+            raise ArgumentError.of(_CALL, "absorb is a bool or None", f"absorb={absorb!r}", fix)
         self.absorb = absorb
         self._hold(_CALL, mask, softcap, scale, dropout_p, backend)
 
@@ -308,7 +308,7 @@ class LatentAttention(Layer):
             rule = "kv_b_proj must give (B, L, H (dn + dv)) in its input's dtype"
             got = f"{tuple(kv.shape)} {kv.dtype}" if isinstance(kv, Tensor) else f"a {type(kv).__name__}"
             given = f"{got} from {type(self.kv_b_proj).__name__} for H={self.num_heads}, dn={dn}, dv={dv}"
-            raise ShapeError(describe(_FORWARD, rule, given, f"Make it return {want} {latent.dtype}"))
+            raise ShapeError.of(_FORWARD, rule, given, f"Make it return {want} {latent.dtype}")
         k_nope, v = kv.unflatten(-1, (self.num_heads, dn + dv)).transpose(1, 2).split([dn, dv], dim=-1)
         return torch.cat((k_nope, latent[..., R:].expand(-1, self.num_heads, -1, -1)), dim=-1), v
 
@@ -336,11 +336,11 @@ class LatentAttention(Layer):
     def _check_rotary(self) -> None:
         if not isinstance(self.rotary, Rotary):
             fix = f"Pass qkv.rotary.Rotary({self.qk_rope_head_dim}, interleaved=True)"
-            raise ArgumentTypeError(describe(_CALL, "rotary must be a Rotary", f"rotary={self.rotary!r}", fix))
+            raise ArgumentTypeError.of(_CALL, "rotary must be a Rotary", f"rotary={self.rotary!r}", fix)
         if self.rotary.dim != self.qk_rope_head_dim:
             given = f"rotary.dim={self.rotary.dim} and qk_rope_head_dim={self.qk_rope_head_dim}"
             fix = f"Use Rotary({self.qk_rope_head_dim}, interleaved=True)"
-            raise ArgumentError(describe(_CALL, "rotary must turn exactly the rotary part", given, fix))
+            raise ArgumentError.of(_CALL, "rotary must turn exactly the rotary part", given, fix)
 
     def extra_repr(self) -> str:
         """The sizes and options, for `print`."""

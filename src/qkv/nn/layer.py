@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from qkv import _torch
 from qkv.call.keys import KVView
 from qkv.checks import given_as, shown
-from qkv.errors import ArgumentError, ArgumentTypeError, ShapeError, UnsupportedError, describe
+from qkv.errors import ArgumentError, ArgumentTypeError, ShapeError, UnsupportedError
 from qkv.functional import attention
 from qkv.masks import Mask, as_mask
 from qkv.rotary import Rotary
@@ -85,13 +85,13 @@ def check_tokens(call: str, name: str, x: Any, width_name: str, width: int) -> N
         rule, fix = f"{name} must be a tensor", f"Pass (B, L, {width})"
         if hasattr(x, "__array__"):
             fix = f"Make a tensor of it with torch.from_numpy({name})"
-        raise ArgumentTypeError(describe(call, rule, given_as(name, x), fix))
+        raise ArgumentTypeError.of(call, rule, given_as(name, x), fix)
     if x.dim() != 3 or x.shape[-1] != width:
         fix = (
             "Add the batch dimension with unsqueeze(0)" if x.dim() == 2 else f"Build the layer with {width_name} of it"
         )
         given = f"{name} {tuple(x.shape)} and {width_name}={width}"
-        raise ShapeError(describe(call, f"{name} must be (B, L, {width_name})", given, fix))
+        raise ShapeError.of(call, f"{name} must be (B, L, {width_name})", given, fix)
 
 
 def check_step(call: str, layer: Layer, x: Tensor, positions: Any, rotary: Rotary | None, cache: Any) -> Tensor:
@@ -104,21 +104,21 @@ def check_step(call: str, layer: Layer, x: Tensor, positions: Any, rotary: Rotar
     if not isinstance(at, Tensor) or not all(map(callable, parts)):
         rule, given = "cache must be one layer of a cache's step", f"cache of type {type(cache).__name__}"
         fix = "Pass step.layer(i), of step = cache.step(seqs, T=1) or cache.step(seqs, lengths=[...])"
-        raise ArgumentTypeError(describe(call, rule, given, fix))
+        raise ArgumentTypeError.of(call, rule, given, fix)
     if positions is not None:
         rule, given = "a cache says where its tokens stand", f"positions={shown(positions)} with a cache"
-        raise ArgumentError(describe(call, rule, given, "Leave positions out"))
+        raise ArgumentError.of(call, rule, given, "Leave positions out")
     if at.shape != x.shape[:2]:
         rule = "x must be the tokens of the cache's step, (n, T, dim), or packed as (1, sum T, dim) if it is ragged"
         given = f"x {tuple(x.shape)} and a step of {tuple(at.shape)} tokens"
-        raise ShapeError(describe(call, rule, given, "Make a step of as many tokens: cache.step(seqs, T=x.shape[1])"))
+        raise ShapeError.of(call, rule, given, "Make a step of as many tokens: cache.step(seqs, T=x.shape[1])")
     if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in layer.parameters())):
         rule, given = "a cache keeps no gradients, so nothing is trained through one", "tensors that require grad"
         fix = "Run the model under torch.inference_mode() or torch.no_grad(); for training leave cache out"
-        raise UnsupportedError(describe(call, rule, given, fix))
+        raise UnsupportedError.of(call, rule, given, fix)
     if layer.training and layer.dropout_p:
         rule, given = "a cache is for inference, without dropout", f"dropout_p={layer.dropout_p}"
-        raise UnsupportedError(describe(call, rule, given, "Call model.eval() first"))
+        raise UnsupportedError.of(call, rule, given, "Call model.eval() first")
     if rotary is not None and rotary.scaling is not None and rotary.scaling.depends_on_length:
         length = rotary.length(at, x.shape[1])
         if rotary.frequencies(length) != rotary.frequencies(0):
@@ -127,7 +127,7 @@ def check_step(call: str, layer: Layer, x: Tensor, positions: Any, rotary: Rotar
             fix = (
                 "Stay within original_length, or use a scaling that does not look at the length (Linear, YaRN, Llama3)"
             )
-            raise UnsupportedError(describe(call, rule, given, fix))
+            raise UnsupportedError.of(call, rule, given, fix)
     return at
 
 

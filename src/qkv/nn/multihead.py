@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qkv.checks import given_as, integer, shown
-from qkv.errors import ArgumentError, ArgumentTypeError, ShapeError, describe
+from qkv.errors import ArgumentError, ArgumentTypeError, ShapeError
 from qkv.functional import attention
 from qkv.masks import Mask, causal, dense, prefix
 from qkv.probabilities import weights
@@ -126,13 +126,12 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             given = f"embed_dim={embed_dim} and num_heads={num_heads}"
             fits = ", ".join(str(n) for n in range(1, min(embed_dim, 64) + 1) if embed_dim % n == 0)
             fix = f"Use num_heads in {{{fits}}}"
-            raise TorchArgumentError(describe(_CALL, "embed_dim must be divisible by num_heads", given, fix))
+            raise TorchArgumentError.of(_CALL, "embed_dim must be divisible by num_heads", given, fix)
         if isinstance(dropout, bool) or not isinstance(dropout, (int, float)):
             given = given_as("dropout", dropout)
-            raise ArgumentTypeError(describe(_CALL, "dropout must be a number", given, "Use 0 for no dropout"))
+            raise ArgumentTypeError.of(_CALL, "dropout must be a number", given, "Use 0 for no dropout")
         if not 0 <= dropout < 1:
-            rule = "dropout must be in [0, 1)"
-            raise ArgumentError(describe(_CALL, rule, f"dropout={dropout}", "Use 0 for no dropout"))
+            raise ArgumentError.of(_CALL, "dropout must be in [0, 1)", f"dropout={dropout}", "Use 0 for no dropout")
         super().__init__(
             embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype
         )
@@ -349,20 +348,20 @@ def _check_nested(layer: MultiheadAttention, query: Any, key: Any, value: Any, k
     )
     if not all(isinstance(x, Tensor) and x.is_nested for x in tensors.values()):
         fix = "Nest all three, or pad with .to_padded_tensor(0) and pass key_padding_mask"
-        raise ArgumentTypeError(describe(_CALL, "query, key and value must all be nested tensors or none", given, fix))
+        raise ArgumentTypeError.of(_CALL, "query, key and value must all be nested tensors or none", given, fix)
     if not query.dim() == key.dim() == value.dim() == 3:
-        raise TorchShapeError(describe(_CALL, _dimensions(query, key, value), given, "Nest tensors of shape (L, E)"))
+        raise TorchShapeError.of(_CALL, _dimensions(query, key, value), given, "Nest tensors of shape (L, E)")
     if not layer.batch_first:
         fix = "Make the layer with batch_first=True"
-        raise ArgumentError(describe(_CALL, "nested tensors are (N, L*, E)", "batch_first=False", fix))
+        raise ArgumentError.of(_CALL, "nested tensors are (N, L*, E)", "batch_first=False", fix)
     if key_padding_mask is not None:
         fix = "Leave key_padding_mask out: the keys end where the nested tensor says"
-        raise ArgumentError(describe(_CALL, "nested tensors hold their lengths", "key_padding_mask as well", fix))
+        raise ArgumentError.of(_CALL, "nested tensors hold their lengths", "key_padding_mask as well", fix)
     lengths = {name: [len(row) for row in x.unbind()] for name, x in tensors.items()}
     if len(lengths["query"]) != len(lengths["key"]) or lengths["key"] != lengths["value"]:
         rule = "nested query, key and value must have one batch size N, and key and value the same lengths"
         fix = "Every key has one value: give them the same tokens"
-        raise TorchShapeError(describe(_CALL, rule, f"lengths {lengths}", fix))
+        raise TorchShapeError.of(_CALL, rule, f"lengths {lengths}", fix)
 
 
 def _dimensions(query: Tensor, key: Tensor, value: Tensor) -> str:
@@ -380,24 +379,24 @@ def _check_inputs(layer: MultiheadAttention, query: Any, key: Any, value: Any) -
     for name, x in tensors.items():
         if not isinstance(x, Tensor):
             given = given_as(name, x)
-            raise ArgumentTypeError(describe(_CALL, f"{name} must be a tensor", given, "Pass a tensor of embeddings"))
+            raise ArgumentTypeError.of(_CALL, f"{name} must be a tensor", given, "Pass a tensor of embeddings")
     given = ", ".join(f"{name} {tuple(x.shape)}" for name, x in tensors.items())
     layout = "(N, L, E)" if layer.batch_first else "(L, N, E)"
     if query.dim() not in (2, 3) or not query.dim() == key.dim() == value.dim():
         fix = f"Pass all as {layout}, or all as (L, E): add or remove the dimension of the batch"
-        raise TorchShapeError(describe(_CALL, _dimensions(query, key, value), given, fix))
+        raise TorchShapeError.of(_CALL, _dimensions(query, key, value), given, fix)
     wanted = (layer.embed_dim, layer.kdim, layer.vdim)
     if (query.shape[-1], key.shape[-1], value.shape[-1]) != wanted:
         rule = f"query, key and value must have embed_dim={wanted[0]}, kdim={wanted[1]} and vdim={wanted[2]} features"
-        raise TorchShapeError(describe(_CALL, rule, given, "Pass other tensors, or give the layer kdim and vdim"))
+        raise TorchShapeError.of(_CALL, rule, given, "Pass other tensors, or give the layer kdim and vdim")
     if key.shape[:-1] != value.shape[:-1]:
         fix = "Every key has one value: give them the same tokens"
-        raise TorchShapeError(describe(_CALL, "key and value must have the same tokens", given, fix))
+        raise TorchShapeError.of(_CALL, "key and value must have the same tokens", given, fix)
     batched = query.dim() == 3
     at, along = (0, 1) if layer.batch_first else (1, 0)
     if batched and query.shape[at] != key.shape[at]:
         fix = f"Check batch_first={layer.batch_first}: tensors are {layout}"
-        raise TorchShapeError(describe(_CALL, "query and key must have one batch size N", given, fix))
+        raise TorchShapeError.of(_CALL, "query and key must have one batch size N", given, fix)
     if not batched:
         at, along = -1, 0
     N = query.shape[at] if batched else 1
@@ -407,13 +406,12 @@ def _check_inputs(layer: MultiheadAttention, query: Any, key: Any, value: Any) -
 
 def _check_mask(name: str, x: Any, sizes: _Sizes, allowed: tuple[tuple[int, ...], ...]) -> None:
     if not isinstance(x, Tensor) or x.dtype not in (torch.bool, torch.float32, sizes.dtype):
-        given = f"{name} as {shown(x)}"
         fix = "Use .bool() where it marks keys to ignore, .float() where it is added"
         rule = f"only bool and floating types of {name} are supported, the floating one float32 or the parameters'"
-        raise TorchTypeError(describe(_CALL, rule, given, fix))
+        raise TorchTypeError.of(_CALL, rule, f"{name} as {shown(x)}", fix)
     if _is_causal_bias(x):  # it holds no data: its numbers are whatever lay in memory
         fix = "Pass is_causal=True, or attn_mask=~torch.ones(L, S).tril(S - L).bool() for the lower right corner"
-        raise ArgumentTypeError(describe(_CALL, f"{name} must be a plain tensor", type(x).__name__, fix))
+        raise ArgumentTypeError.of(_CALL, f"{name} must be a plain tensor", type(x).__name__, fix)
     if tuple(x.shape) not in allowed:
         given = f"{name} {tuple(x.shape)} for N={sizes.N}, H={sizes.H}, L={sizes.L}, S={sizes.S}"
         alike = [shape for shape in allowed if len(shape) == x.dim()]
@@ -423,7 +421,7 @@ def _check_mask(name: str, x: Any, sizes: _Sizes, allowed: tuple[tuple[int, ...]
             comma = "," if len(allowed) > 1 else " or"
             rule = f"expected `{name}` to be `None`{comma} {dims} but found {x.dim()}-D tensor instead"
         fix = f"Give it {' or '.join(map(str, allowed))}: check the batch and the lengths; S are the keys"
-        raise TorchShapeError(describe(_CALL, rule, given, fix))
+        raise TorchShapeError.of(_CALL, rule, given, fix)
 
 
 def _is_causal_bias(x: Tensor) -> bool:

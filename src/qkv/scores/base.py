@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qkv.checks import DTYPES, short
-from qkv.errors import ArgumentTypeError, ShapeError, describe
+from qkv.errors import ArgumentTypeError, ShapeError
 from qkv.masks import Sizes, Tile
 
 
@@ -151,17 +151,14 @@ class TensorBias(ScoreTerm):
         t = self._tensor
         if t.dtype not in (sizes.dtype, torch.float32):
             rule = "a bias tensor must have q's dtype or float32"
-            raise ArgumentTypeError(
-                describe(call, rule, f"bias {short(t.dtype)} and q {short(sizes.dtype)}", "Convert it with .to()")
-            )
+            given = f"bias {short(t.dtype)} and q {short(sizes.dtype)}"
+            raise ArgumentTypeError.of(call, rule, given, "Convert it with .to()")
         check_device(call, "bias", t, sizes)
         full = (sizes.B, sizes.Hq, sizes.Lq, sizes.Lk)
         padded = (1,) * (4 - t.dim()) + tuple(t.shape)
         if t.dim() > 4 or any(size not in (1, whole) for size, whole in zip(padded, full, strict=True)):
             rule = "a bias tensor must broadcast to (B, Hq, Lq, Lk)"
-            raise ShapeError(
-                describe(call, rule, f"bias {tuple(t.shape)} for {full}", "Give each dimension its size or 1")
-            )
+            raise ShapeError.of(call, rule, f"bias {tuple(t.shape)} for {full}", "Give each dimension its size or 1")
 
     def tile(self, at: Tile, dtype: torch.dtype) -> Tensor:
         t = self._view(self._tensor)
@@ -192,19 +189,16 @@ class TensorBias(ScoreTerm):
 def check_device(call: str, name: str, t: Tensor, sizes: Sizes) -> None:
     if t.device != sizes.device:
         given = f"{name} on {t.device} and q on {sizes.device}"
-        raise ArgumentTypeError(describe(call, f"{name} must be on q's device", given, "Move it with .to(q.device)"))
+        raise ArgumentTypeError.of(call, f"{name} must be on q's device", given, "Move it with .to(q.device)")
 
 
 def check_parameter(call: str, name: str, t: Any, dims: int, shape: str) -> None:
     if not isinstance(t, Tensor) or t.dtype not in DTYPES:
         got = f"{short(t.dtype)} tensor" if isinstance(t, Tensor) else type(t).__name__
-        raise ArgumentTypeError(
-            describe(call, f"{name} must be a floating tensor", got, f"Give a tensor of shape {shape}")
-        )
+        raise ArgumentTypeError.of(call, f"{name} must be a floating tensor", got, f"Give a tensor of shape {shape}")
     if t.dim() != dims:
-        raise ShapeError(
-            describe(call, f"{name} must have shape {shape}", f"{tuple(t.shape)}", f"Give a tensor of shape {shape}")
-        )
+        rule = f"{name} must have shape {shape}"
+        raise ShapeError.of(call, rule, f"{tuple(t.shape)}", f"Give a tensor of shape {shape}")
 
 
 def as_bias(x: Any, call: str = "qkv.attention()") -> ScoreTerm | None:
@@ -214,16 +208,15 @@ def as_bias(x: Any, call: str = "qkv.attention()") -> ScoreTerm | None:
     if isinstance(x, Tensor):
         if type(x).__name__ == "CausalBias":  # torch.nn.attention.bias has it: it holds no data, memory would be read
             fix = 'Pass mask=qkv.causal(), with positions="start" for the upper left corner, "end" for the lower right'
-            raise ArgumentTypeError(describe(call, "bias must hold what is added to the scores", "a CausalBias", fix))
+            raise ArgumentTypeError.of(call, "bias must hold what is added to the scores", "a CausalBias", fix)
         if x.dtype in DTYPES:
             return TensorBias(x)
         fix = "Pass a bool tensor as mask= (True = may attend)" if x.dtype == torch.bool else "Convert it to q's dtype"
-        raise ArgumentTypeError(
-            describe(call, "bias must be a floating tensor or a score term", f"a {short(x.dtype)} tensor", fix)
-        )
+        rule = "bias must be a floating tensor or a score term"
+        raise ArgumentTypeError.of(call, rule, f"a {short(x.dtype)} tensor", fix)
     fix = "Pass a tensor, qkv.alibi, qkv.relative, qkv.score_mod or a sum of them"
     if callable(x):
         fix = "Wrap a function as qkv.score_mod(fn)"
     elif hasattr(x, "__array__"):
         fix = "Make a tensor of it with torch.from_numpy(bias)"
-    raise ArgumentTypeError(describe(call, "bias must be a floating tensor or a score term", type(x).__name__, fix))
+    raise ArgumentTypeError.of(call, "bias must be a floating tensor or a score term", type(x).__name__, fix)

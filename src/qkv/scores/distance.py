@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qkv.errors import ArgumentError, ArgumentTypeError, ShapeError, describe
+from qkv.errors import ArgumentError, ArgumentTypeError, ShapeError
 from qkv.masks import Sizes, Tile
 from qkv.scores.base import ScoreTerm, check_device, check_parameter
 
@@ -37,7 +37,7 @@ class Alibi(ScoreTerm):
         count = self._slopes.shape[0] if isinstance(self._slopes, Tensor) else len(self._slopes)
         if count != sizes.Hq:
             rule = "alibi takes one slope a query head"
-            raise ShapeError(describe(call, rule, f"{count} slopes and Hq={sizes.Hq}", "Give slopes of shape (Hq,)"))
+            raise ShapeError.of(call, rule, f"{count} slopes and Hq={sizes.Hq}", "Give slopes of shape (Hq,)")
         if isinstance(self._slopes, Tensor):
             check_device(call, "alibi slopes", self._slopes, sizes)
 
@@ -134,9 +134,8 @@ class T5Buckets(ScoreTerm):
 def _check_table(call: str, table: Tensor, sizes: Sizes) -> None:
     if table.shape[0] != sizes.Hq:
         given = f"table {tuple(table.shape)} and Hq={sizes.Hq}"
-        raise ShapeError(
-            describe(call, "a relative table has one row a query head", given, "Give a table of shape (Hq, columns)")
-        )
+        rule = "a relative table has one row a query head"
+        raise ShapeError.of(call, rule, given, "Give a table of shape (Hq, columns)")
     check_device(call, "relative table", table, sizes)
 
 
@@ -180,12 +179,11 @@ def alibi(slopes: Tensor | Sequence[float]) -> ScoreTerm:
     except TypeError:
         numbers = (None,)
     if any(isinstance(x, bool) or not hasattr(x, "__float__") for x in numbers):
-        raise ArgumentTypeError(
-            describe(call, "slopes must be a tensor or numbers", f"{slopes!r}", "Give one number a query head")
-        )
+        rule = "slopes must be a tensor or numbers"
+        raise ArgumentTypeError.of(call, rule, f"{slopes!r}", "Give one number a query head")
     values = tuple(float(x) for x in numbers)
     if not all(map(math.isfinite, values)):
-        raise ArgumentError(describe(call, "slopes must be finite", f"{values}", "Give one finite number a query head"))
+        raise ArgumentError.of(call, "slopes must be finite", f"{values}", "Give one finite number a query head")
     return Alibi(values)
 
 
@@ -236,27 +234,23 @@ def relative(
     if buckets is None:
         if bidirectional is not None or max_distance != 128:
             given = f"max_distance={max_distance}, bidirectional={bidirectional} without buckets"
-            raise ArgumentError(
-                describe(call, "max_distance and bidirectional belong to buckets='t5'", given, "Leave them out")
-            )
+            rule = "max_distance and bidirectional belong to buckets='t5'"
+            raise ArgumentError.of(call, rule, given, "Leave them out")
         if columns % 2 == 0:
             rule = "a relative table has an odd number of columns, 2R + 1"
-            raise ShapeError(
-                describe(call, rule, f"table {tuple(table.shape)}", "Give columns for -R..R, or buckets='t5'")
-            )
+            raise ShapeError.of(call, rule, f"table {tuple(table.shape)}", "Give columns for -R..R, or buckets='t5'")
         return Relative(table)
     if buckets != "t5":
-        raise ArgumentError(describe(call, "buckets is None or 't5'", f"buckets={buckets!r}", "Choose one of them"))
+        raise ArgumentError.of(call, "buckets is None or 't5'", f"buckets={buckets!r}", "Choose one of them")
     if not isinstance(bidirectional, (bool, type(None))):  # torch 2.9 cannot trace `bool | None`
-        raise ArgumentTypeError(describe(call, "bidirectional is a bool", f"{bidirectional!r}", "Pass True or False"))
+        raise ArgumentTypeError.of(call, "bidirectional is a bool", f"{bidirectional!r}", "Pass True or False")
     both = bidirectional is not False
     if isinstance(max_distance, bool) or not hasattr(max_distance, "__index__"):
-        raise ArgumentTypeError(
-            describe(call, "max_distance is an int", f"{max_distance!r}", "Give it in tokens, such as 128")
-        )
+        rule = "max_distance is an int"
+        raise ArgumentTypeError.of(call, rule, f"{max_distance!r}", "Give it in tokens, such as 128")
     exact = columns // 2 // (2 if both else 1)
     if exact < 1 or max_distance.__index__() <= exact or (both and columns % 2):
         rule = "T5 buckets need at least 2 buckets a direction and max_distance beyond the exact half"
         given = f"table {tuple(table.shape)}, max_distance={max_distance}, bidirectional={both}"
-        raise ArgumentError(describe(call, rule, given, "T5 itself uses 32 buckets and max_distance=128"))
+        raise ArgumentError.of(call, rule, given, "T5 itself uses 32 buckets and max_distance=128")
     return T5Buckets(table, max_distance.__index__(), both)

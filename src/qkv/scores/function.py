@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from qkv.checks import short
-from qkv.errors import ArgumentTypeError, QKVError, ShapeError, describe, from_function
+from qkv.errors import ArgumentTypeError, QKVError, ShapeError, from_function
 from qkv.masks import Tile
 from qkv.scores.base import ScoreTerm
 
@@ -33,16 +33,14 @@ class ScoreMod(ScoreTerm):
             raise from_function(repr(self), "fn(s, b, h, p, j)", error) from error
         if not isinstance(result, Tensor) or not result.is_floating_point():
             got = f"{short(result.dtype)} tensor" if isinstance(result, Tensor) else type(result).__name__
-            raise ArgumentTypeError(
-                describe(call, "fn must return the scores as a floating tensor", got, "Return s or a function of it")
-            )
+            rule = "fn must return the scores as a floating tensor"
+            raise ArgumentTypeError.of(call, rule, got, "Return s or a function of it")
         try:
             return result.to(s.dtype).expand(s.shape)
         except RuntimeError:
             got = f"{tuple(result.shape)} for scores {tuple(s.shape)}"
-            raise ShapeError(
-                describe(call, "fn must return one score an element", got, "Use elementwise operations")
-            ) from None
+            rule = "fn must return one score an element"
+            raise ShapeError.of(call, rule, got, "Use elementwise operations") from None
 
     def __repr__(self) -> str:
         return f"score_mod({getattr(self._fn, '__name__', 'fn')})"
@@ -81,7 +79,6 @@ def score_mod(fn: Callable[..., Tensor]) -> ScoreTerm:
     tensor([0, 1, 2])
     """
     if not callable(fn):
-        raise ArgumentTypeError(
-            describe("qkv.score_mod()", "fn must be callable", type(fn).__name__, "Give fn(s, b, h, p, j)")
-        )
+        rule = "fn must be callable"
+        raise ArgumentTypeError.of("qkv.score_mod()", rule, type(fn).__name__, "Give fn(s, b, h, p, j)")
     return ScoreMod(fn)

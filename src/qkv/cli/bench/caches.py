@@ -13,7 +13,7 @@ from qkv.bench import caches, machine, report, results
 from qkv.bench.budget import Budget
 from qkv.bench.caches.contest import Bench
 from qkv.cli.progress import Progress
-from qkv.errors import ArgumentError, describe
+from qkv.errors import ArgumentError
 
 
 def run(args: argparse.Namespace) -> int:
@@ -23,7 +23,7 @@ def run(args: argparse.Namespace) -> int:
         chosen = {name: contest for name, contest in chosen.items() if re.search(args.only, name)}
     if not chosen:
         fix = "See qkv bench --caches --list"
-        raise ArgumentError(describe("qkv bench --caches", "no row has such a name", f"--only {args.only}", fix))
+        raise ArgumentError.of("qkv bench --caches", "no row has such a name", f"--only {args.only}", fix)
     if args.list:
         print("\n".join(chosen))
         return 0

@@ -21,7 +21,7 @@ from qkv.bench.race import Result, Runner
 from qkv.bench.training import training_rows
 from qkv.cli.bench.options import kind
 from qkv.cli.progress import Progress
-from qkv.errors import ArgumentError, describe
+from qkv.errors import ArgumentError
 
 # Compiled for the first time, FlexAttention takes longer than a quick run has.
 QUICK_PEERS = ("sdpa", "matmuls", "openvino", "onnxruntime", "ggml")
@@ -86,7 +86,7 @@ def _peers(args: argparse.Namespace) -> set[str] | None:
     unknown = names - Roster.KNOWN.keys()
     if unknown:
         fix = f"Choose from {', '.join(Roster.KNOWN)}"
-        raise ArgumentError(describe("qkv bench", "peers go by their names", ", ".join(sorted(unknown)), fix))
+        raise ArgumentError.of("qkv bench", "peers go by their names", ", ".join(sorted(unknown)), fix)
     return names
 
 
@@ -101,8 +101,7 @@ def _choose(args: argparse.Namespace, cache_bytes: int) -> list[Row]:
     if args.only:
         rows = [row for row in rows if re.search(args.only, row.name)]
     if not rows and not args.sweep:
-        fix = "See qkv bench --list"
-        raise ArgumentError(describe("qkv bench", "no row has such a name", f"--only {args.only}", fix))
+        raise ArgumentError.of("qkv bench", "no row has such a name", f"--only {args.only}", "See qkv bench --list")
     return rows
 
 

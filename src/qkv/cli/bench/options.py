@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from qkv.backends.isas import ISAS, SHARED
-from qkv.errors import ArgumentError, describe
+from qkv.errors import ArgumentError
 
 DESCRIPTION = (
     "Time attention in qkv, PyTorch, and OpenVINO, ONNX Runtime, JAX and llama.cpp's ggml where "
@@ -94,4 +94,4 @@ def check(args: argparse.Namespace) -> None:
 
 
 def _refusal(rule: str, given: str, fix: str) -> ArgumentError:
-    return ArgumentError(describe("qkv bench", rule, given, fix))
+    return ArgumentError.of("qkv bench", rule, given, fix)

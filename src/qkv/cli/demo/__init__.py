@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from importlib.util import find_spec
 
-from qkv.errors import ArgumentError, UnsupportedError, describe
+from qkv.errors import ArgumentError, UnsupportedError
 
 REFERENCE_QUESTION = "What does break do to the else clause of a loop?"
 PROMPT = "The break statement "  # continued by the model that ships with the package
@@ -31,7 +31,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def run(args: argparse.Namespace) -> int:
     """Run `qkv demo` and return the exit code."""
     if args.ask is not None and not any(letter.isalnum() for letter in args.ask):
-        raise ArgumentError(describe("qkv demo", "the question has no words", repr(args.ask), 'Use --ask "some words"'))
+        raise ArgumentError.of("qkv demo", "the question has no words", repr(args.ask), 'Use --ask "some words"')
     from qkv.cli.demo import measure, screen
     from qkv.cli.demo.details import details
     from qkv.cli.demo.lookup import Lookup

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from qkv.cli.demo.passages import Passage, Text, cut
-from qkv.errors import ArgumentError, describe
+from qkv.errors import ArgumentError
 
 LARGEST = 8 * 2**20  # bytes read of a file; more would take longer than a demo should
 
@@ -21,11 +21,8 @@ def read_reference() -> Text:
     try:
         from pydoc_data import topics
     except ImportError:
-        raise ArgumentError(
-            describe(
-                "qkv demo", "the default text is pydoc_data.topics", "a Python without it", "Name a file: qkv demo FILE"
-            )
-        ) from None
+        rule = "the default text is pydoc_data.topics"
+        raise ArgumentError.of("qkv demo", rule, "a Python without it", "Name a file: qkv demo FILE") from None
     import platform
 
     passages: dict[str, Passage] = {}  # by content: long topics repeat the paragraphs of short ones
@@ -47,7 +44,7 @@ def read_file(path: str) -> Text:
     """
 
     def refuse(rule: str, given: str, fix: str) -> ArgumentError:
-        return ArgumentError(describe("qkv demo", rule, given, fix))
+        return ArgumentError.of("qkv demo", rule, given, fix)
 
     file = Path(path)
     try:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from qkv.checks import shown
-from qkv.errors import ArgumentTypeError, ShapeError, UnsupportedError, describe
+from qkv.errors import ArgumentTypeError, ShapeError, UnsupportedError
 from qkv.functional import attention
 from qkv.integrations.features import features
 from qkv.integrations.transformers.askers import is_only_eager
@@ -89,13 +89,11 @@ def register(name: str = NAME) -> None:
         import transformers
     except ImportError as error:  # metadata.PackageNotFoundError is one
         rule = "transformers must be installed"
-        raise UnsupportedError(describe("qkv.integrations.transformers", rule, str(error) or "none", fix)) from error
+        raise UnsupportedError.of("qkv.integrations.transformers", rule, str(error) or "none", fix) from error
     lacking = [feature for feature, there in features().items() if not there]
     if lacking:
         given = f"transformers {version}, without {', '.join(lacking)}"
-        raise UnsupportedError(
-            describe("qkv.integrations.transformers", "transformers lacks what qkv needs", given, fix)
-        )
+        raise UnsupportedError.of("qkv.integrations.transformers", "transformers lacks what qkv needs", given, fix)
     transformers.AttentionInterface.register(name, attention_forward)
     transformers.AttentionMaskInterface.register(name, model_mask)
 
@@ -215,7 +213,7 @@ def _with_sinks(out: Tensor, lse: Tensor, sinks: Tensor, s_aux: Tensor | None) -
         rule = "sinks must be one a query head, (Hq,), or one a query, (B, Hq, Lq, 1), and of one kind"
         kinds = "" if s_aux is None else f", beside s_aux {shown(s_aux)}"
         fix = "Use attn_implementation='eager'"
-        raise ShapeError(describe(_CALL, rule, f"sinks {shown(sinks)}{kinds}; B={B}, Hq={Hq}, Lq={Lq}", fix))
+        raise ShapeError.of(_CALL, rule, f"sinks {shown(sinks)}{kinds}; B={B}, Hq={Hq}, Lq={Lq}", fix)
     return (out * torch.sigmoid(lse[..., None] - sinks)).to(out.dtype)
 
 
@@ -234,7 +232,7 @@ def _without_mask(module: Any, query: Tensor, key: Tensor, is_causal: bool | Non
     if Lq != Lk:
         rule = "a causal or local layer without a mask must have as many queries as keys"
         fix = "Pass the mask that transformers.masking_utils makes, or is_causal=False where every key is visible"
-        raise ShapeError(describe(_CALL, rule, f"Lq={Lq}, Lk={Lk} and is_causal={forward_only}", fix))
+        raise ShapeError.of(_CALL, rule, f"Lq={Lq}, Lk={Lk} and is_causal={forward_only}", fix)
     if not local or sliding is None:
         return causal()
     return sliding_window(sliding) if forward_only else window(sliding - 1, sliding - 1)
@@ -249,7 +247,7 @@ def _users_mask(given: Tensor) -> tuple[Tensor, Tensor | None]:
     if not isinstance(given, Tensor) or given.ndim != 4 or not (given.dtype == torch.bool or given.is_floating_point()):
         rule = "attention_mask must reach a layer as a qkv mask or as a bool or float tensor (B, 1, Lq, Lk)"
         fix = "Pass the model a 2-D padding mask or a 4-D one; masks of other kinds are made for other attention"
-        raise ArgumentTypeError(describe(_CALL, rule, f"{shown(given)} ({type(given).__name__})", fix))
+        raise ArgumentTypeError.of(_CALL, rule, f"{shown(given)} ({type(given).__name__})", fix)
     if given.dtype == torch.bool:
         return (given.as_subclass(Tensor) if isinstance(given, MaskTensor) else given), None
     if torch.compiler.is_compiling() or given.is_inference():  # whose changes nobody counts
@@ -283,16 +281,15 @@ def _packed(
         rule = "packed sequences must fill one row of queries and keys, the same for both"
         given = f"cu_seq_lens of {shown(ends_q)} and {shown(ends_k)}, B={B}, Lq={Lq} and Lk={Lk}"
         fix = "Pass position_ids that begin anew in each sequence, without cu_seq_lens, or pad"
-        raise ShapeError(describe(_CALL, rule, given, fix))
+        raise ShapeError.of(_CALL, rule, given, fix)
     own = documents(ends_q.diff())
     return (own if mask is None else own & mask), 0 if positions is None else positions
 
 
 def _refuse_lengths(query: Tensor, key: Tensor, mask: ModelMask) -> None:
-    rule = "the mask must be made for the lengths of the layer's queries and keys"
     given = f"Lq={query.shape[2]}, Lk={key.shape[2]} and a mask for {mask.shape[2]} and {mask.shape[3]}"
     fix = "Use attn_implementation='eager' in a model that adds keys of its own"
-    raise ShapeError(describe(_CALL, rule, given, fix))
+    raise ShapeError.of(_CALL, "the mask must be made for the lengths of the layer's queries and keys", given, fix)
 
 
 def _check_others(kwargs: dict[str, Any]) -> None:
@@ -302,10 +299,9 @@ def _check_others(kwargs: dict[str, Any]) -> None:
             continue
         given = f"{name}={shown(x)}"
         if name in _REFUSED:
-            raise UnsupportedError(describe(_CALL, f"{name} is not supported", given, _REFUSED[name]))
-        rule = "a keyword argument must be known not to change attention"
+            raise UnsupportedError.of(_CALL, f"{name} is not supported", given, _REFUSED[name])
         fix = f"Do not pass it, or if it does not matter call qkv.integrations.transformers.ignore({name!r})"
-        raise UnsupportedError(describe(_CALL, rule, given, fix))
+        raise UnsupportedError.of(_CALL, "a keyword argument must be known not to change attention", given, fix)
 
 
 register()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qkv import _torch
-from qkv.errors import ArgumentTypeError, UnsupportedError, describe
+from qkv.errors import ArgumentTypeError, UnsupportedError
 from qkv.integrations.transformers.askers import asking, say_own, takes_attention_by_name, why_eager
 from qkv.integrations.transformers.parts import (
     Frame,
@@ -144,7 +144,7 @@ class ModelMask:
 
     def __bool__(self) -> bool:
         fix = "Test for a mask with `is None`"
-        raise ArgumentTypeError(describe(_CALL, "a mask is neither true nor false", repr(self), fix))
+        raise ArgumentTypeError.of(_CALL, "a mask is neither true nor false", repr(self), fix)
 
     def __repr__(self) -> str:
         return f"ModelMask({self.mask!r}, start={self.start}, keys={self.keys}, shape={tuple(self.shape)})"
@@ -225,7 +225,7 @@ def _chosen(name: str, args: tuple[Any, ...]) -> bool:
 def _no_number(name: str) -> UnsupportedError:
     rule = "a mask must not be computed with: the model's code means the float mask of another implementation"
     fix = "Use attn_implementation='eager' in this model, or for its part, such as {'text_config': 'eager'}"
-    return UnsupportedError(describe(_CALL, rule, f"{name} of an attention mask", fix))
+    return UnsupportedError.of(_CALL, rule, f"{name} of an attention mask", fix)
 
 
 def _whole(part: Any, size: int) -> bool:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from qkv.checks import shown
-from qkv.errors import ShapeError, UnsupportedError, describe
+from qkv.errors import ShapeError, UnsupportedError
 from qkv.integrations.transformers.parts import quadratic
 
 _CALL = "attn_implementation='qkv'"
@@ -33,7 +33,7 @@ def selected_keys(indices: Tensor, query: Tensor, Lk: int) -> Tensor | None:
     B, Lq = query.shape[0], query.shape[2]
     if indices.ndim != 3 or indices.shape[:2] != (B, Lq):
         rule = "indices must select keys for each query: int (B, Lq, n)"
-        raise ShapeError(describe(_CALL, rule, f"indices {shown(indices)}, B={B} and Lq={Lq}", "Use 'eager'"))
+        raise ShapeError.of(_CALL, rule, f"indices {shown(indices)}, B={B} and Lq={Lq}", "Use 'eager'")
     if indices.shape[2] >= Lk and (torch.compiler.is_compiling() or bool((indices >= 0).all())):
         return None  # the best n of no more than n
     return _scattered(indices, Lk, Lq)[:, None]
@@ -48,12 +48,12 @@ def selected_blocks(block_indices: Tensor, module: Any, query: Tensor, Lk: int) 
     size = getattr(getattr(module, "indexer", None), "block_size", None)
     if not isinstance(size, int):
         rule = "block_indices need a layer whose `indexer` has a `block_size`"
-        raise UnsupportedError(describe(_CALL, rule, type(module).__name__, "Use attn_implementation='eager'"))
+        raise UnsupportedError.of(_CALL, rule, type(module).__name__, "Use attn_implementation='eager'")
     fits = block_indices.ndim == 4 and block_indices.shape[0] == B and block_indices.shape[2] == Lq
     if not fits or Hq % block_indices.shape[1]:
         rule = "block_indices must select blocks for each group of heads and query: int (B, groups, Lq, n)"
         given = f"block_indices {shown(block_indices)}, B={B}, Hq={Hq} and Lq={Lq}"
-        raise ShapeError(describe(_CALL, rule, given, "Use attn_implementation='eager'"))
+        raise ShapeError.of(_CALL, rule, given, "Use attn_implementation='eager'")
     blocks = _scattered(block_indices, -(-Lk // size), Lq)
     return blocks.repeat_interleave(size, 3)[..., :Lk].repeat_interleave(Hq // block_indices.shape[1], 1)
 
