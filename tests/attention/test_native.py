@@ -6,14 +6,20 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import threading
 import time
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 import qkv
-from qkv.backends.cpu import instruction_sets
+from qkv.backends.cpu import CpuBackend, instruction_sets
+from qkv.call.problem import Options
+from qkv.call.validate import validate
+from qkv.call.view import longest, problem_of
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +118,18 @@ def test_values_that_are_a_view_of_the_keys(native):
         assert (out - want).abs().max() < 2 * torch.finfo(dtype).eps * latent.abs().max()
 
 
-def test_malformed_programs_stop_at_the_door(native):
+def _prepared(native, **changed):
+    """A call of four queries and keys in float32, prepared."""
+    stride = (32, 32, 8, 1)
+    call = dict(
+        isa="", type=0, sizes=(1, 1, 1, 4, 4, 8, 8), q_stride=stride, k_stride=stride, v_stride=stride,
+        out_stride=stride, scale=1.0, softcap=0.0, program=[], operands=[], bias=[], sinks=[], positions=[0], pages=[],
+        dropout_p=0.0,
+    )  # fmt: skip
+    return native.Prepared(**{**call, **changed})
+
+
+def test_malformed_programs_are_refused(native):
     for words in (
         [99],
         [1, 2],
@@ -128,9 +145,70 @@ def test_malformed_programs_stop_at_the_door(native):
         [9, 97, 4, 0],
     ):
         assert not native.program_fits(words, 0), words
-        with pytest.raises((ValueError, TypeError)):
-            native.Prepared("", 0, [1, 1, 1, 4, 4, 8, 8], *[[32, 32, 8, 1]] * 4, 1.0, 0.0, words, [], [], [], [0], [])
+        with pytest.raises(ValueError, match="nested too deeply"):
+            _prepared(native, program=words)
     assert native.program_fits([1, -1, 0], 0)
+    _prepared(native, program=[1, -1, 0])
+
+
+class _Written:
+    """A native object that writes down what it is given by place, under the names of the compiled function."""
+
+    def __init__(self, native):
+        self.native, self.given = native, {}
+
+    def __getattr__(self, function):
+        names = re.findall(r"(\w+): ", getattr(self.native.Prepared, function).__doc__)
+        return lambda *given: self.given.update(zip(names, given, strict=True))
+
+
+def test_what_a_call_passes_by_place_is_in_the_order_of_the_names(native):
+    """With everything that a call may have, each of another address: names would cost the calls that are kept."""
+    q, k, v = _inputs(6, 2, 4, 2, 3, 5, 8)
+    sinks, term, rows = torch.zeros(4), torch.zeros(3, 5), torch.arange(3)[None]
+    options = Options(positions=rows, bias=term, sinks=sinks, dropout_p=0.5, return_lse=True)
+    problem, inputs = validate("test", q, k, v, qkv.causal(), options)
+    ready = CpuBackend().prepare(replace(problem, needs_grad=True), inputs)
+    ready.native = written = _Written(native)
+    out, lse, state = ready.run(*inputs[:-1], seed=7)
+    addresses = dict(q=q, k=k, v=v, out=out, lse=lse, sinks=sinks, positions=inputs.positions, state=state)
+    want = {name: t.data_ptr() for name, t in addresses.items()}
+    want |= dict(threads=torch.get_num_threads(), position_rows=1, bias=[term.data_ptr()], seed=7)
+    assert written.given == want
+
+    # `run` has no names, which makes its calls the cheapest: those of the source.
+    ready = CpuBackend().prepare(*validate("test", q, k, v, None, Options()))
+    by_place = []
+    ready.run_plain = lambda *given: by_place.extend(given)
+    out, *_ = ready.run(q, k, v)
+    source = (Path(__file__).parents[2] / "csrc" / "bindings.cpp").read_text()
+    names = re.findall(r"\w+(?=,|$)", re.search(r"void run\(([^)]*)\)", source)[1])
+    want = {name: t.data_ptr() for name, t in dict(q=q, k=k, v=v, out=out).items()}
+    assert dict(zip(names, by_place, strict=True)) == want | dict(lse=0, threads=torch.get_num_threads())
+
+
+def test_what_a_call_on_pages_passes_by_place_is_in_the_order_of_the_names(native):
+    cache = qkv.cache.PagedCache(
+        pages=8, num_kv_heads=2, head_dim=8, page_size=4, dtype=torch.float32, storage=torch.int8
+    )
+    seqs = [cache.add(), cache.add()]
+    cache.append(seqs, torch.randn(1, 2, 7, 8), torch.randn(1, 2, 7, 8), lengths=[3, 4])
+    view, q, sinks, term = cache.view(seqs, lengths=[3, 4]), torch.randn(1, 4, 7, 8), torch.zeros(4), torch.zeros(4, 4)
+    problem, _ = problem_of("test", q, view, None, Options(bias=term, sinks=sinks, return_lse=True), longest(q, view))
+    ready = CpuBackend().prepare_view(problem, q, view, (term,), sinks)
+    written = _Written(native)
+    ready.run_pages = written.run_pages
+    out, lse, _ = ready.run(q, view, (term,), sinks, sequences=[1])
+    source = (Path(__file__).parents[2] / "csrc" / "bindings.cpp").read_text()
+    lists = {of: names.split(", ") for names, of in re.findall(r"const auto& \[([^\]]*)\] = (tensors|counts);", source)}
+    assert lists["counts"] == ["tables", "starts", "lengths", "queries"]
+    addresses = dict(q=q, k=view.k, v=view.v, k_scale=view.k_scale, v_scale=view.v_scale, out=out, lse=lse)
+    of_layout = [getattr(view.layout, name).buffer_info() for name in lists["counts"]]
+    assert written.given == dict(
+        tensors=[addresses[name].data_ptr() for name in lists["tensors"]], threads=torch.get_num_threads(),
+        sinks=sinks.data_ptr(), bias=[term.data_ptr()], layout=[address for address, _ in of_layout],
+        counts=[count for _, count in of_layout], which=[1],
+    )  # fmt: skip
 
 
 def test_a_mask_that_is_too_deep_for_the_kernel_says_so_and_runs_elsewhere(native):

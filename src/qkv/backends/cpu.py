@@ -1,6 +1,7 @@
 """The native kernels of csrc/: prefill, decode and gradients on the CPU.
 
-Everything that depends on sizes, strides, dtypes and the mask is prepared once; a call then passes addresses.
+Everything that depends on sizes, strides, dtypes and the mask is prepared once; a call then passes addresses: by place
+where it runs forward, since names would cost it 0.1 of its 7 microseconds. A test compares places with names.
 """
 
 from __future__ import annotations
@@ -123,11 +124,13 @@ class CpuBackend(Backend):
         words, operands = ([], ()) if program is None else program
         q, k, v = tensors
         return module.Prepared(
-            self.isa, _TYPES[p.dtype], (p.B, p.Hq, p.Hkv, *sizes, p.D, p.Dv),
-            q.stride(), k.stride(), v.stride(), strides, p.scale, p.softcap or 0.0,
-            words, operands and [(t.data_ptr(), _extent(t)) for t in operands],
-            bias and [_bias(spec.kind, t) for spec, t in zip(p.bias, bias, strict=True)],
-            [] if sinks is None else [_TYPES[sinks.dtype], sinks.stride(0)], offsets, pages, p.dropout_p,
+            isa=self.isa, type=_TYPES[p.dtype], sizes=(p.B, p.Hq, p.Hkv, *sizes, p.D, p.Dv),
+            q_stride=q.stride(), k_stride=k.stride(), v_stride=v.stride(), out_stride=strides,
+            scale=p.scale, softcap=p.softcap or 0.0, program=words,
+            operands=operands and [(t.data_ptr(), _extent(t)) for t in operands],
+            bias=bias and [_bias(spec.kind, t) for spec, t in zip(p.bias, bias, strict=True)],
+            sinks=[] if sinks is None else [_TYPES[sinks.dtype], sinks.stride(0)],
+            positions=offsets, pages=pages, dropout_p=p.dropout_p,
         )  # fmt: skip
 
 
@@ -206,12 +209,14 @@ class _Prepared(Prepared):
         d_sinks = None if sinks is None else torch.zeros(p.Hq, dtype=torch.float64, device=_CPU)
         where = None if positions is None else positions.contiguous()
         self.native.backward(
-            q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), 0 if state is None else state.data_ptr(),
-            _threads(), 0 if sinks is None else sinks.data_ptr() or 1,
-            0 if where is None else where.data_ptr(), 0 if where is None else where.shape[0],
-            [t.data_ptr() for t in tensors], seed, d_out.data_ptr(), d_out.stride(), d_lse.data_ptr(),
-            [t.data_ptr() for t in to], [t.stride() for t in to], to_bias,
-            0 if d_sinks is None else d_sinks.data_ptr(),
+            q=q.data_ptr(), k=k.data_ptr(), v=v.data_ptr(), out=out.data_ptr(),
+            state=0 if state is None else state.data_ptr(), threads=_threads(),
+            sinks=0 if sinks is None else sinks.data_ptr() or 1,
+            positions=0 if where is None else where.data_ptr(), position_rows=0 if where is None else where.shape[0],
+            bias=[t.data_ptr() for t in tensors], seed=seed,
+            d_out=d_out.data_ptr(), d_out_stride=d_out.stride(), d_lse=d_lse.data_ptr(),
+            to=[t.data_ptr() for t in to], strides=[t.stride() for t in to],
+            d_bias=to_bias, d_sinks=0 if d_sinks is None else d_sinks.data_ptr(),
         )  # fmt: skip
         found = tuple(b.to(t.dtype) for b, t in zip(buffers, tensors, strict=True))
         return Gradients(
