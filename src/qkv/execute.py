@@ -183,7 +183,7 @@ def prepare(problem: Problem, inputs: Inputs, options: Options, backend: str | N
             kept.used = now()
             found: Prepared = kept.value
             return found
-    prepared = choose(problem, backend, inputs.positions).chosen.prepare(problem, inputs)
+    prepared = choose(problem, backend).chosen.prepare(problem, inputs)
     if not own and key is not None:
         PREPARED.put(key, prepared, () if problem.mask is None else (problem.mask, prepared.operands))
     return prepared

@@ -18,7 +18,7 @@ from qkv.call.keys import KVView
 from qkv.call.problem import Inputs, Options, Problem
 from qkv.call.validate import validate
 from qkv.call.view import Group, check_view, groups, joined, longest, problem_of
-from qkv.checks import short, shown
+from qkv.checks import Operand, short, shown
 from qkv.errors import ArgumentError, ArgumentTypeError, UnsupportedError
 from qkv.masks import Mask
 from qkv.scores import ScoreTerm
@@ -30,11 +30,13 @@ _warned = False
 _COPIES_PAY = 32
 
 
+@dataclass(frozen=True)
 class Answers:
     """What the backends say of the problems of one call: each is asked once, and only where that decides something."""
 
-    def __init__(self, problem: Problem, every: Sequence[Problem], pages: bool) -> None:
-        self.problem, self.every, self.pages = problem, every, pages
+    problem: Problem
+    every: tuple[Problem, ...]
+    pages: bool
 
     @cached_property
     def native(self) -> base.Backend | str:
@@ -62,15 +64,20 @@ class Answers:
         return self.pages and self.problem.Lq <= _COPIES_PAY
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Plan:
-    """What will run, and why. `print` it; `attention` executes nothing else."""
+    """What will run, and why. `print` it; `attention` executes nothing else.
+
+    A value: plans of equal calls are equal and have one hash, whatever is written into the calls' tensors later. Calls
+    are equal where metadata, options, masks and positions are; the data of q, k, v, bias and sinks is not asked.
+    """
 
     problem: Problem
     chosen: base.Backend
     answers: Answers | None
     """What was found on the way; None where the backend was asked for by its name."""
-    positions: Tensor | None = None
+    positions: Operand | None = None
+    """Those of all queries, where they were given as a tensor: which tiles are visible depends on them."""
     pages: str = ""
     """How the keys of a cache's view are read; empty for tensors."""
 
@@ -128,7 +135,7 @@ class Plan:
         """Tiles of `tile` = (queries, keys) that hold a visible key, that are visible throughout, and all."""
         p = self.problem
         batch, heads = (p.B if p.varies_by_batch else min(p.B, 1)), (p.Hq if p.varies_by_head else min(p.Hq, 1))
-        rows = self.positions.cpu() if self.positions is not None else None
+        rows = self.positions.tensor if self.positions is not None else None
         lines = [
             HeadRow(b, h, p.offset(b), None) if rows is None else HeadRow(b, h, 0, rows[b if len(rows) > 1 else 0])
             for b in range(batch)
@@ -217,14 +224,7 @@ def check_backend(call: str, backend: Any) -> None:
     raise ArgumentError.of(call, "backend must be a known name", f"backend={backend!r}", fix)
 
 
-def choose(
-    problem: Problem,
-    backend: str | None,
-    positions: Tensor | None = None,
-    *,
-    parts: Sequence[Problem] = (),
-    pages: bool = False,
-) -> Plan:
+def choose(problem: Problem, backend: str | None, *, parts: Sequence[Problem] = (), pages: bool = False) -> Plan:
     """The plan for a problem: the backend asked for, or the first that can and should run it. Nothing else decides.
 
     The order: PyTorch's own kernel where ours are missing or not tuned for the machine and the call needs nothing that
@@ -233,25 +233,25 @@ def choose(
     `parts`: the problems that are computed in place of this one, where there are; what runs can run each of them.
     `pages`: keys lie on a cache's pages, which the native kernel reads where they lie; others need copies.
     """
-    every = parts or (problem,)
+    every = tuple(parts) or (problem,)
     if backend is not None:
-        return Plan(problem, _by_name(problem, backend, every), None, positions)
+        return Plan(problem, _by_name(problem, backend, every), None)
     found = Answers(problem, every, pages)
     native = found.native
     if isinstance(native, str) and problem.device == "cpu":
         _warn_once(native)
     can = found.cannot is None
     if (not can or found.untuned is not None) and not (can and found.few) and found.lacking is None:
-        return Plan(problem, registry.load("sdpa"), found, positions)
+        return Plan(problem, registry.load("sdpa"), found)
     if can and not isinstance(native, str):
-        return Plan(problem, native, found, positions)
+        return Plan(problem, native, found)
     tiled = registry.load("tiled")
     why = tiled.supports(problem)
     if why is not None:
         fix = "Move the tensors to a device with data"
         rule = f"no backend can run this call, because {why}"
         raise UnsupportedError.of(problem.call, rule, f"tensors on {problem.device!r}", fix)
-    return Plan(problem, tiled, found, positions)
+    return Plan(problem, tiled, found)
 
 
 def torch_first(device: str, native: base.Backend | str) -> str | None:
@@ -315,7 +315,7 @@ def plan(
     -------
     Plan
         Print it: the backend, why each other was refused, tiles, FLOPs, bytes. The same as fields: backend, refused,
-        tiles, flops, bytes.
+        tiles, flops, bytes. A value: plans of equal calls are equal, and have one hash.
 
     Raises
     ------
@@ -344,7 +344,8 @@ def plan(
     problem, inputs = validate(call, q, k, k if v is None else v, mask, options)
     if problem.device == "meta":  # tensors without data stand for ones that have it
         problem = replace(problem, device="cpu")
-    return choose(problem, backend, inputs.positions)
+    found = choose(problem, backend)
+    return found if inputs.positions is None else replace(found, positions=Operand(inputs.positions))
 
 
 def _plan_view(call: str, q: Any, view: KVView, v: Any, mask: Any, options: Options, backend: str | None) -> Plan:
@@ -385,14 +386,13 @@ def over_view(call: str, q: Tensor, view: KVView, mask: Mask | None, options: Op
     fits = mask is None or mask.fits_any_length
     parts = None if fits and options.bias is None else [part(group) for group in groups(q, view)]
     one = part(longest(q, view))
-    where = one.inputs.positions
     # What holds for any lengths need not be planned for each.
     if fits and all(t.kind in ("alibi", "relative") for t in one.problem.bias) and _reads(backend or "cpu", one, view):
-        plan = choose(one.problem, backend, where, pages=True)
+        plan = choose(one.problem, backend, pages=True)
         if _reads(plan.backend, one, view):
             return ViewPlan(plan, True, [one])
     parts = [p for p in parts or map(part, groups(q, view)) if p.group.Lq]
-    plan = choose(one.problem, backend, where, parts=[p.problem for p in parts], pages=True)
+    plan = choose(one.problem, backend, parts=[p.problem for p in parts], pages=True)
     return ViewPlan(plan, _reads(plan.backend, one, view), parts)
 
 

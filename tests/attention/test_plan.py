@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -49,6 +50,41 @@ def test_a_plan_of_a_million_tokens_is_cheap() -> None:
     finally:
         torch.set_num_threads(threads)
     assert best < 0.03  # 10 ms on an idle machine
+
+
+def _rows(*changed: int) -> torch.Tensor:
+    return torch.tensor([list(changed) + list(range(len(changed), 6))])
+
+
+@pytest.mark.parametrize(
+    ("options", "others"),
+    [
+        (lambda: {}, [dict(scale=0.5), dict(return_lse=True), dict(backend="reference"), dict(backend="tiled")]),
+        (lambda: dict(mask=qkv.causal() & qkv.padding([3])), [dict(mask=qkv.causal())]),
+        (lambda: dict(bias=torch.randn(6, 6)), [dict(bias=torch.randn(6, 1)), {}]),
+        (lambda: dict(mask=qkv.causal(), positions=_rows(0)), [dict(mask=qkv.causal(), positions=_rows(1)), {}]),
+        (lambda: dict(mask=qkv.causal(), positions=3), [dict(mask=qkv.causal(), positions=4)]),
+    ],
+    ids=["plain", "mask", "bias", "positions", "offset"],
+)
+def test_plans_of_equal_calls_are_equal(options: Callable[[], dict[str, Any]], others: list[dict[str, Any]]) -> None:
+    one, two = qkv.plan(*inputs(Lq=6, Lk=6), **options()), qkv.plan(*inputs(Lq=6, Lk=6), **options())
+    assert one == two
+    assert hash(one) == hash(two)
+    assert str(one) == str(two)  # and asking a plan what it says changes neither
+    assert (one, hash(one)) == (two, hash(two))
+    unlike = [qkv.plan(*inputs(Lq=6, Lk=6), **other) for other in others] + [qkv.plan(*inputs(Lq=6, Lk=7))]
+    assert len({one, two, *unlike}) == 1 + len(unlike)
+
+
+def test_a_plan_stays_what_it_was_when_positions_change() -> None:
+    rows = _rows(0)
+    plan = qkv.plan(*inputs(Lq=6, Lk=6), mask=qkv.causal(), positions=rows, backend="tiled")
+    before = qkv.plan(*inputs(Lq=6, Lk=6), mask=qkv.causal(), positions=rows.clone(), backend="tiled")
+    rows -= 9
+    assert plan == before
+    assert plan.tiles == before.tiles
+    assert plan != qkv.plan(*inputs(Lq=6, Lk=6), mask=qkv.causal(), positions=rows, backend="tiled")
 
 
 SHUFFLED = torch.randint(-5, 90, (2, 40), generator=torch.Generator().manual_seed(0))

@@ -58,6 +58,9 @@ class TestPlan:
         assert "float32 on pages of 16" in text
         assert ("read where they lie" in text) == NATIVE
         assert (plan.problem.Lq, plan.problem.Lk, plan.problem.B) == (2, 100, 2)
+        again = qkv.plan(*step((100, 33), T=2), mask=CAUSAL)
+        assert (plan, hash(plan)) == (again, hash(again))
+        assert plan != qkv.plan(*step((101, 33), T=2), mask=CAUSAL)
         assert plan.flops > 0
 
     def test_says_what_is_copied(self) -> None:

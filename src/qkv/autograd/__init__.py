@@ -64,7 +64,7 @@ def _transform(problem: Problem, inputs: Inputs, backend: str | None) -> Output:
     """A call whose tensors torch.func or forward mode follows; nothing of it is kept."""
     _refuse_captured(inputs.bias, inputs.q.device)
     seed = int(execute.draw_seed()) if problem.dropout_p > 0 else 0
-    chosen = choose(problem, backend, inputs.positions).chosen
+    chosen = choose(problem, backend).chosen
     words: list[int] = []
     operands: list[Tensor] = []
     if problem.mask is not None and any(map(transformed, _tensors_of(problem.mask))):
