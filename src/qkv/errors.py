@@ -17,11 +17,31 @@ class QKVError(Exception):
 
     @classmethod
     def of(cls: type[E], call: str, rule: str, given: str, fix: str) -> E:
-        """The error of this kind whose message says the call, the rule, what was given, and the fix.
+        """The error of this kind whose message has these four parts.
 
+        Parameters
+        ----------
+        call : str
+            What was called, such as "qkv.attention()".
+        rule : str
+            The rule that was broken.
+        given : str
+            The named values that were given.
+        fix : str
+            What to write instead.
+
+        Returns
+        -------
+        QKVError
+            Of the class that it is asked of; to be raised.
+
+        Notes
+        -----
         It is not the constructor: torch.compile cannot trace one of an exception, and a data loader of torch makes an
         error of another process anew from its message.
 
+        Examples
+        --------
         >>> print(ArgumentError.of("qkv.attention()", "scale must be finite", "scale=nan", "Leave it out"))
         qkv.attention(): scale must be finite. Got scale=nan. Leave it out.
         """

@@ -32,7 +32,7 @@ def _own(kind: type) -> Iterator[tuple[str, Any]]:
             found |= vars(base)
     for name, x in found.items():
         if not name.startswith("_") and (inspect.isroutine(x) or isinstance(x, (property, functools.cached_property))):
-            yield name, x
+            yield name, x.__func__ if isinstance(x, classmethod) else x
 
 
 def _public() -> dict[str, Any]:
