@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from qkv.backends import base, registry
-from qkv.backends.tiled.schedule import HeadRow, TileCount, count_tiles
+from qkv.backends.tiled.schedule import TileCount, count_tiles, head_row
 from qkv.call import keywords
 from qkv.call.keys import KVView
 from qkv.call.problem import Inputs, Options, Problem
@@ -136,11 +136,7 @@ class Plan:
         p = self.problem
         batch, heads = (p.B if p.varies_by_batch else min(p.B, 1)), (p.Hq if p.varies_by_head else min(p.Hq, 1))
         rows = self.positions.tensor if self.positions is not None else None
-        lines = [
-            HeadRow(b, h, p.offset(b), None) if rows is None else HeadRow(b, h, 0, rows[b if len(rows) > 1 else 0])
-            for b in range(batch)
-            for h in range(heads)
-        ]
+        lines = [head_row(p, rows, b, h) for b in range(batch) for h in range(heads)]
         times = (p.B // batch if batch else 0) * (p.Hq // heads if heads else 0)
         return TileCount(*(times * n for n in count_tiles(p.mask, lines, p.Lq, p.Lk, *self.tile)))
 

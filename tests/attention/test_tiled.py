@@ -72,9 +72,9 @@ def test_empty_tiles_are_never_visited(monkeypatch: pytest.MonkeyPatch) -> None:
     visited: list[tuple[int, int, bool]] = []
     scores = walk.Walk.scores
 
-    def counted(self: Any, q: Any, k: Any, block: Any, rows: slice, key: Any) -> Any:
-        visited.append((rows.start, key.start, key.full))
-        return scores(self, q, k, block, rows, key)
+    def counted(self: Any, q: Any, k: Any, tile: Any, key: Any) -> Any:
+        visited.append((tile.here[2].start, key.start, key.full))
+        return scores(self, q, k, tile, key)
 
     monkeypatch.setattr(walk.Walk, "scores", counted)
     q, k, v = (x.detach() for x in inputs(1024, 1024, B=1))

@@ -16,6 +16,7 @@ Source: Dao et al., FlashAttention (2022), appendix B.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from qkv.backends.base import Gradients
 from qkv.backends.tiled.schedule import KeyTile
-from qkv.backends.tiled.walk import Block, Scores, Walk, product, step
+from qkv.backends.tiled.walk import QueryTile, Scores, Walk, product, step
 from qkv.call.problem import Inputs, Problem
 from qkv.masks import Tile
 from qkv.numerics import finite, no_autocast, softcap_slope, steady_matmul
@@ -55,15 +56,15 @@ class Rows:
         empty = torch.empty(3, p.B, p.Hq, p.Lq, dtype=p.accumulate, device=walk.device)
         self.top, self.total, self.delta = empty.unbind(0)
 
-    def sweep(self, block: Block, index: int, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+    def sweep(self, tile: QueryTile) -> tuple[Tensor, Tensor, Tensor]:
         """Find maxima, sums and delta of a tile of queries, (b, kv heads, group * rows, 1)."""
         walk, p = self.walk, self.walk.problem
-        q = walk.load_queries(walk.inputs.q, block, rows)
-        do = walk.load_queries(self.d_out, block, rows) if self.d_out is not None else q.new_zeros(*q.shape[:3], p.Dv)
-        top, total = walk.begin(block, q)
+        q = walk.load_queries(walk.inputs.q, tile)
+        do = walk.load_queries(self.d_out, tile) if self.d_out is not None else q.new_zeros(*q.shape[:3], p.Dv)
+        top, total = walk.begin(tile, q)
         mean = torch.zeros_like(total)
-        for key in walk.schedule(block).keys(index):
-            pair = self.pair(q, do, block, rows, key)
+        for key in walk.keys(tile):
+            pair = self.pair(q, do, tile, key)
             e, shrink, top = step(pair.found.s, top)
             total = total * shrink + e.sum(-1, keepdim=True)
             share = e * pair.d_prob
@@ -74,20 +75,20 @@ class Rows:
         total = total.masked_fill(dead, 1.0)
         found = (top.masked_fill(dead, 0.0), total, mean / total)
         for to, x in zip((self.top, self.total, self.delta), found, strict=True):
-            to[block.batch, walk.heads(block), rows] = walk.unfold(x).squeeze(-1)
+            walk.store(x, to, tile)
         return found
 
-    def pair(self, q: Tensor, do: Tensor, block: Block, rows: slice, key: KeyTile) -> Pair:
+    def pair(self, q: Tensor, do: Tensor, tile: QueryTile, key: KeyTile) -> Pair:
         """The same bits in every sweep."""
-        walk, where = self.walk, slice(key.start, key.stop)
-        k, v = walk.load(walk.inputs.k, block, where), walk.load(walk.inputs.v, block, where)
-        found = walk.scores(q, k, block, rows, key)
+        walk = self.walk
+        k, v = walk.load(walk.inputs.k, tile, key), walk.load(walk.inputs.v, tile, key)
+        found = walk.scores(q, k, tile, key)
         seen = found.s != -torch.inf if found.seen is not None or self.careful or walk.can_hide else None
         return Pair(found, seen, k, v, kept(walk, steady_matmul(do, v, b_t=True), found.at))
 
-    def load(self, block: Block, rows: slice) -> list[Tensor]:
+    def load(self, tile: QueryTile) -> list[Tensor]:
         """Maxima, sums and delta of a tile of queries."""
-        return [self.walk.load_queries(x.unsqueeze(-1), block, rows) for x in (self.top, self.total, self.delta)]
+        return [self.walk.load_queries(x, tile) for x in (self.top, self.total, self.delta)]
 
     def sink_share(self) -> Tensor | None:
         """The weight of each row's sink."""
@@ -104,6 +105,31 @@ def kept(walk: Walk, x: Tensor, at: Tile) -> Tensor:
     return torch.where(walk.keep(at), x / (1.0 - p), 0.0) if p > 0 else x
 
 
+def pulled(y: Tensor, x: Tensor, towards: Tensor, further: bool = False) -> Tensor:
+    """The gradient of sum(y * towards) with respect to x; 0 where y does not depend on it."""
+    if not y.requires_grad:
+        return torch.zeros_like(x)
+    found = torch.autograd.grad(y, x, towards, create_graph=further, allow_unused=True)[0]
+    return torch.zeros_like(x) if found is None else found
+
+
+def collected(
+    walk: Walk, buffers: list[tuple[Tensor, ...]], add: Callable[[QueryTile, Tensor, Tensor], Tensor]
+) -> Gradients:
+    """All gradients but the sinks'. `add` adds a tile of queries' share to its block's dk and dv and to the buffers of
+    the bias, and returns the tile's dq; dk and dq without the scale."""
+    p, inputs = walk.problem, walk.inputs
+    dq, dk, dv = (torch.zeros_like(x) for x in (inputs.q, inputs.k, inputs.v))
+    for block in walk.blocks():
+        dk_sum, dv_sum = (torch.zeros(x[block].shape, dtype=p.accumulate, device=x.device) for x in (dk, dv))
+        for tile in walk.tiles(block):
+            walk.store(add(tile, dk_sum, dv_sum) * p.scale, dq, tile)
+        dk[block], dv[block] = (dk_sum * p.scale).to(dk.dtype), dv_sum.to(dv.dtype)
+    tensors = inputs.bias.tensors() if inputs.bias is not None else ()
+    flat = [buffer for of_term in buffers for buffer in of_term]
+    return Gradients(dq, dk, dv, None, tuple(x.to(t.dtype) for x, t in zip(flat, tensors, strict=True)))
+
+
 class _Backward:
     def __init__(self, problem: Problem, inputs: Inputs, d_out: Tensor, d_lse: Tensor) -> None:
         self.walk = Walk(problem, inputs)
@@ -114,47 +140,31 @@ class _Backward:
         self.careful = not all(bool(torch.isfinite(x.sum(dtype=kind))) for x in data)
         self.d_lse = d_lse.to(kind)
         self.rows = Rows(self.walk, d_out, self.careful)
-        bias = inputs.bias
-        self.buffers = [t.new_gradients(kind) for t in bias.terms] if bias is not None else []
+        self.buffers = [t.new_gradients(kind) for t in self.walk.terms]
 
     def run(self) -> Gradients:
-        walk, inputs, p = self.walk, self.inputs, self.problem
-        dq, dk, dv = (torch.zeros_like(x) for x in (inputs.q, inputs.k, inputs.v))
-        for block in walk.blocks():
-            heads = walk.heads(block)
-            mine = (block.batch, block.kv_heads)
-            dk_sum = torch.zeros(dk[mine].shape, dtype=p.accumulate, device=dk.device)
-            dv_sum = torch.zeros(dv[mine].shape, dtype=p.accumulate, device=dv.device)
-            for index, rows in walk.query_tiles():
-                tile = self._query_tile(block, index, rows, dk_sum, dv_sum)
-                dq[block.batch, heads, rows] = walk.unfold(tile * p.scale).to(dq.dtype)
-            dk[mine], dv[mine] = (dk_sum * p.scale).to(dk.dtype), dv_sum.to(dv.dtype)
-        tensors = inputs.bias.tensors() if inputs.bias is not None else ()
-        flat = [buffer for buffers in self.buffers for buffer in buffers]
-        return Gradients(dq, dk, dv, self._sinks(), tuple(x.to(t.dtype) for x, t in zip(flat, tensors, strict=True)))
+        found = collected(self.walk, self.buffers, self._query_tile)
+        return found._replace(sinks=self._sinks())
 
-    def _query_tile(self, block: Block, index: int, rows: slice, dk: Tensor, dv: Tensor) -> Tensor:
-        """Add one query tile's share to dk and dv, and return its dq; dk and dq without the scale."""
-        walk, inputs = self.walk, self.inputs
-        q, do = walk.load_queries(inputs.q, block, rows), walk.load_queries(self.d_out, block, rows)
-        top, total, delta = self.rows.sweep(block, index, rows)
-        d_lse = walk.load_queries(self.d_lse.unsqueeze(-1), block, rows)
+    def _query_tile(self, tile: QueryTile, dk: Tensor, dv: Tensor) -> Tensor:
+        walk = self.walk
+        q, do, d_lse = (walk.load_queries(x, tile) for x in (self.inputs.q, self.d_out, self.d_lse))
+        top, total, delta = self.rows.sweep(tile)
         # A row that sees a NaN has NaN scores already; in the products its factor counts as 0, to touch no other row.
         clean_q = finite(q) if self.careful else q
         dq = torch.zeros_like(q)
-        for key in walk.schedule(block).keys(index):
-            where = slice(key.start, key.stop)
-            found, seen, k, _, d_prob = self.rows.pair(q, do, block, rows, key)
+        for key in walk.keys(tile):
+            found, seen, k, _, d_prob = self.rows.pair(q, do, tile, key)
             prob = (found.s - top).exp_().div_(total)
             if seen is not None:
                 prob = torch.where(seen, prob, 0.0)  # a row's NaN (it sees one) must not reach what it does not see
-            dv[:, :, where] += self._transposed(kept(walk, prob, found.at), seen, do)
+            dv[:, :, key.where] += self._transposed(kept(walk, prob, found.at), seen, do)
             ds = (d_prob - delta).add_(d_lse).mul_(prob)
             if seen is not None:
                 ds = torch.where(seen, ds, 0.0)
-            dx = self._through(ds, found, key)
+            dx = self._through(ds, found)
             dq += steady_matmul(dx, finite(k) if self.careful else k)
-            dk[:, :, where] += steady_matmul(dx, clean_q, a_t=True)
+            dk[:, :, key.where] += steady_matmul(dx, clean_q, a_t=True)
         return dq
 
     def _transposed(self, weight: Tensor, seen: Tensor | None, do: Tensor) -> Tensor:
@@ -163,7 +173,7 @@ class _Backward:
             return product(weight, seen, do, transposed=True)
         return steady_matmul(weight, do, a_t=True)
 
-    def _through(self, ds: Tensor, found: Scores, key: KeyTile) -> Tensor:
+    def _through(self, ds: Tensor, found: Scores) -> Tensor:
         """Add the terms' own gradients, and return the gradient of scale * q.k."""
         walk = self.walk
         if walk.terms:
@@ -174,11 +184,7 @@ class _Backward:
                     with torch.enable_grad():
                         before = found.before[index].detach().requires_grad_()
                         after = term.apply(before, found.at)
-                    if after.requires_grad:
-                        through = torch.autograd.grad(after, before, ds, allow_unused=True)[0]
-                        through = torch.zeros_like(ds) if through is None else through
-                    else:
-                        through = torch.zeros_like(ds)
+                    through = pulled(after, before, ds)
                     # Hidden scores have no gradient, even where fn's derivative is not finite there.
                     ds = torch.where(ds == 0, 0.0, through) if found.seen is not None or self.careful else through
                 else:

@@ -19,26 +19,25 @@ import torch
 from torch import Tensor
 
 from qkv.backends.base import Backend
-from qkv.backends.tiled.walk import Block, Walk, product, step, tile_sizes
+from qkv.backends.tiled.walk import QueryTile, Walk, product, step, tile_sizes
 from qkv.call.problem import Inputs, Output, Problem, empty_output
 from qkv.numerics import no_autocast, steady_matmul
 
 
-def _accumulated(walk: Walk, block: Block, index: int, rows: slice, careful: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _accumulated(walk: Walk, tile: QueryTile, careful: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Accumulated values, row sums and row maxima of one query tile."""
     p, inputs = walk.problem, walk.inputs
-    q = walk.load_queries(inputs.q, block, rows)
-    top, total = walk.begin(block, q)
+    q = walk.load_queries(inputs.q, tile)
+    top, total = walk.begin(tile, q)
     acc = q.new_zeros(*q.shape[:3], p.Dv)
-    for key in walk.schedule(block).keys(index):
-        where = slice(key.start, key.stop)
-        found = walk.scores(q, walk.load(inputs.k, block, where), block, rows, key)
+    for key in walk.keys(tile):
+        found = walk.scores(q, walk.load(inputs.k, tile, key), tile, key)
         s = found.s
         e, shrink, higher = step(s, top)
         total = total * shrink + e.sum(-1, keepdim=True)
         if p.dropout_p > 0:
             e = torch.where(walk.keep(found.at), e, 0.0)
-        v = walk.load(inputs.v, block, where)
+        v = walk.load(inputs.v, tile, key)
         acc.mul_(shrink).add_(product(e, s != -torch.inf, v) if careful else steady_matmul(e, v))
         top = higher
     return acc, total, top
@@ -49,18 +48,16 @@ def forward(problem: Problem, inputs: Inputs) -> Output:
     walk = Walk(problem, inputs)
     out = empty_output(inputs.q, problem.Dv)
     lse = torch.empty(problem.B, problem.Hq, problem.Lq, dtype=problem.accumulate, device=inputs.q.device)
-    for block in walk.blocks():
-        for index, rows in walk.query_tiles():
-            acc, total, top = _accumulated(walk, block, index, rows, careful=False)
-            if not bool(torch.isfinite(acc).all()):
-                # A visible or a hidden NaN or inf: once more in the same order, with hidden values kept apart.
-                acc, total, top = _accumulated(walk, block, index, rows, careful=True)
-            dead = total == 0
-            if problem.dropout_p > 0:
-                acc = acc / (1.0 - problem.dropout_p)
-            here = (block.batch, walk.heads(block), rows)
-            out[here] = walk.unfold(torch.where(dead, 0.0, acc / total)).to(problem.dtype)
-            lse[here] = walk.unfold(torch.where(dead, -torch.inf, top + torch.log(total))).squeeze(-1)
+    for tile in walk.all_tiles():
+        acc, total, top = _accumulated(walk, tile, careful=False)
+        if not bool(torch.isfinite(acc).all()):
+            # A visible or a hidden NaN or inf: once more in the same order, with hidden values kept apart.
+            acc, total, top = _accumulated(walk, tile, careful=True)
+        dead = total == 0
+        if problem.dropout_p > 0:
+            acc = acc / (1.0 - problem.dropout_p)
+        walk.store(torch.where(dead, 0.0, acc / total), out, tile)
+        walk.store(torch.where(dead, -torch.inf, top + torch.log(total)), lse, tile)
     return Output(out, lse)
 
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from qkv.call.problem import Problem
 from qkv.masks import Mask
 
 # Arbitrary positions cut the queries into runs of consecutive positions. Beyond this many runs a tile, asking the mask
@@ -21,6 +22,10 @@ class KeyTile(NamedTuple):
     start: int
     stop: int
     full: bool
+
+    @property
+    def where(self) -> slice:
+        return slice(self.start, self.stop)
 
 
 class TileCount(NamedTuple):
@@ -47,6 +52,13 @@ class HeadRow(NamedTuple):
     h: int
     offset: int
     positions: Tensor | None  # int64 (Lq,) on the CPU
+
+
+def head_row(problem: Problem, positions: Tensor | None, b: int, h: int) -> HeadRow:
+    """Query head h of batch row b; `positions` are the problem's, (B or 1, Lq), where they are data."""
+    if positions is None:
+        return HeadRow(b, h, problem.offset(b), None)
+    return HeadRow(b, h, 0, positions[b if positions.shape[0] > 1 else 0].cpu())
 
 
 class Schedule:

@@ -31,9 +31,9 @@ import torch
 from torch import Tensor
 
 from qkv.backends.base import Gradients
-from qkv.backends.tiled.backward import Rows, kept
+from qkv.backends.tiled.backward import Rows, collected, kept, pulled
 from qkv.backends.tiled.schedule import KeyTile
-from qkv.backends.tiled.walk import Block, Walk, product
+from qkv.backends.tiled.walk import QueryTile, Walk, product
 from qkv.call.problem import Inputs, Problem
 from qkv.masks import Tile
 from qkv.numerics import finite, no_autocast, softcap_slope, steady_matmul
@@ -89,9 +89,8 @@ class _Second:
         self.walk = Walk(problem, inputs)
         self.problem, self.inputs, self.t = problem, inputs, tangents
         self.rows = Rows(self.walk, d_out, careful=True)
-        for block in self.walk.blocks():
-            for index, where in self.walk.query_tiles():
-                self.rows.sweep(block, index, where)
+        for tile in self.walk.all_tiles():
+            self.rows.sweep(tile)
         self.share = self.rows.sink_share()
         lifted = inputs.bias.with_tensors(tangents.bias) if inputs.bias is not None else None
         self.tangent_terms: tuple[ScoreTerm, ...] = lifted.terms if lifted is not None else ()
@@ -101,89 +100,70 @@ class _Second:
         walk, p = self.walk, self.problem
         t_out = torch.empty(p.B, p.Hq, p.Lq, p.Dv, dtype=p.dtype, device=walk.device)
         t_lse = torch.empty(p.B, p.Hq, p.Lq, dtype=p.accumulate, device=walk.device)
-        for block in walk.blocks():
-            for index, rows in walk.query_tiles():
-                found = self._rows(block, rows)
-                total = self._sink_tangent(block, rows)
-                moved, out, more = found.q.new_zeros(3, *found.q.shape[:3], p.Dv).unbind(0)
-                for key in walk.schedule(block).keys(index):
-                    where = slice(key.start, key.stop)
-                    tile = self._scores(found, block, rows, key)
-                    weight = kept(walk, tile.p, tile.at)
-                    v, tv = (finite(walk.load(x, block, where)) for x in (self.inputs.v, self.t.v))
-                    moved += steady_matmul(weight * tile.tangent, v)
-                    out += steady_matmul(weight, v)
-                    more += steady_matmul(weight, tv)
-                    total += (tile.p * tile.tangent).sum(-1, keepdim=True)
-                here = (block.batch, walk.heads(block), rows)
-                t_out[here] = walk.unfold(moved - total * out + more).to(p.dtype)
-                t_lse[here] = walk.unfold(total).squeeze(-1)
+        for tile in walk.all_tiles():
+            rows, total = self._rows(tile), self._sink_tangent(tile)
+            moved, out, more = rows.q.new_zeros(3, *rows.q.shape[:3], p.Dv).unbind(0)
+            for key in walk.keys(tile):
+                found = self._scores(rows, tile, key)
+                weight = kept(walk, found.p, found.at)
+                v, tv = (finite(walk.load(x, tile, key)) for x in (self.inputs.v, self.t.v))
+                moved += steady_matmul(weight * found.tangent, v)
+                out += steady_matmul(weight, v)
+                more += steady_matmul(weight, tv)
+                total += (found.p * found.tangent).sum(-1, keepdim=True)
+            walk.store(moved - total * out + more, t_out, tile)
+            walk.store(total, t_lse, tile)
         return t_out, t_lse
 
     def curved(self, d_out: Tensor, d_lse: Tensor) -> Gradients:
-        walk, inputs, kind = self.walk, self.inputs, self.problem.accumulate
-        d_lse = d_lse.to(kind)
+        walk, inputs = self.walk, self.inputs
+        d_lse = d_lse.to(self.problem.accumulate)
         t_lse, t_delta = self._tangents_of_rows(d_out)
-        dq, dk, dv = (torch.zeros_like(x) for x in (inputs.q, inputs.k, inputs.v))
-        buffers = [t.new_gradients(kind) for t in walk.terms]
-        for block in walk.blocks():
-            mine = (block.batch, block.kv_heads)
-            dk_sum = torch.zeros(dk[mine].shape, dtype=kind, device=dk.device)
-            dv_sum = torch.zeros(dv[mine].shape, dtype=kind, device=dv.device)
-            for index, rows in walk.query_tiles():
-                found = self._rows(block, rows)
-                do = walk.load_queries(d_out, block, rows)
-                numbers = [walk.load_queries(x.unsqueeze(-1), block, rows) for x in (d_lse, t_lse, t_delta)]
-                acc = torch.zeros_like(found.q)
-                for key in walk.schedule(block).keys(index):
-                    where = slice(key.start, key.stop)
-                    tile = self._scores(found, block, rows, key)
-                    k, tk = walk.load(inputs.k, block, where), walk.load(self.t.k, block, where)
-                    d_p, t_dp = self._score_gradients(tile, do, block, where)
-                    ds, t_ds, t_p = _lifted(tile, found.delta, d_p, t_dp, numbers)
-                    dv_sum[:, :, where] += product(kept(walk, t_p, tile.at), tile.seen, do, transposed=True)
-                    dx, t_dx = self._through(tile, ds, t_ds, buffers)
-                    acc += steady_matmul(t_dx, finite(k)) + steady_matmul(dx, finite(tk))
-                    dk_sum[:, :, where] += steady_matmul(t_dx, finite(found.q), a_t=True)
-                    dk_sum[:, :, where] += steady_matmul(dx, finite(found.tq), a_t=True)
-                dq[block.batch, walk.heads(block), rows] = walk.unfold(acc * self.problem.scale).to(dq.dtype)
-            dk[mine], dv[mine] = (dk_sum * self.problem.scale).to(dk.dtype), dv_sum.to(dv.dtype)
-        flat = [buffer for found in buffers for buffer in found]
-        tensors = inputs.bias.tensors() if inputs.bias is not None else ()
-        bias = tuple(x.to(t.dtype) for x, t in zip(flat, tensors, strict=True))
-        return Gradients(dq, dk, dv, self._sink_gradient(d_lse, t_lse, t_delta), bias)
+        buffers = [t.new_gradients(self.problem.accumulate) for t in walk.terms]
+
+        def add(tile: QueryTile, dk: Tensor, dv: Tensor) -> Tensor:
+            rows, do = self._rows(tile), walk.load_queries(d_out, tile)
+            numbers = [walk.load_queries(x, tile) for x in (d_lse, t_lse, t_delta)]
+            dq = torch.zeros_like(rows.q)
+            for key in walk.keys(tile):
+                found = self._scores(rows, tile, key)
+                k, tk = walk.load(inputs.k, tile, key), walk.load(self.t.k, tile, key)
+                d_p, t_dp = self._score_gradients(found, do, tile, key)
+                ds, t_ds, t_p = _lifted(found, rows.delta, d_p, t_dp, numbers)
+                dv[:, :, key.where] += product(kept(walk, t_p, found.at), found.seen, do, transposed=True)
+                dx, t_dx = self._through(found, ds, t_ds, buffers)
+                dq += steady_matmul(t_dx, finite(k)) + steady_matmul(dx, finite(tk))
+                dk[:, :, key.where] += steady_matmul(t_dx, finite(rows.q), a_t=True)
+                dk[:, :, key.where] += steady_matmul(dx, finite(rows.tq), a_t=True)
+            return dq
+
+        return collected(walk, buffers, add)._replace(sinks=self._sink_gradient(d_lse, t_lse, t_delta))
 
     def _tangents_of_rows(self, d_out: Tensor) -> tuple[Tensor, Tensor]:
         """lse' and delta', (B, Hq, Lq)."""
         walk, p = self.walk, self.problem
         t_lse, t_delta = d_out.new_empty(2, p.B, p.Hq, p.Lq, dtype=p.accumulate).unbind(0)
-        for block in walk.blocks():
-            for index, rows in walk.query_tiles():
-                found = self._rows(block, rows)
-                do = walk.load_queries(d_out, block, rows)
-                total = self._sink_tangent(block, rows)
-                moved, more = torch.zeros_like(total), torch.zeros_like(total)
-                for key in walk.schedule(block).keys(index):
-                    tile = self._scores(found, block, rows, key)
-                    d_p, t_dp = self._score_gradients(tile, do, block, slice(key.start, key.stop))
-                    by_score = tile.p * tile.tangent
-                    total += by_score.sum(-1, keepdim=True)
-                    moved += torch.where(tile.seen, by_score * d_p, 0.0).sum(-1, keepdim=True)
-                    more += torch.where(tile.seen, tile.p * t_dp, 0.0).sum(-1, keepdim=True)
-                here = (block.batch, walk.heads(block), rows)
-                t_lse[here] = walk.unfold(total).squeeze(-1)
-                t_delta[here] = walk.unfold(moved - total * found.delta + more).squeeze(-1)
+        for tile in walk.all_tiles():
+            rows, do, total = self._rows(tile), walk.load_queries(d_out, tile), self._sink_tangent(tile)
+            moved, more = torch.zeros_like(total), torch.zeros_like(total)
+            for key in walk.keys(tile):
+                found = self._scores(rows, tile, key)
+                d_p, t_dp = self._score_gradients(found, do, tile, key)
+                by_score = found.p * found.tangent
+                total += by_score.sum(-1, keepdim=True)
+                moved += torch.where(found.seen, by_score * d_p, 0.0).sum(-1, keepdim=True)
+                more += torch.where(found.seen, found.p * t_dp, 0.0).sum(-1, keepdim=True)
+            walk.store(total, t_lse, tile)
+            walk.store(moved - total * rows.delta + more, t_delta, tile)
         return t_lse, t_delta
 
-    def _rows(self, block: Block, rows: slice) -> _Rows:
-        q, tq = (self.walk.load_queries(x, block, rows) for x in (self.inputs.q, self.t.q))
-        return _Rows(q, tq, *self.rows.load(block, rows))
+    def _rows(self, tile: QueryTile) -> _Rows:
+        return _Rows(*(self.walk.load_queries(x, tile) for x in (self.inputs.q, self.t.q)), *self.rows.load(tile))
 
-    def _scores(self, rows: _Rows, block: Block, where: slice, key: KeyTile) -> _Scores:
+    def _scores(self, rows: _Rows, tile: QueryTile, key: KeyTile) -> _Scores:
         walk, cap = self.walk, self.problem.softcap
-        keys = slice(key.start, key.stop)
-        k, tk = walk.load(self.inputs.k, block, keys), walk.load(self.t.k, block, keys)
-        found = walk.scores(rows.q, k, block, where, key)
+        k, tk = walk.load(self.inputs.k, tile, key), walk.load(self.t.k, tile, key)
+        found = walk.scores(rows.q, k, tile, key)
         seen = found.s != -torch.inf
         p = torch.where(seen, torch.exp(found.s - rows.top) / rows.total, 0.0)
         tangent = steady_matmul(rows.tq, k, b_t=True) + steady_matmul(rows.q, tk, b_t=True)
@@ -206,35 +186,33 @@ class _Second:
             tangent = walk.fold(tangent)
         return _Scores(p, torch.where(seen, tangent, 0.0), seen, found.at, capped, mods)
 
-    def _score_gradients(self, tile: _Scores, do: Tensor, block: Block, where: slice) -> tuple[Tensor, Tensor]:
+    def _score_gradients(self, found: _Scores, do: Tensor, tile: QueryTile, key: KeyTile) -> tuple[Tensor, Tensor]:
         """dp and dp'."""
-        v, tv = self.walk.load(self.inputs.v, block, where), self.walk.load(self.t.v, block, where)
-        return kept(self.walk, steady_matmul(do, v, b_t=True), tile.at), kept(
-            self.walk, steady_matmul(do, tv, b_t=True), tile.at
-        )
+        v, tv = (self.walk.load(x, tile, key) for x in (self.inputs.v, self.t.v))
+        d_p, t_dp = (kept(self.walk, steady_matmul(do, x, b_t=True), found.at) for x in (v, tv))
+        return d_p, t_dp
 
     def _through(
-        self, tile: _Scores, ds: Tensor, t_ds: Tensor, buffers: list[tuple[Tensor, ...]]
+        self, found: _Scores, ds: Tensor, t_ds: Tensor, buffers: list[tuple[Tensor, ...]]
     ) -> tuple[Tensor, Tensor]:
         """The terms' own gradients, and those of scale * q.k with their derivative."""
         walk = self.walk
         if walk.terms:
             ds, t_ds = walk.unfold(ds), walk.unfold(t_ds)
             for index in reversed(range(len(walk.terms))):
-                if index in tile.mods:
-                    ds, t_ds = _back(tile.mods[index], ds, t_ds)
+                if index in found.mods:
+                    ds, t_ds = _back(found.mods[index], ds, t_ds)
                 else:
-                    walk.terms[index].add_gradients(buffers[index], t_ds, tile.at)
+                    walk.terms[index].add_gradients(buffers[index], t_ds, found.at)
             ds, t_ds = walk.fold(ds), walk.fold(t_ds)
-        return _back(tile.cap, ds, t_ds) if tile.cap is not None else (ds, t_ds)
+        return _back(found.cap, ds, t_ds) if found.cap is not None else (ds, t_ds)
 
-    def _sink_tangent(self, block: Block, rows: slice) -> Tensor:
+    def _sink_tangent(self, tile: QueryTile) -> Tensor:
         """What the sinks' tangents add to lse' of a tile of queries, (b, kv heads, group * rows, 1)."""
         walk, share, tangents = self.walk, self.share, self._tangents_of_sinks()
-        here = (block.batch, walk.heads(block), rows)
         if share is None or tangents is None:
-            return walk.fold(torch.zeros_like(self.rows.top[here]).unsqueeze(-1))
-        return walk.fold((share[here] * tangents[walk.heads(block), None]).unsqueeze(-1))
+            return walk.fold(torch.zeros_like(self.rows.top[tile.here]).unsqueeze(-1))
+        return walk.fold((share[tile.here] * tangents[tile.here[1], None]).unsqueeze(-1))
 
     def _tangents_of_sinks(self) -> Tensor | None:
         sinks, tangent = self.inputs.sinks, self.t.sinks
@@ -251,14 +229,14 @@ class _Second:
 
 
 def _lifted(
-    tile: _Scores, delta: Tensor, d_p: Tensor, t_dp: Tensor, numbers: list[Tensor]
+    found: _Scores, delta: Tensor, d_p: Tensor, t_dp: Tensor, numbers: list[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """ds, ds' and p'; zero where hidden."""
     d_lse, t_lse, t_delta = numbers
     towards = d_p - delta + d_lse
-    t_p = torch.where(tile.seen, tile.p * (tile.tangent - t_lse), 0.0)
-    ds = torch.where(tile.seen, tile.p * towards, 0.0)
-    t_ds = torch.where(tile.seen, t_p * towards + tile.p * (t_dp - t_delta), 0.0)
+    t_p = torch.where(found.seen, found.p * (found.tangent - t_lse), 0.0)
+    ds = torch.where(found.seen, found.p * towards, 0.0)
+    t_ds = torch.where(found.seen, t_p * towards + found.p * (t_dp - t_delta), 0.0)
     return ds, t_ds, t_p
 
 
@@ -266,16 +244,10 @@ def _mod(term: ScoreMod, before: Tensor, at: Tile, entering: Tensor) -> _Step:
     """The step of a score_mod: it works element by element, so its derivative is a number an element."""
     with torch.enable_grad():
         x = before.detach().requires_grad_()
-        slope = _slope(term.apply(x, at), x)
-        bend = _slope(slope, x)
+        y = term.apply(x, at)
+        slope = pulled(y, x, torch.ones_like(y), further=True)
+        bend = pulled(slope, x, torch.ones_like(slope), further=True)
     return _Step(slope.detach(), bend.detach(), entering)
-
-
-def _slope(y: Tensor, x: Tensor) -> Tensor:
-    if not y.requires_grad:
-        return torch.zeros_like(x)
-    found = torch.autograd.grad(y, x, torch.ones_like(y), create_graph=True, allow_unused=True)[0]
-    return torch.zeros_like(x) if found is None else found
 
 
 def _back(step: _Step, ds: Tensor, t_ds: Tensor) -> tuple[Tensor, Tensor]:

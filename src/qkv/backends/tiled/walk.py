@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from qkv.backends.tiled.schedule import HeadRow, KeyTile, Schedule
+from qkv.backends.tiled.schedule import KeyTile, Schedule, head_row
 from qkv.call.problem import Inputs, Problem, query_positions
 from qkv.masks import Tile
 from qkv.numerics import dropout_keep, softcap, steady_matmul
@@ -24,6 +24,14 @@ class Block(NamedTuple):
 
     batch: slice
     kv_heads: slice
+
+
+class QueryTile(NamedTuple):
+    """A tile of queries of one block; `here` is where it lies in (B, Hq, Lq): batch rows, query heads, queries."""
+
+    block: Block
+    number: int
+    here: tuple[slice, slice, slice]
 
 
 class Scores(NamedTuple):
@@ -67,16 +75,22 @@ class Walk:
             for g in range(0, p.Hkv, heads):
                 yield Block(slice(b, min(b + rows, p.B)), slice(g, min(g + heads, p.Hkv)))
 
-    def query_tiles(self) -> Iterator[tuple[int, slice]]:
-        for index, start in enumerate(range(0, self.problem.Lq, self.T)):
-            yield index, slice(start, min(start + self.T, self.problem.Lq))
+    def tiles(self, block: Block) -> Iterator[QueryTile]:
+        for number, start in enumerate(range(0, self.problem.Lq, self.T)):
+            rows = slice(start, min(start + self.T, self.problem.Lq))
+            yield QueryTile(block, number, (block.batch, self.heads(block), rows))
+
+    def all_tiles(self) -> Iterator[QueryTile]:
+        for block in self.blocks():
+            yield from self.tiles(block)
 
     def heads(self, block: Block) -> slice:
         """The query heads that read the block's key/value heads."""
         return slice(block.kv_heads.start * self.problem.group, block.kv_heads.stop * self.problem.group)
 
-    def schedule(self, block: Block) -> Schedule:
-        p = self.problem
+    def keys(self, tile: QueryTile) -> Iterator[KeyTile]:
+        """The key tiles that a tile of queries has to visit, in order."""
+        p, block = self.problem, tile.block
         b = block.batch.start if p.varies_by_batch else 0
         h = block.kv_heads.start if p.varies_by_head else 0
         if (b, h) not in self._schedules:
@@ -89,23 +103,30 @@ class Walk:
                 for head in range(heads.start, heads.stop)
             ]
             self._schedules[b, h] = Schedule(p.mask, lines, p.Lq, p.Lk, self.T, self.K)
-        return self._schedules[b, h]
+        return self._schedules[b, h].keys(tile.number)
 
-    def at(self, block: Block, rows: slice, keys: slice) -> Tile:
-        heads = self.heads(block)
-        b, h, i, j = (torch.arange(s.start, s.stop, device=self.device) for s in (block.batch, heads, rows, keys))
-        p = self.positions[block.batch, rows] if self.positions.shape[0] > 1 else self.positions[:, rows]
-        return Tile(
-            block.batch, heads, rows, keys, b[:, None, None, None], h[:, None, None], i[:, None], p[:, None, :, None], j
-        )
+    def at(self, tile: QueryTile, key: KeyTile) -> Tile:
+        batch, _, rows = tile.here
+        b, h, i, j = (torch.arange(s.start, s.stop, device=self.device) for s in (*tile.here, key.where))
+        p = self.positions[batch, rows] if self.positions.shape[0] > 1 else self.positions[:, rows]
+        return Tile(*tile.here, key.where, b[:, None, None, None], h[:, None, None], i[:, None], p[:, None, :, None], j)
 
-    def load(self, x: Tensor, block: Block, where: slice) -> Tensor:
+    def load(self, x: Tensor, tile: QueryTile, key: KeyTile) -> Tensor:
         """Rows of k or v as (b, kv heads, rows, D) in the accumulation dtype."""
-        return self._copy(x[block.batch, block.kv_heads, where])
+        return self._copy(x[tile.block.batch, tile.block.kv_heads, key.where])
 
-    def load_queries(self, x: Tensor, block: Block, rows: slice) -> Tensor:
-        """Rows of q (or out, or a gradient of it) as (b, kv heads, group * rows, D): a group shares each key load."""
-        return self.fold(self._copy(x[block.batch, self.heads(block), rows]))
+    def load_queries(self, x: Tensor, tile: QueryTile) -> Tensor:
+        """Rows of q (or out, or a gradient of it) as (b, kv heads, group * rows, D): a group shares each key load.
+
+        Of one number a row, such as lse, D is 1.
+        """
+        x = self._copy(x[tile.here])
+        return self.fold(x if x.dim() == 4 else x.unsqueeze(-1))
+
+    def store(self, x: Tensor, to: Tensor, tile: QueryTile) -> None:
+        """The way back."""
+        x = self.unfold(x).to(to.dtype)
+        to[tile.here] = x if to.dim() == 4 else x.squeeze(-1)
 
     def _copy(self, x: Tensor) -> Tensor:
         # Always a copy: the bits of a matrix product may depend on its operands' strides, and even on their alignment.
@@ -121,22 +142,22 @@ class Walk:
         group, (b, heads, n, width) = self.problem.group, x.shape
         return x.reshape(b, heads * group, n // group, width)
 
-    def begin(self, block: Block, q: Tensor) -> tuple[Tensor, Tensor]:
+    def begin(self, tile: QueryTile, q: Tensor) -> tuple[Tensor, Tensor]:
         """Row maxima and sums before any key: those of the sinks."""
         sinks = self.inputs.sinks
         if sinks is None:
             top = q.new_full((*q.shape[:3], 1), -torch.inf)
         else:
-            mine = sinks[self.heads(block)].to(q.dtype)[None, :, None, None]
+            mine = sinks[tile.here[1]].to(q.dtype)[None, :, None, None]
             top = self.fold(mine.expand(*self.unfold(q).shape[:3], 1))
         return top, torch.where(top == -torch.inf, 0.0, torch.exp(top - top))
 
-    def scores(self, q: Tensor, k: Tensor, block: Block, rows: slice, key: KeyTile) -> Scores:
+    def scores(self, q: Tensor, k: Tensor, tile: QueryTile, key: KeyTile) -> Scores:
         """Scores of one tile, -inf where hidden."""
         p = self.problem
         dots = steady_matmul(q, k, b_t=True).mul_(p.scale)  # a scaled q may overflow where the score does not
         s = dots if p.softcap is None else softcap(dots, p.softcap)
-        at = self.at(block, rows, slice(key.start, key.stop))
+        at = self.at(tile, key)
         seen: Tensor | None = None
         before: dict[int, Tensor] = {}
         if self.terms or not key.full:
@@ -163,13 +184,6 @@ class Walk:
         """The surviving weights of a tile under dropout, folded like the scores."""
         kept = dropout_keep(self.inputs.seed, self.problem.dropout_p, at.b, at.h, at.i, at.j)
         return self.fold(kept.expand(at.b.shape[0], at.h.shape[0], at.i.shape[0], at.j.shape[0]))
-
-
-def head_row(problem: Problem, positions: Tensor | None, b: int, h: int) -> HeadRow:
-    """Query head h of batch row b, as a mask's schedule sees it."""
-    if positions is None:
-        return HeadRow(b, h, problem.offset(b), None)
-    return HeadRow(b, h, 0, positions[b if positions.shape[0] > 1 else 0].cpu())
 
 
 def product(weights: Tensor, seen: Tensor, values: Tensor, *, transposed: bool = False) -> Tensor:
