@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ from qkv._torch import forward_mode, older_vmaps, over_samples, under_transform
 from qkv.backends.base import Backend, Gradients, Prepared
 from qkv.backends.tiled import backward as tiled_backward
 from qkv.backends.tiled.second import along, curved
-from qkv.call.problem import Inputs, Output, Problem, join_batch
+from qkv.call.problem import Inputs, Output, Problem, join_batch, one_by_one
 from qkv.errors import UnsupportedError
 from qkv.masks.portable import decode
 from qkv.scores import ScoreTerm
@@ -95,7 +96,6 @@ def _no_lse(problem: Problem, q: Tensor) -> Tensor:
     return q.new_full(q.shape[:3], torch.nan, dtype=problem.accumulate)
 
 
-# What each function computes, on plain tensors.
 def _attention(recipe: Recipe, *given: Any) -> tuple[Any, ...]:
     problem, inputs = recipe.inputs(given)
     out, lse, state = recipe.ready(problem, inputs).run(*inputs)
@@ -103,25 +103,6 @@ def _attention(recipe: Recipe, *given: Any) -> tuple[Any, ...]:
         assert not problem.needs_lse
         lse = _no_lse(problem, inputs.q)
     return (out, lse) if state is None else (out, lse, state)
-
-
-def _backward(recipe: Recipe, *tensors: Any) -> tuple[Any, ...]:
-    d_out, d_lse, *output = tensors[recipe.given :]
-    problem, inputs = recipe.inputs(tensors[: recipe.given])
-    if not output:
-        return _listed(tiled_backward.backward(problem, inputs, d_out, d_lse))
-    return _listed(backward(recipe.ready(problem, inputs), inputs, Output(*output), d_out, d_lse))
-
-
-def _along(recipe: Recipe, *tensors: Any) -> tuple[Any, ...]:
-    problem, inputs = recipe.inputs(tensors[: recipe.given])
-    return along(problem, inputs, _tangents(tensors[recipe.given :]))
-
-
-def _curved(recipe: Recipe, *tensors: Any) -> tuple[Any, ...]:
-    d_out, d_lse, *tangents = tensors[recipe.given :]
-    problem, inputs = recipe.inputs(tensors[: recipe.given])
-    return _listed(curved(problem, inputs, d_out, d_lse, _tangents(tangents)))
 
 
 def _listed(found: Gradients) -> tuple[Any, ...]:
@@ -133,7 +114,34 @@ def _tangents(listed: Sequence[Any]) -> Gradients:
     return Gradients(q, k, v, sinks, tuple(bias))
 
 
-class _Differentiable(Function):
+class _Mapped(Function):
+    """What torch.func and torch.vmap may map."""
+
+    rows: tuple[int, ...] = ()
+    """Of the first tensors after the call's own, which dimension is the batch: the second of a state."""
+    sums = False
+    """Whether what is for sinks and bias is a sum over the batch."""
+
+    @classmethod
+    def vmap(cls, info: Any, in_dims: Any, recipe: Recipe, *tensors: Any) -> Any:
+        count, dims, p = info.batch_size, in_dims[1:], recipe.problem
+        batched = {0: 0, 1: 0, 2: 0} | {recipe.given + n: batch for n, batch in enumerate(cls.rows)}
+        bias = [t for t in tensors[_FIXED : _FIXED + recipe.terms] if t.dim() == 4 and t.shape[0] > 1]
+        shared = p.has_sinks or recipe.terms > 0
+        alone = any(d is not None and n not in batched for n, d in enumerate(dims))
+        if alone or p.varies_by_batch or bias or (shared and cls.sums) or p.dropout_p > 0:
+            return one_by_one(partial(cls.apply, replace(recipe, prepared=None)), count, dims, tensors)
+        folded = [
+            join_batch(t, d, count, batched[n]) if n in batched else t
+            for n, (t, d) in enumerate(zip(tensors, dims, strict=True))
+        ]
+        wider = replace(recipe, problem=replace(p, B=count * p.B), prepared=None)
+        found = cls.apply(wider, *folded)
+        ends = (0,) * len(found) if cls.sums else (0, 0, 1)[: len(found)]  # else out, lse and, it may be, a state
+        return tuple(t.unflatten(end, (count, p.B)) for t, end in zip(found, ends, strict=True)), ends
+
+
+class _Differentiable(_Mapped):
     """What the four share: everything they are given and return is saved, so that writing into it is noticed."""
 
     @staticmethod
@@ -166,7 +174,7 @@ class Attention(Function):
         return _apply(_Along, recipe, *saved, *_filled(recipe, saved, tangents))
 
 
-class TransformedAttention(Attention):
+class TransformedAttention(_Mapped, Attention):
     """The same for torch.func, in the form that it asks for; its apply costs tens of microseconds more."""
 
     @staticmethod
@@ -184,15 +192,17 @@ class TransformedAttention(Attention):
     def jvp(ctx: Any, _: Any, *tangents: Any) -> Any:
         return *Attention.jvp(ctx, _, *tangents), *[None] * (ctx.results - 2)
 
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, recipe: Recipe, *tensors: Any) -> Any:
-        return _mapped(TransformedAttention, (), False, info, in_dims, recipe, tensors)
-
 
 class _Backward(_Differentiable):
+    rows, sums = (0, 0, 0, 0, 1), True
+
     @staticmethod
     def forward(recipe: Recipe, *tensors: Any) -> tuple[Any, ...]:
-        return _backward(recipe, *tensors)
+        d_out, d_lse, *output = tensors[recipe.given :]
+        problem, inputs = recipe.inputs(tensors[: recipe.given])
+        if not output:
+            return _listed(tiled_backward.backward(problem, inputs, d_out, d_lse))
+        return _listed(backward(recipe.ready(problem, inputs), inputs, Output(*output), d_out, d_lse))
 
     @staticmethod
     def backward(ctx: Any, *towards: Any) -> Any:
@@ -213,15 +223,14 @@ class _Backward(_Differentiable):
         more = _apply(_Backward, recipe, *saved[:n], d_out, d_lse, *saved[n + 2 :])
         return tuple(a + b for a, b in zip(found, more, strict=True))
 
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, recipe: Recipe, *tensors: Any) -> Any:
-        return _mapped(_Backward, (0, 0, 0, 0, 1), True, info, in_dims, recipe, tensors)
-
 
 class _Along(_Differentiable):
+    rows = (0, 0, 0)
+
     @staticmethod
     def forward(recipe: Recipe, *tensors: Any) -> tuple[Any, ...]:
-        return _along(recipe, *tensors)
+        problem, inputs = recipe.inputs(tensors[: recipe.given])
+        return along(problem, inputs, _tangents(tensors[recipe.given :]))
 
     @staticmethod
     def backward(ctx: Any, d_out: Tensor, d_lse: Tensor) -> Any:
@@ -239,15 +248,15 @@ class _Along(_Differentiable):
         )
         raise UnsupportedError.of(ctx.recipe.problem.call, rule, "a tangent of a tangent", fix)
 
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, recipe: Recipe, *tensors: Any) -> Any:
-        return _mapped(_Along, (0,) * 3, False, info, in_dims, recipe, tensors)
-
 
 class _Curved(_Differentiable):
+    rows, sums = (0, 0, 0, 0, 0), True
+
     @staticmethod
     def forward(recipe: Recipe, *tensors: Any) -> tuple[Any, ...]:
-        return _curved(recipe, *tensors)
+        d_out, d_lse, *tangents = tensors[recipe.given :]
+        problem, inputs = recipe.inputs(tensors[: recipe.given])
+        return _listed(curved(problem, inputs, d_out, d_lse, _tangents(tangents)))
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:
@@ -256,10 +265,6 @@ class _Curved(_Differentiable):
         raise UnsupportedError.of(ctx.recipe.problem.call, rule, "a gradient of a gradient of a gradient", fix)
 
     jvp = backward
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, recipe: Recipe, *tensors: Any) -> Any:
-        return _mapped(_Curved, (0,) * 5, True, info, in_dims, recipe, tensors)
 
 
 class Through(Function):
@@ -286,9 +291,6 @@ class Through(Function):
         return None, None, *[g if wanted else None for g, wanted in zip(found, ctx.needs_input_grad[2:], strict=True)]
 
 
-_COMPUTE = {Attention: _attention, _Backward: _backward, _Along: _along, _Curved: _curved}
-
-
 def _apply(function: Any, recipe: Recipe, *tensors: Any) -> tuple[Any, ...]:
     """The function, as part of a graph only where someone may differentiate or map it."""
     found: tuple[Any, ...] | None
@@ -301,7 +303,7 @@ def _apply(function: Any, recipe: Recipe, *tensors: Any) -> tuple[Any, ...]:
         found = function.apply(recipe, *tensors)
     else:
         with torch.no_grad():
-            found = _COMPUTE[function](recipe, *tensors)
+            found = function.forward(recipe, *tensors)
     return found
 
 
@@ -313,43 +315,3 @@ def _filled(recipe: Recipe, given: Sequence[Any], tangents: Sequence[Any]) -> li
 
 def _needed(ctx: Any, gradients: Sequence[Any]) -> list[Any]:
     return [g if wanted else None for g, wanted in zip(gradients, ctx.needs_input_grad[1:], strict=True)]
-
-
-def _mapped(
-    function: Any, rows: tuple[int, ...], sums: bool, info: Any, in_dims: Any, recipe: Recipe, tensors: tuple[Any, ...]
-) -> tuple[Any, Any]:
-    """A function over a mapped dimension.
-
-    `rows`: of the first tensors after `given`, which dimension is the batch: the second of a state. `sums`: it sums
-    over the batch what is for sinks and bias.
-    """
-    count, dims, p = info.batch_size, in_dims[1:], recipe.problem
-    batched = {0: 0, 1: 0, 2: 0} | {recipe.given + n: batch for n, batch in enumerate(rows)}
-    bias = [t for t in tensors[_FIXED : _FIXED + recipe.terms] if t.dim() == 4 and t.shape[0] > 1]
-    shared = p.has_sinks or recipe.terms > 0
-    alone = any(d is not None and n not in batched for n, d in enumerate(dims))
-    # Dropout draws by batch row: samples in one batch would not drop the same weights as one by one.
-    if alone or p.varies_by_batch or bias or (shared and sums) or p.dropout_p > 0:
-        return _one_by_one(function, count, dims, recipe, tensors)
-    folded = [
-        join_batch(t, d, count, batched[n]) if n in batched else t
-        for n, (t, d) in enumerate(zip(tensors, dims, strict=True))
-    ]
-    wider = replace(recipe, problem=replace(p, B=count * p.B), prepared=None)
-    found = function.apply(wider, *folded)
-    ends = (0,) * len(found) if sums else (0, 0, 1)[: len(found)]  # else out, lse and, it may be, a state
-    return tuple(t.unflatten(end, (count, p.B)) for t, end in zip(found, ends, strict=True)), ends
-
-
-def _one_by_one(
-    function: Any, count: int, dims: Sequence[int | None], recipe: Recipe, tensors: tuple[Any, ...]
-) -> tuple[Any, Any]:
-    samples = []
-    for n in range(max(count, 1)):
-        each = [
-            t if d is None else t.select(d, n) if count else t.new_zeros(t.movedim(d, 0).shape[1:])
-            for t, d in zip(tensors, dims, strict=True)
-        ]
-        samples.append(function.apply(replace(recipe, prepared=None), *each))
-    found = tuple(torch.stack(parts)[:count] for parts in zip(*samples, strict=True))
-    return found, (0,) * len(found)

@@ -134,6 +134,29 @@ def join_batch(t: Tensor, mapped: int | None, count: int, batch: int) -> Tensor:
     return t.movedim(mapped, batch).flatten(batch, batch + 1)
 
 
+def one_by_one(function: Any, count: int, dims: Sequence[Any], given: Sequence[Any]) -> tuple[Any, Any]:
+    """A function over a mapped dimension, sample by sample: its results, stacked, and their mapped dimensions.
+
+    Lists of tensors among what is given or found have lists of dimensions. Of no sample at all only shapes are known:
+    those of zeros.
+    """
+
+    def sample(x: Any, dim: Any, n: int) -> Any:
+        if isinstance(x, (list, tuple)):
+            return [sample(t, d, n) for t, d in zip(x, dim or [None] * len(x), strict=True)]
+        return x if dim is None else x.select(dim, n) if count else x.new_zeros(x.movedim(dim, 0).shape[1:])
+
+    def stacked(parts: tuple[Any, ...]) -> Any:
+        return (
+            list(map(stacked, zip(*parts, strict=True))) if isinstance(parts[0], list) else torch.stack(parts)[:count]
+        )
+
+    every = range(max(count, 1))
+    samples = [function(*(sample(x, dim, n) for x, dim in zip(given, dims, strict=True))) for n in every]
+    found = tuple(map(stacked, zip(*samples, strict=True)))
+    return found, tuple([0] * len(x) if isinstance(x, list) else 0 for x in found)
+
+
 def dense_strides(size: Sequence[int], like: Sequence[int]) -> tuple[int, ...]:
     """Strides that store `size` densely, in the order of dimensions that the strides `like` have.
 

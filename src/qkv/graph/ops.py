@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +25,7 @@ from torch import Tensor
 from qkv import execute, flops
 from qkv._torch import SingleLevel, below_autograd, keys_below_autograd, older_vmaps, over_samples
 from qkv.backends.base import Prepared
-from qkv.call.problem import CALL, Inputs, Options, Output, empty_output, join_batch
+from qkv.call.problem import CALL, Inputs, Options, Output, empty_output, join_batch, one_by_one
 from qkv.call.validate import check_metadata, check_sinks, drawn_positions, refuse_positions, validate
 from qkv.errors import UnsupportedError
 from qkv.masks import Mask, Sizes
@@ -278,26 +279,13 @@ def _over(op: Callable[..., Any], before: tuple[int, ...], sums: bool) -> Callab
             ends = (0, 0, 0) if sums else (0, 0, 1)  # dq, dk and dv; out, lse and state
             split = tuple(t.unflatten(end, (count, B)) for t, end in zip(found, ends, strict=False))
             return (*split, *found[3:]), (*ends, *((None, []) if sums else ()))
-        samples = [op(*(_pick(a, d, n) for a, d in zip(args, in_dims, strict=True)), **static) for n in range(count)]
-        stacked = tuple(
-            [torch.stack(each) for each in zip(*parts, strict=True)]
-            if isinstance(parts[0], list)
-            else torch.stack(parts)
-            for parts in zip(*samples, strict=True)
-        )
-        return stacked, tuple([0] * len(x) if isinstance(x, list) else 0 for x in stacked)
+        return one_by_one(partial(op, **static), count, in_dims, args)
 
     return rule
 
 
 def _is_mapped(dim: Any) -> bool:
     return any(map(_is_mapped, dim)) if isinstance(dim, (list, tuple)) else dim is not None
-
-
-def _pick(given: Any, dim: Any, n: int) -> Any:
-    if isinstance(given, (list, tuple)):
-        return [_pick(t, d, n) for t, d in zip(given, dim or [None] * len(given), strict=True)]
-    return given if dim is None else given.select(dim, n)
 
 
 # ------------------------------------------------------------------------------------------------- registration
