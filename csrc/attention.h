@@ -6,6 +6,8 @@
 #pragma once
 #include <cstdint>
 
+#include "mask/kinds.h"
+
 namespace qkv {
 
 enum class Type : int32_t { f32 = 0, bf16 = 1, f16 = 2, f64 = 3, i8 = 4, f8 = 5 };  // f8: e4m3, without infinities
@@ -18,24 +20,11 @@ enum class Status : int32_t {
     bad_program = 4,  // the mask program is malformed or too deep
 };
 
-// Words of a mask program in postfix order; arguments follow their opcode. Operands are named by index.
+// Words of a mask program in postfix order; arguments follow their opcode: mask/kinds.h.
 enum MaskOp : int64_t {
-    kMaskAll = 0,        //
-    kMaskWindow = 1,     // left right           (-1: unbounded)
-    kMaskPrefix = 2,     // n operand            (operand -1: n; else int64 (B,))
-    kMaskPadding = 3,    // operand side         (int64 (B,); side 0: right, 1: left)
-    kMaskDocuments = 4,  // by_index contiguous lo hi q_rows q_len qid kid k_rows
-    kMaskChunked = 5,    // n
-    kMaskStrided = 6,    // n offset
-    kMaskDilated = 7,    // window step
-    kMaskGlobal = 8,     // operand              (sorted unique int64)
-    kMaskRandom = 9,     // per_row block seed
-    kMaskBlocks = 10,    // operand rows_b rows_h nq nk block
-    kMaskPerHead = 11,   // Hq, then Hq times: length words...
-    kMaskDense = 12,     // operand stride_b stride_h stride_i stride_j
-    kMaskAnd = 13,
-    kMaskOr = 14,
-    kMaskNot = 15,
+#define QKV_OPCODE(name, opcode, ...) kMask##name = opcode,
+    QKV_MASK_KINDS(QKV_OPCODE)
+#undef QKV_OPCODE
 };
 
 struct Operand {

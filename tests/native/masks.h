@@ -1,6 +1,7 @@
 // Random masks: as a tree, with its own evaluation, and as the words and operands that the kernels take.
 #pragma once
 #include <algorithm>
+#include <cstdlib>
 
 #include "memory.h"
 
@@ -81,7 +82,8 @@ inline bool visible(const Mask& m, const Where& w) {
         case qkv::kMaskDense: return m.tables[0][static_cast<size_t>(w.b * a[1] + w.h * a[2] + w.i * a[3] + w.j * a[4])] != 0;
         case qkv::kMaskAnd: return visible(m.parts[0], w) && visible(m.parts[1], w);
         case qkv::kMaskOr: return visible(m.parts[0], w) || visible(m.parts[1], w);
-        default: return !visible(m.parts[0], w);
+        case qkv::kMaskNot: return !visible(m.parts[0], w);
+        default: std::abort();  // a kind that is only half here
     }
 }
 
@@ -131,11 +133,8 @@ inline void lower(const Mask& m, Lowered& to, Guard guard) {
             args[2] = index[0], args[3] = index[1];
             args[6] = index.size() > 2 ? index[2] : -1, args[7] = index.size() > 2 ? index[3] : -1;
             break;
-        case qkv::kMaskPadding:
-        case qkv::kMaskGlobal:
-        case qkv::kMaskBlocks:
-        case qkv::kMaskDense: args[0] = index[0]; break;
-        default: break;
+        default:
+            if (!index.empty()) args[0] = index[0];
     }
     to.words.push_back(m.op);
     to.words.insert(to.words.end(), args.begin(), args.end());
@@ -180,11 +179,23 @@ inline Mask random_documents(Random& random, const Sizes& z, bool ragged) {
     return m;
 }
 
+// The opcodes of masks that are no composition of & | ~.
+inline int64_t random_leaf_opcode(Random& random) {
+    static const std::vector<int64_t> leaves = [] {
+#define QKV_OPCODE(name, opcode, ...) opcode,
+        std::vector<int64_t> all{QKV_MASK_KINDS(QKV_OPCODE)};
+#undef QKV_OPCODE
+        std::erase_if(all, [](int64_t op) { return op >= qkv::kMaskAnd && op <= qkv::kMaskNot; });
+        return all;
+    }();
+    return leaves[static_cast<size_t>(random.in(0, static_cast<int64_t>(leaves.size()) - 1))];
+}
+
 // `nested` counts the per-head masks around it: at most two.
 inline Mask random_leaf(Random& random, const Sizes& z, bool ragged, int nested = 0) {
     const int64_t n = z.Lk;
-    Mask m{random.in(0, 12), {}, {}, {}};
-    while (m.op == qkv::kMaskPerHead && random.chance(nested == 0 ? 0 : nested == 1 ? 0.9 : 1)) m.op = random.in(0, 12);
+    Mask m{random_leaf_opcode(random), {}, {}, {}};
+    while (m.op == qkv::kMaskPerHead && random.chance(nested == 0 ? 0 : nested == 1 ? 0.9 : 1)) m.op = random_leaf_opcode(random);
     const auto per_batch = [&](int64_t lo, int64_t hi) { m.tables.push_back(table_of(random, random.chance(0.5) ? z.B : 1, lo, hi)); };
     switch (m.op) {
         case qkv::kMaskAll: break;
@@ -234,7 +245,7 @@ inline Mask random_leaf(Random& random, const Sizes& z, bool ragged, int nested 
                 m.parts.push_back(part);
             }
             break;
-        default: {
+        case qkv::kMaskDense: {
             const std::vector<int64_t> size{random.chance(0.5) ? z.B : 1, random.chance(0.5) ? z.Hq : 1, random.chance(0.8) ? z.Lq : 1, n};
             std::vector<int64_t> stride = random_strides(random, size, {false, true});
             int64_t last = 0;
@@ -246,7 +257,9 @@ inline Mask random_leaf(Random& random, const Sizes& z, bool ragged, int nested 
             }
             m.tables = {table_of(random, empty ? 0 : last + 1, 0, random.chance(0.5) ? 1 : 3)};
             m.args = {0, stride[0], stride[1], stride[2], stride[3]};
+            break;
         }
+        default: std::abort();  // a kind that is only half here
     }
     return m;
 }

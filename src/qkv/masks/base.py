@@ -12,7 +12,6 @@ from torch import Tensor
 
 from qkv.checks import integer, readable, shown
 from qkv.errors import ArgumentError, ArgumentTypeError, ShapeError, describe
-from qkv.masks.opcodes import Op
 from qkv.masks.picture import draw
 from qkv.masks.positions import resolve_positions
 from qkv.masks.program import Builder
@@ -285,7 +284,7 @@ class _Joined(Composed):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class And(_Joined, op=Op.AND):
+class And(_Joined, op=13):
     """Visible where every part allows it."""
 
     sign = " & "
@@ -293,7 +292,7 @@ class And(_Joined, op=Op.AND):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Or(_Joined, op=Op.OR):
+class Or(_Joined, op=14):
     """Visible where any part allows it."""
 
     sign = " | "
@@ -301,7 +300,7 @@ class Or(_Joined, op=Op.OR):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Not(Composed, op=Op.NOT):
+class Not(Composed, op=15):
     """Visible where the part does not allow it, among the keys that exist."""
 
     part: Mask
@@ -369,7 +368,7 @@ def _combine(combination: type[And] | type[Or], left: Any, right: Any) -> Mask:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Dense(Mask, op=Op.DENSE):
+class Dense(Mask, op=12):
     """A bool tensor as a mask; made by `dense`."""
 
     t: Tensor

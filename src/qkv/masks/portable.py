@@ -3,8 +3,9 @@
 `mask.program` lowers a mask for a kernel and may look into its tensors. This form never does, so a tracer can follow
 it: the tensors stay inputs of the graph, and other lengths, windows or documents of the same kind need no new graph.
 
-The first integer is 1 where the mask may depend on where the queries stand. The others are those of `masks.opcodes`, in
-prefix order; tensors are taken from their list in order of appearance.
+The first integer is 1 where the mask may depend on where the queries stand. The others are in prefix order: the opcode
+of a mask, then its `_numbers` and `_tensors`, which are taken from their lists in order of appearance; the numbers of
+& | and per_head are the number of parts, and the parts follow.
 """
 
 from __future__ import annotations
@@ -15,8 +16,7 @@ from functools import lru_cache
 from torch import Tensor
 
 from qkv.masks import Mask
-from qkv.masks.base import decoded
-from qkv.masks.opcodes import Op
+from qkv.masks.base import Dense, decoded
 
 
 def encode(call: str, mask: Mask | Tensor, words: list[int], tensors: list[Tensor]) -> None:
@@ -31,14 +31,11 @@ def encode(call: str, mask: Mask | Tensor, words: list[int], tensors: list[Tenso
     ([1, 13, 2, 1, -1, 0, 2, 2], causal() & prefix(2))
     """
     if isinstance(mask, Tensor):
-        words += [0, _DENSE]
+        words += [0, Dense.op]
         tensors += [mask]
     else:
         words += [int(mask._reads_position)]
         mask._encode(call, words, tensors)
-
-
-_DENSE = int(Op.DENSE)
 
 
 def decode(words: Sequence[int], tensors: Sequence[Tensor]) -> Mask | None:

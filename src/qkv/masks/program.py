@@ -1,4 +1,7 @@
-"""A mask as data for a compiled kernel: words in postfix order and the tensors they name (`masks.opcodes`)."""
+"""A mask as data for a compiled kernel: words in postfix order and the tensors they name.
+
+The words of each kind of mask stand in csrc/mask/kinds.h; the opcodes are the classes' own `op`.
+"""
 
 from __future__ import annotations
 

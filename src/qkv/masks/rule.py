@@ -10,7 +10,6 @@ from torch import Tensor
 
 from qkv.errors import UnsupportedError, describe
 from qkv.masks.intervals import Cuts, Intervals, Rows, Spans, anything, compute
-from qkv.masks.opcodes import Op
 from qkv.masks.program import Builder, Program
 from qkv.masks.tile import Sizes, Tile
 
@@ -20,13 +19,13 @@ CPU = torch.device("cpu")
 class Rule:
     """Which keys each query may attend to: what a kind of mask defines, and what follows from it."""
 
-    op: ClassVar[int] = -1  # its number in both lowered forms
+    op: ClassVar[int] = -1  # its number in both lowered forms, that of csrc/mask/kinds.h; saved graphs hold it
     kinds: ClassVar[dict[int, type[Rule]]] = {}  # opcode -> class
 
-    def __init_subclass__(cls, op: Op | None = None) -> None:
+    def __init_subclass__(cls, op: int | None = None) -> None:
         if op is not None:
-            cls.op = int(op)
-            cls.kinds[cls.op] = cls
+            cls.op = op
+            cls.kinds[op] = cls
 
     @property
     def depends_on_position(self) -> bool:

@@ -13,7 +13,6 @@ from qkv.checks import Operand, integers, lookup, shown
 from qkv.errors import ArgumentError, ArgumentTypeError, ShapeError, describe
 from qkv.masks.base import Mask
 from qkv.masks.intervals import INFINITE, Cuts, Rows, Spans, column, groups
-from qkv.masks.opcodes import Op
 from qkv.masks.program import Builder
 from qkv.masks.rule import Rule
 from qkv.masks.shapes import check_batch
@@ -23,7 +22,7 @@ __all__ = ["documents", "padding"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Padding(Mask, op=Op.PADDING):
+class Padding(Mask, op=3):
     """j is one of the row's real keys; made by `padding`."""
 
     lengths: Operand
@@ -179,7 +178,7 @@ class Axis:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Documents(Mask, op=Op.DOCUMENTS):
+class Documents(Mask, op=4):
     """The query's document is the key's; made by `documents`."""
 
     queries: Axis

@@ -14,7 +14,6 @@ from qkv.checks import LIMIT, Operand, integer, integers, whole
 from qkv.errors import ArgumentError, ShapeError, describe
 from qkv.masks.base import Mask
 from qkv.masks.intervals import INFINITE, Cuts, Rows, Spans, column, groups
-from qkv.masks.opcodes import Op
 from qkv.masks.program import Builder
 from qkv.masks.rule import Rule
 from qkv.masks.tile import Sizes, Tile
@@ -30,9 +29,11 @@ __all__ = [
     "window",
 ]
 
+_ALL = 0  # the opcode of a window without sides, for a kernel
+
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Window(Mask, op=Op.WINDOW):
+class Window(Mask, op=1):
     """p - left <= j <= p + right, None = unbounded; made by `causal`, `sliding_window` and `window`."""
 
     left: int | None
@@ -60,7 +61,7 @@ class Window(Mask, op=Op.WINDOW):
         if self.depends_on_position:
             super()._lower(builder)
         else:
-            builder.emit(Op.ALL)
+            builder.emit(_ALL)
 
     def _numbers(self) -> tuple[int, ...]:
         return -1 if self.left is None else self.left, -1 if self.right is None else self.right
@@ -183,7 +184,7 @@ def window(left: int | None, right: int | None) -> Window:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Prefix(Mask, op=Op.PREFIX):
+class Prefix(Mask, op=2):
     """j < n; made by `prefix`."""
 
     n: int | Operand
@@ -275,7 +276,7 @@ def prefix(n: Any) -> Prefix:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Chunked(Mask, op=Op.CHUNKED):
+class Chunked(Mask, op=5):
     """p // n == j // n; made by `chunked`."""
 
     n: int
@@ -347,7 +348,7 @@ def chunked(n: int) -> Chunked:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Strided(Mask, op=Op.STRIDED):
+class Strided(Mask, op=6):
     """(p - j - offset) % n == 0; made by `strided`."""
 
     n: int
@@ -416,7 +417,7 @@ def strided(n: int, offset: int = 0) -> Strided:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Dilated(Mask, op=Op.DILATED):
+class Dilated(Mask, op=7):
     """|p - j| <= window * step and (p - j) % step == 0; made by `dilated`."""
 
     window: int
@@ -491,7 +492,7 @@ def dilated(window: int, step: int) -> Dilated:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class GlobalTokens(Mask, op=Op.GLOBAL):
+class GlobalTokens(Mask, op=8):
     """p or j is in indices; made by `global_tokens`."""
 
     indices: Operand

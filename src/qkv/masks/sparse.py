@@ -13,7 +13,6 @@ from qkv.checks import Operand, integer, integers, shown
 from qkv.errors import ArgumentError, ArgumentTypeError, ShapeError, describe
 from qkv.masks.base import Composed, Mask, Or, as_mask, decoded_parts
 from qkv.masks.intervals import Cuts, Rows, Spans, column, groups
-from qkv.masks.opcodes import Op
 from qkv.masks.program import Builder
 from qkv.masks.rule import Rule
 from qkv.masks.shapes import dilated, floor, global_tokens, window as window_mask
@@ -52,7 +51,7 @@ def _modulo(x: Tensor, n: int) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class RandomBlocks(Mask, op=Op.RANDOM):
+class RandomBlocks(Mask, op=9):
     """j // block is one of the blocks drawn for p // block; made by `random_blocks`."""
 
     per_row: int
@@ -145,7 +144,7 @@ def random_blocks(per_row: int, block: int, seed: int) -> RandomBlocks:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Blocks(Mask, op=Op.BLOCKS):
+class Blocks(Mask, op=10):
     """map[..., p // block, j // block]; made by `blocks`."""
 
     map: Operand  # bool (rows_b, rows_h, nq, nk)
@@ -273,7 +272,7 @@ def blocks(map: Tensor, block: int) -> Blocks:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class PerHead(Composed, op=Op.PER_HEAD):
+class PerHead(Composed, op=11):
     """Head h sees by parts[h]; made by `per_head`."""
 
     parts: tuple[Mask, ...]
