@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 import qkv
 from qkv.bench.calls import all_rows
-from tests.kit.oracle import MASK_MODS, Spec
+from tests.kit.masks import MASK_MODS, Spec
 
 DTYPES = {"f64": torch.float64, "f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 

@@ -10,34 +10,17 @@ memory.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from tests.kit.cases import Config, query_positions, uses_position
-from tests.kit.oracle import MASK_MODS, Spec
+from tests.kit.masks import KINDS, Draw, Rng, Spec, chance, pick, upto
 from tests.kit.wide import widened
-
-Rng = np.random.Generator
 
 EDGES = (1, 15, 16, 17, 31, 32, 33, 47, 48, 49, 63, 64, 65, 95, 96, 97, 127, 128, 129, 191, 192, 193)
 FAR_EDGES = (255, 256, 257, 383, 384, 511, 512, 513, 575, 577, 767, 769, 1023, 1024, 1025)
 HEAD_DIMS = (8, 16, 32, 64, 80, 96, 128)
 PRIMES = (1, 2, 3, 5, 7, 13, 23, 31, 37, 61, 67, 101, 127, 131, 193, 251)
-
-
-def pick(rng: Rng, *choices: Any, p: Any = None) -> Any:
-    """One of the choices, as it was given (NumPy's own choice would turn them into NumPy scalars)."""
-    return choices[int(rng.choice(len(choices), p=p))]
-
-
-def upto(rng: Rng, high: int, low: int = 0) -> int:
-    return int(rng.integers(low, high + 1)) if high >= low else low
-
-
-def chance(rng: Rng, share: float) -> bool:
-    return bool(rng.random() < share)
 
 
 # ---------------------------------------------------------------------------------------------------------- sizes
@@ -98,69 +81,17 @@ def _sizes(rng: Rng) -> dict[str, int]:
 
 
 # ---------------------------------------------------------------------------------------------------------- masks
-def split(rng: Rng, total: int, parts: int) -> tuple[int, ...]:
-    """`parts` lengths >= 0 that sum to total; some are 0."""
-    cuts = np.sort(rng.integers(0, total + 1, max(0, parts - 1)))
-    return tuple(int(x) for x in np.diff([0, *cuts, total]))
-
-
-def _ids(rng: Rng, shape: tuple[int, ...]) -> NDArray[np.int64]:
-    return rng.integers(-1, 4, shape).astype(np.int64)
-
-
 def random_atom(rng: Rng, s: dict[str, int], last: int, nested: bool) -> Spec:
-    """One mask that is not a composition. `last` is the highest position of a query."""
-    B, Hq, Lq, Lk = s["B"], s["Hq"], s["Lq"], s["Lk"]
+    """One mask that is not a composition with & | ~. `last` is the highest position of a query."""
+    Lk = s["Lk"]
     near = pick(rng, 1, 2, 3, 7, 16, 17, 64, upto(rng, max(1, Lk), 1))
-    kinds = ["causal"] * 5 + ["sliding_window"] * 3 + ["window"] * 3 + ["prefix"] * 2 + ["padding"] * 3
-    kinds += ["documents"] * 3 + ["segments"] * 2 + ["chunked", "strided", "dilated", "global_tokens", "random_blocks"]
-    kinds += ["blocks"] * 2 + ["dense"] * 4 + ["mask_mod", "bigbird", "longformer"] + ["per_head"] * (not nested and Hq)
-    kind = pick(rng, *kinds)
+    kind = pick(rng, *(kind for kind in KINDS for _ in range(kind.share)), *[None] * (not nested and s["Hq"]))
     indices = tuple(sorted({upto(rng, max(0, Lk - 1)) for _ in range(upto(rng, 4))})) if Lk else ()
-    if kind in ("sliding_window", "chunked"):
-        return (kind, near)
-    if kind == "window":
-        return (kind, pick(rng, None, 0, near - 1, near), pick(rng, None, 0, 1, near))
-    if kind == "prefix":
-        return (kind, upto(rng, Lk + 1) if chance(rng, 0.6) else tuple(upto(rng, Lk + 1) for _ in range(B)))
-    if kind == "padding":
-        lengths = tuple(pick(rng, 0, Lk, upto(rng, Lk), upto(rng, Lk)) for _ in range(B))
-        return (kind, lengths, pick(rng, "right", "left"))
-    if kind == "documents":
-        if chance(rng, 0.7):
-            return (kind, split(rng, Lk, upto(rng, 5, 1)), None)
-        parts = upto(rng, 5, 1)
-        return (kind, split(rng, Lq, parts), split(rng, Lk, parts))
-    if kind == "segments":
-        lead = () if chance(rng, 0.5) else (B,)
-        own = chance(rng, 0.6)
-        return (kind, _ids(rng, (*lead, Lk if own else Lq)), None if own else _ids(rng, (*lead, Lk)))
-    if kind == "strided":
-        return (kind, pick(rng, 1, 2, 3, 8), pick(rng, 0, 1, 5, -2))
-    if kind == "dilated":
-        return (kind, pick(rng, 0, 1, 2, 5), pick(rng, 1, 2, 3))
-    if kind == "global_tokens":
-        return (kind, indices)
-    block = pick(rng, 1, 2, 5, 16, 64)
-    if kind == "random_blocks":
-        return (kind, pick(rng, 1, 2, 3, 7), block, upto(rng, 99))
-    if kind == "blocks":
-        lead = pick(rng, (), (B, 1), (1, Hq), (B, Hq))
-        shape = (*lead, -(-max(last + 1, Lq) // block), -(-Lk // block))
-        return (kind, rng.random(shape) < 0.6, block)
-    if kind == "dense":
-        full = (B, Hq, Lq, Lk)
-        shape = tuple(1 if chance(rng, 0.3) and n else n for n in full) if chance(rng, 0.6) else (Lq, Lk)
-        return (kind, rng.random(shape) < pick(rng, 0.05, 0.5, 0.9))
-    if kind == "mask_mod":
-        return (kind, pick(rng, *MASK_MODS))
-    if kind == "bigbird":
-        return (kind, pick(rng, 1, 4, 16), pick(rng, 1, 3), pick(rng, 0, 1, 2), pick(rng, 1, 2), upto(rng, 9))
-    if kind == "longformer":
-        return (kind, 2 * pick(rng, 1, 3, 8), indices, pick(rng, 1, 1, 2))
-    if kind == "per_head":
-        return (kind, *(random_mask(rng, s, last, 1, nested=True) for _ in range(Hq)))
-    return (kind,)
+    draw = Draw(rng, s, last, near, indices)
+    if kind is not None:
+        return (kind.name, *kind.draw(draw))
+    draw.block()
+    return ("per_head", *(random_mask(rng, s, last, 1, nested=True) for _ in range(s["Hq"])))
 
 
 def random_mask(rng: Rng, s: dict[str, int], last: int, depth: int, nested: bool = False) -> Spec:

@@ -16,16 +16,10 @@ import torch
 
 import qkv
 from qkv.masks import Mask
+from tests.kit import masks
+from tests.kit.masks import Sizes as Sizes, document, drawn_blocks as drawn_blocks, partition
 
 Predicate = Callable[[int, int, int, int, int], bool]  # b, h, i, p, j
-
-
-@dataclass
-class Sizes:
-    B: int
-    Hq: int
-    Lq: int
-    Lk: int
 
 
 @dataclass
@@ -38,63 +32,8 @@ class Spec:
     tensors: list[torch.Tensor] = field(default_factory=list)
 
 
-def _partition(rng: random.Random, total: int, parts: int) -> list[int]:
-    borders = sorted(rng.randint(0, total) for _ in range(parts - 1))
-    return [b - a for a, b in zip([0, *borders], [*borders, total], strict=True)]
-
-
-def _document(lengths: list[int], x: int) -> int:
-    if x < 0:
-        return -1
-    for d, n in enumerate(lengths):
-        if x < n:
-            return d
-        x -= n
-    return -1
-
-
 def _id(ids: list[int], x: int) -> int:
     return ids[x] if 0 <= x < len(ids) else -1
-
-
-def _splitmix(seed: int, row: int, draw: int) -> int:
-    word = 2**64
-    x = (seed * 0x9E3779B97F4A7C15 + row * 0xBF58476D1CE4E5B9 + draw * 0x94D049BB133111EB) % word
-    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) % word
-    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) % word
-    return x ^ (x >> 31)
-
-
-def drawn_blocks(per_row: int, block: int, seed: int, row: int, Lk: int) -> set[int]:
-    blocks = (Lk + block - 1) // block
-    chosen: set[int] = set()
-    for last in range(blocks - min(per_row, blocks), blocks):
-        pick = _splitmix(seed, row, last) % (last + 1)
-        chosen.add(last if pick in chosen else pick)
-    return chosen
-
-
-def _causal(rng: random.Random, s: Sizes) -> Spec:
-    return Spec("causal()", qkv.causal(), lambda b, h, i, p, j: j <= p, True)
-
-
-def _sliding_window(rng: random.Random, s: Sizes) -> Spec:
-    n = rng.choice([1, 2, 3, 7, 1000])
-    return Spec(f"sliding_window({n})", qkv.sliding_window(n), lambda b, h, i, p, j: p - n < j <= p, True)
-
-
-def _window(rng: random.Random, s: Sizes) -> Spec:
-    left, right = (rng.choice([None, 0, 1, 3, 9]) for _ in range(2))
-
-    def window(b: int, h: int, i: int, p: int, j: int) -> bool:
-        return (left is None or j >= p - left) and (right is None or j <= p + right)
-
-    return Spec(f"window({left}, {right})", qkv.window(left, right), window, True)
-
-
-def _prefix(rng: random.Random, s: Sizes) -> Spec:
-    n = rng.randint(0, s.Lk + 2)
-    return Spec(f"prefix({n})", qkv.prefix(n), lambda b, h, i, p, j: j < n, True)
 
 
 def _prefix_rows(rng: random.Random, s: Sizes) -> Spec:
@@ -102,32 +41,13 @@ def _prefix_rows(rng: random.Random, s: Sizes) -> Spec:
     return Spec(f"prefix({ns})", qkv.prefix(torch.tensor(ns, dtype=torch.int32)), lambda b, h, i, p, j: j < ns[b], True)
 
 
-def _padding(rng: random.Random, s: Sizes) -> Spec:
-    ns, side = [rng.randint(0, s.Lk) for _ in range(s.B)], rng.choice(["right", "left"])
-
-    def padding(b: int, h: int, i: int, p: int, j: int) -> bool:
-        return j < ns[b] if side == "right" else j >= s.Lk - ns[b]
-
-    return Spec(f"padding({ns}, {side!r})", qkv.padding(ns, side), padding, True)
-
-
-def _documents(rng: random.Random, s: Sizes) -> Spec:
-    ns = _partition(rng, s.Lk, rng.randint(1, 5))
-    return Spec(
-        f"documents({ns})",
-        qkv.documents(ns),
-        lambda b, h, i, p, j: _document(ns, p) == _document(ns, j) >= 0,
-        True,
-    )
-
-
 def _documents_cross(rng: random.Random, s: Sizes) -> Spec:
     n = rng.randint(1, 5)
-    mine, theirs = _partition(rng, s.Lq, n), _partition(rng, s.Lk, n)
+    mine, theirs = partition(rng, s.Lq, n), partition(rng, s.Lk, n)
     return Spec(
         f"documents({mine}, {theirs})",
         qkv.documents(mine, theirs),
-        lambda b, h, i, p, j: _document(mine, i) == _document(theirs, j) >= 0,
+        lambda b, h, i, p, j: document(mine, i) == document(theirs, j) >= 0,
         True,
     )
 
@@ -152,42 +72,6 @@ def _segments(rng: random.Random, s: Sizes, kind: str) -> Spec:
         return mine == keys[j] and mine >= 0
 
     return Spec(f"{kind}({table})", mask, segments, True)
-
-
-def _chunked(rng: random.Random, s: Sizes) -> Spec:
-    n = rng.choice([1, 2, 5, 16])
-    return Spec(f"chunked({n})", qkv.chunked(n), lambda b, h, i, p, j: p // n == j // n, True)
-
-
-def _strided(rng: random.Random, s: Sizes) -> Spec:
-    n, offset = rng.choice([1, 2, 5]), rng.randint(-3, 6)
-    return Spec(
-        f"strided({n}, {offset})", qkv.strided(n, offset), lambda b, h, i, p, j: (p - j - offset) % n == 0, n == 1
-    )
-
-
-def _dilated(rng: random.Random, s: Sizes) -> Spec:
-    w, step = rng.randint(0, 4), rng.choice([1, 2, 3])
-    return Spec(
-        f"dilated({w}, {step})",
-        qkv.dilated(w, step),
-        lambda b, h, i, p, j: abs(p - j) <= w * step and (p - j) % step == 0,
-        step == 1,
-    )
-
-
-def _global_tokens(rng: random.Random, s: Sizes) -> Spec:
-    at = [rng.randint(0, s.Lk + 3) for _ in range(rng.randint(0, 4))]
-    return Spec(f"global_tokens({at})", qkv.global_tokens(at), lambda b, h, i, p, j: p in at or j in at, True)
-
-
-def _random_blocks(rng: random.Random, s: Sizes) -> Spec:
-    per, block, seed = rng.randint(0, 4), rng.choice([1, 3, 8]), rng.choice([0, 1, 2**63 - 1, rng.getrandbits(40)])
-
-    def random_blocks(b: int, h: int, i: int, p: int, j: int) -> bool:
-        return j // block in drawn_blocks(per, block, seed, p // block, s.Lk)
-
-    return Spec(f"random_blocks({per}, {block}, {seed})", qkv.random_blocks(per, block, seed), random_blocks, True)
 
 
 def _blocks(rng: random.Random, s: Sizes) -> Spec:
@@ -242,42 +126,33 @@ def _mask_mod(rng: random.Random, s: Sizes) -> Spec:
     )
 
 
-_MAKERS: dict[str, Callable[[random.Random, Sizes], Spec]] = {
-    "causal": _causal,
-    "sliding_window": _sliding_window,
-    "window": _window,
-    "prefix": _prefix,
+def _of_row(rng: random.Random, s: Sizes, kind: masks.Kind) -> Spec:
+    assert kind.small is not None
+    args, sees, exact = kind.small(rng, s)
+    return Spec(f"{kind.name}({', '.join(map(repr, args))})", getattr(qkv, kind.name)(*args), sees, exact)
+
+
+_EXACT: dict[str, Callable[[random.Random, Sizes], Spec]] = {
+    **{kind.name: partial(_of_row, kind=kind) for kind in masks.KINDS if kind.small and kind.exact},
     "prefix_rows": _prefix_rows,
-    "padding": _padding,
-    "documents": _documents,
     "documents_cross": _documents_cross,
     "segments": partial(_segments, kind="segments"),
     "segments_cross": partial(_segments, kind="segments_cross"),
-    "chunked": _chunked,
-    "strided": _strided,
-    "dilated": _dilated,
-    "global_tokens": _global_tokens,
-    "random_blocks": _random_blocks,
+}
+_MAKERS = {
+    **_EXACT,
+    **{kind.name: partial(_of_row, kind=kind) for kind in masks.KINDS if kind.small and not kind.exact},
     "blocks": _blocks,
     "per_head": _per_head,
     "dense": _dense,
     "mask_mod": _mask_mod,
 }
+EXACT_KINDS, KINDS = list(_EXACT), list(_MAKERS)
 
 
 def leaf(rng: random.Random, s: Sizes, kind: str) -> Spec:
     """One mask of the given kind that fits the sizes."""
     return _MAKERS[kind](rng, s)
-
-
-EXACT_KINDS = [
-    *("causal", "sliding_window", "window", "prefix", "prefix_rows", "padding", "documents", "documents_cross"),
-    *("segments", "segments_cross", "chunked"),
-]
-KINDS = [
-    *EXACT_KINDS,
-    *("strided", "dilated", "global_tokens", "random_blocks", "blocks", "per_head", "dense", "mask_mod"),
-]
 
 
 def expression(rng: random.Random, s: Sizes, depth: int, kinds: list[str]) -> Spec:

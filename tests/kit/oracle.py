@@ -1,6 +1,6 @@
 """Attention from its definition, one row at a time: the judge of every backend.
 
-Nothing here is shared with qkv: the masks have their own predicates, written from the table of the design, and the
+Nothing here is shared with qkv: the masks have their own predicates (`tests.kit.masks`), and the
 arithmetic is NumPy in float64 (longdouble when the call is float64). For every row the visible keys are gathered
 first, so a hidden byte cannot take part. Beside each result stand the magnitudes that the error rule asks for:
 
@@ -13,149 +13,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-Array = NDArray[Any]
-Spec = tuple[Any, ...]  # a mask or a bias as data: ("and", ("causal",), ("sliding_window", 4))
-
-
-class Geometry(NamedTuple):
-    B: int
-    Hq: int
-    Lq: int
-    Lk: int
-
+from tests.kit.masks import KINDS, Array, Geometry as Geometry, Row as Row, Spec as Spec
 
 # ---------------------------------------------------------------------------------------------------------- masks
-class Row(NamedTuple):
-    """One query: batch row, head, index and position; and the keys asked about."""
-
-    b: int
-    h: int
-    i: int
-    p: int
-    j: Array
-    geo: Geometry
-
-
-def _window(r: Row, left: int | None, right: int | None) -> Array:
-    seen = np.ones(r.j.shape, bool)
-    if left is not None:
-        seen &= r.j >= r.p - left
-    if right is not None:
-        seen &= r.j <= r.p + right
-    return seen
-
-
-def _prefix(r: Row, n: Any) -> Array:
-    return r.j < (n if isinstance(n, int) else n[r.b])
-
-
-def _padding(r: Row, lengths: Any, side: str) -> Array:
-    return r.j < lengths[r.b] if side == "right" else r.j >= r.geo.Lk - lengths[r.b]
-
-
-def _same_document(r: Row, q_ids: Array, k_ids: Array, at: int) -> Array:
-    if not 0 <= at < q_ids.shape[-1]:
-        return np.zeros(r.j.shape, bool)
-    mine = q_ids[r.b if len(q_ids) > 1 else 0, at]
-    theirs = k_ids[r.b if len(k_ids) > 1 else 0, r.j]
-    return (theirs == mine) & (theirs >= 0) & bool(mine >= 0)
-
-
-def _documents(r: Row, lengths: Any, k_lengths: Any) -> Array:
-    ids = np.repeat(np.arange(len(lengths)), lengths)[None]
-    if k_lengths is None:
-        return _same_document(r, ids, ids, r.p)
-    return _same_document(r, ids, np.repeat(np.arange(len(k_lengths)), k_lengths)[None], r.i)
-
-
-def _segments(r: Row, ids: Array, k_ids: Array | None) -> Array:
-    if k_ids is None:
-        return _same_document(r, np.atleast_2d(ids), np.atleast_2d(ids), r.p)
-    return _same_document(r, np.atleast_2d(ids), np.atleast_2d(k_ids), r.i)
-
-
-def _global(r: Row, indices: Any) -> Array:
-    return np.isin(r.j, indices) | (r.p in tuple(indices))
-
-
-@cache
-def random_key_blocks(per_row: int, seed: int, query_block: int, key_blocks: int) -> tuple[int, ...]:
-    """Floyd's sample of min(per_row, key_blocks) distinct blocks, drawn with splitmix64."""
-    word = (1 << 64) - 1
-    chosen: list[int] = []
-    for t in range(key_blocks - min(per_row, key_blocks), key_blocks):
-        x = (seed * 0x9E3779B97F4A7C15 + query_block * 0xBF58476D1CE4E5B9 + t * 0x94D049BB133111EB) & word
-        x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & word
-        x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & word
-        x ^= x >> 31
-        chosen.append(t if x % (t + 1) in chosen else x % (t + 1))
-    return tuple(chosen)
-
-
-def _random(r: Row, per_row: int, block: int, seed: int) -> Array:
-    return np.isin(r.j // block, random_key_blocks(per_row, seed, r.p // block, -(-r.geo.Lk // block)))
-
-
-def _blocks(r: Row, table: Array, block: int) -> Array:
-    t = table.reshape((1,) * (4 - table.ndim) + table.shape)
-    row = r.p // block
-    if not 0 <= row < t.shape[2]:
-        return np.zeros(r.j.shape, bool)
-    return t[r.b if t.shape[0] > 1 else 0, r.h if t.shape[1] > 1 else 0, row][r.j // block]
-
-
-def _dense(r: Row, table: Array) -> Array:
-    t = table.reshape((1,) * (4 - table.ndim) + table.shape)
-    t = t[r.b if t.shape[0] > 1 else 0, r.h if t.shape[1] > 1 else 0, r.i if t.shape[2] > 1 else 0]
-    return t[r.j] if len(t) > 1 else np.broadcast_to(t, r.j.shape)
-
-
-def _bigbird(r: Row, block: int, window_blocks: int, global_blocks: int, random_blocks: int, seed: int) -> Array:
-    half = window_blocks * block // 2
-    anchors = (r.j < global_blocks * block) | (0 <= r.p < global_blocks * block)
-    return _window(r, half, half) | anchors | _random(r, random_blocks, block, seed)
-
-
-def _longformer(r: Row, window: int, indices: Any, dilation: int) -> Array:
-    return _dilated(r, window // 2, dilation) | _global(r, indices)
-
-
-def _dilated(r: Row, window: int, step: int) -> Array:
-    return (abs(r.p - r.j) <= window * step) & ((r.p - r.j) % step == 0)
-
-
-# Functions for mask_mod: the same expression serves NumPy here and torch in qkv.
-MASK_MODS: dict[str, Callable[[Any, Any, Any, Any], Any]] = {
-    "checker": lambda b, h, p, j: (p + j + h + b) % 3 != 0,
-    "near_or_even": lambda b, h, p, j: ((p - j) * (p - j) < 50) | (j % 4 == b % 2),
-    "hollow": lambda b, h, p, j: (j < p - 3) & (j % 7 != p % 7),
-}
-
 _PREDICATES: dict[str, Callable[..., Array]] = {
-    "causal": lambda r: r.j <= r.p,
-    "sliding_window": lambda r, n: (r.j > r.p - n) & (r.j <= r.p),
-    "window": _window,
-    "prefix": _prefix,
-    "padding": _padding,
-    "documents": _documents,
-    "segments": _segments,
-    "chunked": lambda r, n: r.j // n == r.p // n,
-    "strided": lambda r, n, offset: (r.p - r.j - offset) % n == 0,
-    "dilated": _dilated,
-    "global_tokens": _global,
-    "random_blocks": _random,
-    "blocks": _blocks,
+    **{kind.name: kind.see for kind in KINDS},
     "per_head": lambda r, *masks: _see(r, masks[r.h]),
-    "dense": _dense,
-    "mask_mod": lambda r, name: np.broadcast_to(MASK_MODS[name](r.b, r.h, r.p, r.j), r.j.shape),
-    "bigbird": _bigbird,
-    "longformer": _longformer,
     "and": lambda r, a, b: _see(r, a) & _see(r, b),
     "or": lambda r, a, b: _see(r, a) | _see(r, b),
     "not": lambda r, a: ~_see(r, a),
