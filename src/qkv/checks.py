@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import operator
+from numbers import Real
 from typing import Any
 
 import torch
@@ -77,6 +78,20 @@ def integer(call: str, name: str, value: Any, low: int = 0, high: int = LIMIT) -
         rule, fix = f"{name} must be an integer <= {high}", "Pass a smaller number"
         raise ArgumentError.of(call, rule, f"{name}={number}", fix)
     return number
+
+
+def number(call: str, name: str, value: Any, fix: str) -> Any:
+    """The value, which must be a real number."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise ArgumentTypeError.of(call, f"{name} must be a number", given_as(name, value), fix)
+    return value
+
+
+def no_tensor(call: str, name: str, value: Any, fix: str) -> ArgumentTypeError:
+    """The error for a value that is not a tensor."""
+    if hasattr(value, "__array__"):
+        fix = f"Make a tensor of it with torch.from_numpy({name})"
+    return ArgumentTypeError.of(call, f"{name} must be a tensor", given_as(name, value), fix)
 
 
 def flag(call: str, name: str, value: Any) -> bool:

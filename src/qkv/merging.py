@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from qkv import _torch
-from qkv.checks import DTYPES, short
+from qkv.checks import DTYPES, no_tensor, short
 from qkv.errors import ArgumentTypeError, ShapeError
 
 _CALL = "qkv.merge()"
@@ -90,8 +90,7 @@ def _check(out1: Tensor, lse1: Tensor, out2: Tensor, lse2: Tensor) -> None:
     named = {"out1": out1, "lse1": lse1, "out2": out2, "lse2": lse2}
     for name, value in named.items():
         if not isinstance(value, Tensor):
-            given = f"{name} of type {type(value).__name__}"
-            raise ArgumentTypeError.of(_CALL, f"{name} must be a tensor", given, "Pass out1, lse1, out2, lse2")
+            raise no_tensor(_CALL, name, value, "Pass out1, lse1, out2, lse2")
     given = ", ".join(f"{name} {tuple(t.shape)} {short(t.dtype)} on {t.device}" for name, t in named.items())
     if out1.shape != out2.shape or out1.dim() < 2:
         rule = "the two outputs must have one shape (..., Lq, Dv)"

@@ -7,12 +7,12 @@ import threading
 from collections import OrderedDict
 from dataclasses import dataclass
 from functools import lru_cache
-from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from qkv.checks import flag, given_as, number
 from qkv.errors import ArgumentError, ArgumentTypeError, ShapeError
 
 # Tables of positions 0..n-1, shared by every layer with the same frequencies, device and dtype.
@@ -358,17 +358,14 @@ class Rotary:
     def __post_init__(self) -> None:
         call = "qkv.rotary.Rotary()"
         if isinstance(self.dim, bool) or not isinstance(self.dim, int):
-            given = f"dim={self.dim!r} ({type(self.dim).__name__})"
-            raise ArgumentTypeError.of(call, "dim must be an integer", given, "Pass the head size")
+            raise ArgumentTypeError.of(call, "dim must be an integer", given_as("dim", self.dim), "Pass the head size")
         if self.dim < 2 or self.dim % 2:
             fix = "Pass the head size, or the even part of it that turns"
             raise ArgumentError.of(call, "dim must be even and at least 2", f"dim={self.dim}", fix)
         _above(call, 1, base=self.base)
-        if not isinstance(self.interleaved, bool):
-            given = f"interleaved={self.interleaved!r}"
-            raise ArgumentTypeError.of(call, "interleaved is a bool", given, "Pass True or False")
+        flag(call, "interleaved", self.interleaved)
         if self.scaling is not None and not isinstance(self.scaling, Scaling):
-            given = f"scaling={self.scaling!r} ({type(self.scaling).__name__})"
+            given = given_as("scaling", self.scaling)
             fix = "Use qkv.rotary.Linear, DynamicNTK, YaRN, Llama3 or LongRoPE"
             raise ArgumentTypeError.of(call, "scaling must be a Scaling", given, fix)
         self.frequencies()  # a scaling that does not fit dim says so now
@@ -606,8 +603,8 @@ def as_positions(call: str, positions: Any, B: int, L: int) -> int | Tensor:
         return positions
     fix = f"Pass the first token's position, or an integer tensor of shape ({L},) or ({B}, {L})"
     if not isinstance(positions, Tensor):
-        given = f"positions={positions!r} ({type(positions).__name__})"
-        raise ArgumentTypeError.of(call, "positions must be an int or an integer tensor", given, fix)
+        rule = "positions must be an int or an integer tensor"
+        raise ArgumentTypeError.of(call, rule, given_as("positions", positions), fix)
     if positions.dtype == torch.bool or positions.is_floating_point() or positions.is_complex():
         raise ArgumentTypeError.of(call, "positions must hold integers", f"positions {positions.dtype}", fix)
     if positions.shape not in ((L,), (B, L), (1, L)):
@@ -618,8 +615,6 @@ def as_positions(call: str, positions: Any, B: int, L: int) -> int | Tensor:
 
 def _above(call: str, low: float, **numbers: float) -> None:
     for name, x in numbers.items():
-        if isinstance(x, bool) or not isinstance(x, Real):
-            given = f"{name}={x!r} ({type(x).__name__})"
-            raise ArgumentTypeError.of(call, f"{name} must be a number", given, f"Pass a number > {low}")
+        number(call, name, x, f"Pass a number > {low}")
         if not low < x < math.inf:
             raise ArgumentError.of(call, f"{name} must be finite and > {low}", f"{name}={x}", f"Pass a number > {low}")

@@ -312,7 +312,7 @@ def test_transforms_of_torch(interleaved: bool) -> None:
         (ArgumentError, "base must be", lambda: Rotary(8, 1.0)),
         (ArgumentError, "base must be", lambda: Rotary(8, math.inf)),
         (ArgumentTypeError, "base must be a number", lambda: Rotary(8, "10000")),  # type: ignore[arg-type]
-        (ArgumentTypeError, "interleaved is a bool", lambda: Rotary(8, 100.0, 1)),  # type: ignore[arg-type]
+        (ArgumentTypeError, "interleaved must be a bool", lambda: Rotary(8, 100.0, 1)),  # type: ignore[arg-type]
         (ArgumentTypeError, "must be a Scaling", lambda: Rotary(8, scaling={"rope_type": "yarn"})),  # type: ignore[arg-type]
         (ArgumentError, "factor must be", lambda: Linear(0)),
         (ArgumentError, "factor must be", lambda: YaRN(math.nan, 4096)),

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qkv.checks import DTYPES, flag, given_as, integer, short, shown
+from qkv.checks import DTYPES, flag, given_as, integer, no_tensor, short, shown
 from qkv.errors import ArgumentError, ArgumentTypeError, ShapeError
 
 INT8, FLOAT8 = torch.int8, torch.float8_e4m3fn
@@ -160,7 +160,7 @@ def check_rows(
         shape = f"({', '.join('T' if size < 0 else str(size) for size in want)})"  # -1: k has no length to compare with
         letters = f"{name} {shape}"
         if not isinstance(x, Tensor):
-            raise ArgumentTypeError.of(call, f"{name} must be a tensor", given_as(name, x), f"Pass {letters}")
+            raise no_tensor(call, name, x, f"Pass {letters}")
         if x.layout != torch.strided:
             rule = f"{name} must be a dense tensor"
             raise ArgumentTypeError.of(call, rule, f"{name} of layout {x.layout}", "Call .to_dense()")

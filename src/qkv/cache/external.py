@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qkv.cache import checks
 from qkv.call.keys import Clock, KVLayout, KVView
-from qkv.checks import DTYPES, given_as, integers, short, shown
+from qkv.checks import DTYPES, given_as, integers, no_tensor, short, shown
 from qkv.errors import ArgumentError, ArgumentTypeError, ShapeError
 
 _CALL = "qkv.cache.stored()"
@@ -103,8 +103,7 @@ def stored(
 def _check_pool(k: Any, v: Any, k_scale: Any, v_scale: Any) -> None:
     for name, x in (("k_pages", k), ("v_pages", v)):
         if not isinstance(x, Tensor) or x.layout != torch.strided:
-            given = given_as(name, x)
-            raise ArgumentTypeError.of(_CALL, f"{name} must be a tensor", given, f"Pass {name} (N, Hkv, P, D)")
+            raise no_tensor(_CALL, name, x, f"Pass {name} (N, Hkv, P, D)")
         if x.ndim != 4:
             rule, fix = f"{name} must be (N, Hkv, P, D)", "Reshape it; (N, P, Hkv, D) is pool.transpose(1, 2)"
             raise ShapeError.of(_CALL, rule, f"{name} {tuple(x.shape)}", fix)

@@ -92,22 +92,6 @@ class Step:
         integer("Step.layer()", "i", i, high=self._cache.layers - 1)
         return LayerStep(self, i)
 
-    def _append(self, layer: int, k: Tensor, v: Tensor) -> None:
-        call = "LayerCache.append()"
-        if layer == 0 and [seq._length for seq in self.seqs] != self._starts:
-            rule = "a Step is for the lengths its sequences had when it was made"
-            given = f"lengths {self._starts} then, {[seq._length for seq in self.seqs]} now"
-            raise ArgumentError.of(call, rule, given, "Make a new one with cache.step() for each step")
-        T = k.shape[-2] if isinstance(k, Tensor) and k.ndim >= 2 else self.T
-        if self.T != T:
-            given = f"{T} tokens and a step of {self.T}"
-            raise ShapeError.of(call, "a step has one number of tokens in all layers", given, "Pass them all")
-        tokens = self._tokens if layer == 0 else None
-        self._cache.append(self.seqs, k, v, layer, lengths=self.lengths, tokens=tokens)
-
-    def _view(self, layer: int) -> KVView:
-        return self._cache.view(self.seqs, layer, lengths=self.lengths)
-
     def __repr__(self) -> str:
         counts = self.T if self.lengths is None else list(self.lengths)
         return f"Step({len(self.seqs)} sequences, {counts} tokens, {self._cache.layers} layers)"
@@ -136,11 +120,21 @@ class LayerStep:
             Ragged: packed as (1, Hkv, T, D).
         v : Tensor, shape (n, Hkv, T, Dv)
         """
-        self._step._append(self._layer, k, v)
+        call, step, layer = "LayerCache.append()", self._step, self._layer
+        if layer == 0 and [seq._length for seq in step.seqs] != step._starts:
+            rule = "a Step is for the lengths its sequences had when it was made"
+            given = f"lengths {step._starts} then, {[seq._length for seq in step.seqs]} now"
+            raise ArgumentError.of(call, rule, given, "Make a new one with cache.step() for each step")
+        T = k.shape[-2] if isinstance(k, Tensor) and k.ndim >= 2 else step.T
+        if step.T != T:
+            given = f"{T} tokens and a step of {step.T}"
+            raise ShapeError.of(call, "a step has one number of tokens in all layers", given, "Pass them all")
+        tokens = step._tokens if layer == 0 else None
+        step._cache.append(step.seqs, k, v, layer, lengths=step.lengths, tokens=tokens)
 
     def view(self) -> KVView:
         """All keys of the sequences in this layer, the step's own among them."""
-        return self._step._view(self._layer)
+        return self._step._cache.view(self._step.seqs, self._layer, lengths=self._step.lengths)
 
     @property
     def positions(self) -> Tensor:

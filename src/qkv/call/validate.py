@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from numbers import Real
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from qkv import _torch
 from qkv.call.problem import Inputs, Options, Problem
-from qkv.checks import DTYPES, LIMIT, integers, short, shown, whole
+from qkv.checks import DTYPES, LIMIT, integers, no_tensor, number, short, shown, whole
 from qkv.errors import ArgumentError, ArgumentTypeError, ShapeError, UnsupportedError
 from qkv.masks import Mask, Sizes, as_mask
 from qkv.scores import ScoreTerm, as_bias
@@ -45,8 +44,8 @@ def checked(
     )
     if o.positions is None and Lq != Lk:
         _require_positions(call, known, bias, sizes)
-    scale = None if o.scale is None else _number(call, "scale", o.scale, "Leave it out for 1/sqrt(D)")
-    softcap = None if o.softcap is None else _number(call, "softcap", o.softcap, "Leave it out for no cap")
+    scale = None if o.scale is None else _finite(call, "scale", o.scale, "Leave it out for 1/sqrt(D)")
+    softcap = None if o.softcap is None else _finite(call, "softcap", o.softcap, "Leave it out for no cap")
     if softcap is not None and softcap <= 0:
         raise ArgumentError.of(call, "softcap must be > 0", f"softcap={softcap}", "Leave it out for no cap")
     sinks = None if o.sinks is None else check_sinks(call, o.sinks, sizes)
@@ -56,6 +55,7 @@ def checked(
     learns = q.requires_grad or k.requires_grad or v.requires_grad or (sinks is not None and sinks.requires_grad)
     if bias is not None:
         learns = learns or any(t.requires_grad for t in bias.tensors())
+    kept = o.dropout_p.__class__ is float and o.dropout_p == 0
     problem = Problem(
         call, B, Hq, Hkv, Lq, Lk, D, Dv, q.dtype, q.device.type,
         mask=known,
@@ -64,7 +64,7 @@ def checked(
         softcap=softcap,
         bias=() if bias is None else bias.specs(),
         has_sinks=sinks is not None,
-        dropout_p=0.0 if o.dropout_p.__class__ is float and o.dropout_p == 0 else _dropout(call, o.dropout_p),
+        dropout_p=0.0 if kept else dropout(call, "dropout_p", o.dropout_p),
         needs_grad=torch.is_grad_enabled() and learns,
         needs_lse=o.return_lse,
     )  # fmt: skip
@@ -86,12 +86,9 @@ def _check_tensors(call: str, q: Any, k: Any, v: Any) -> None:
     given = (("q", q), ("k", k), ("v", v))
     for name, x in given:
         if not isinstance(x, Tensor):
-            fix = f"Pass a tensor {_LAYOUT}"
-            if hasattr(x, "__array__"):
-                fix = f"Make a tensor of it with torch.from_numpy({name})"
-            if name == "v" and x is None:
-                fix = "Pass v; it is left out only where k is a cache's view"
-            raise ArgumentTypeError.of(call, f"{name} must be a tensor", f"{name}={shown(x)} ({type(x).__name__})", fix)
+            left_out = name == "v" and x is None
+            fix = "Pass v; it is left out only where k is a cache's view" if left_out else f"Pass a tensor {_LAYOUT}"
+            raise no_tensor(call, name, x, fix)
         if x.layout != torch.strided or x.is_nested:
             fix = "Use .to_dense(); a batch of unequal lengths is qkv.padding or qkv.documents over a plain tensor"
             if x.is_nested:
@@ -219,10 +216,8 @@ def drawn_positions(Lq: int, Lk: int) -> str:
     return "\n".join(lines)
 
 
-def _number(call: str, name: str, x: Any, fix: str) -> float:
-    if isinstance(x, bool) or not isinstance(x, Real):
-        given = f"{name}={shown(x)} ({type(x).__name__})"
-        raise ArgumentTypeError.of(call, f"{name} must be a number", given, f"Use float(x), or scale q itself. {fix}")
+def _finite(call: str, name: str, x: Any, fix: str, of_kind: str = "Use float(x), or scale q itself. ") -> float:
+    number(call, name, x, of_kind + fix)
     try:
         value = float(x)
     except (TypeError, ValueError, OverflowError):
@@ -232,13 +227,12 @@ def _number(call: str, name: str, x: Any, fix: str) -> float:
     return value
 
 
-def _dropout(call: str, x: Any) -> float:
+def dropout(call: str, name: str, x: Any) -> float:
+    """The probability that `name` is."""
     fix = "Use 0 for no dropout"
-    if x is None:
-        raise ArgumentTypeError.of(call, "dropout_p must be a number", "dropout_p=None", fix)
-    value = _number(call, "dropout_p", x, fix)
+    value = _finite(call, name, x, fix, "")
     if not 0 <= value < 1:
-        raise ArgumentError.of(call, "dropout_p must be in [0, 1)", f"dropout_p={value}", fix)
+        raise ArgumentError.of(call, f"{name} must be in [0, 1)", f"{name}={shown(x)}", fix)
     return value
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qkv.checks import given_as, short
+from qkv.checks import given_as, no_tensor, short
 from qkv.errors import ArgumentError, ArgumentTypeError, ShapeError
 
 CALL = "qkv.compat.sdpa()"
@@ -31,8 +31,7 @@ class TorchArgumentTypeError(ArgumentTypeError, RuntimeError):
 def refuse_other_types(**given: Any) -> None:
     for name, x in given.items():
         if not isinstance(x, Tensor):
-            got = given_as(name, x)
-            raise ArgumentTypeError.of(CALL, f"{name} must be a tensor", got, "Pass a tensor (..., H, L, D)")
+            raise no_tensor(CALL, name, x, "Pass a tensor (..., H, L, D)")
 
 
 def check_tensors(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None) -> None:

@@ -46,15 +46,8 @@ class Answer:
         object.__setattr__(self, "numbers", MappingProxyType(dict(self.numbers)))
 
     def __reduce__(self) -> tuple[object, ...]:  # a read-only view cannot be pickled, its content can
-        return Answer, (
-            self.topic,
-            self.question,
-            dict(self.numbers),
-            self.picture,
-            self.verdict,
-            self.sources,
-            self.trained,
-        )
+        texts = (self.picture, self.verdict, self.sources, self.trained)
+        return Answer, (self.topic, self.question, dict(self.numbers), *texts)
 
     def __hash__(self) -> int:
         return hash((self.topic, self.question, tuple(self.numbers.items()), self.verdict))

@@ -7,6 +7,7 @@ from importlib import import_module
 
 import torch
 
+from qkv.checks import integer
 from qkv.errors import ArgumentError, ArgumentTypeError
 from qkv.insight.answer import Answer
 from qkv.insight.trained import trained
@@ -62,12 +63,8 @@ def why(topic: str, *, seed: int = 0) -> Answer:
         raise ArgumentTypeError.of("qkv.why()", rule, f"a {type(topic).__name__}", f"Use one of {names}")
     if topic not in TOPICS:
         raise ArgumentError.of("qkv.why()", "no such topic", repr(topic), f"Use one of {names}")
-    if isinstance(seed, bool) or not hasattr(seed, "__index__"):
-        rule = "seed must be an integer"
-        raise ArgumentTypeError.of("qkv.why()", rule, f"a {type(seed).__name__}", "Leave it out for 0")
-    if not 0 <= seed < 2**63:
-        raise ArgumentError.of("qkv.why()", "seed must be in 0 .. 2**63 - 1", f"seed={seed}", "Leave it out for 0")
+    seed = integer("qkv.why()", "seed", seed, high=2**63 - 1)
     experiment = import_module(f"qkv.insight.experiments.{TOPICS[topic][0]}")
     with torch.device("cpu"):  # whatever the program's default is: the numbers are those of the page
-        answer: Answer = experiment.run(int(seed))
+        answer: Answer = experiment.run(seed)
     return replace(answer, trained=trained(topic))

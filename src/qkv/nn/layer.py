@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from qkv import _torch
 from qkv.call.keys import KVView
-from qkv.checks import given_as, shown
+from qkv.checks import no_tensor, shown
 from qkv.errors import ArgumentError, ArgumentTypeError, ShapeError, UnsupportedError
 from qkv.functional import attention
 from qkv.masks import Mask, as_mask
@@ -82,10 +82,7 @@ class Layer(nn.Module):
 def check_tokens(call: str, name: str, x: Any, width_name: str, width: int) -> None:
     """x must be (B, L, width)."""
     if not isinstance(x, Tensor):
-        rule, fix = f"{name} must be a tensor", f"Pass (B, L, {width})"
-        if hasattr(x, "__array__"):
-            fix = f"Make a tensor of it with torch.from_numpy({name})"
-        raise ArgumentTypeError.of(call, rule, given_as(name, x), fix)
+        raise no_tensor(call, name, x, f"Pass (B, L, {width})")
     if x.dim() != 3 or x.shape[-1] != width:
         fix = (
             "Add the batch dimension with unsqueeze(0)" if x.dim() == 2 else f"Build the layer with {width_name} of it"

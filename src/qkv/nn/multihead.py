@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qkv.checks import given_as, integer, shown
+from qkv.call.validate import dropout as check_dropout
+from qkv.checks import integer, no_tensor, shown
 from qkv.errors import ArgumentError, ArgumentTypeError, ShapeError
 from qkv.functional import attention
 from qkv.masks import Mask, causal, dense, prefix
@@ -127,11 +128,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             fits = ", ".join(str(n) for n in range(1, min(embed_dim, 64) + 1) if embed_dim % n == 0)
             fix = f"Use num_heads in {{{fits}}}"
             raise TorchArgumentError.of(_CALL, "embed_dim must be divisible by num_heads", given, fix)
-        if isinstance(dropout, bool) or not isinstance(dropout, (int, float)):
-            given = given_as("dropout", dropout)
-            raise ArgumentTypeError.of(_CALL, "dropout must be a number", given, "Use 0 for no dropout")
-        if not 0 <= dropout < 1:
-            raise ArgumentError.of(_CALL, "dropout must be in [0, 1)", f"dropout={dropout}", "Use 0 for no dropout")
+        dropout = check_dropout(_CALL, "dropout", dropout)
         super().__init__(
             embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype
         )
@@ -378,8 +375,7 @@ def _check_inputs(layer: MultiheadAttention, query: Any, key: Any, value: Any) -
     tensors = {"query": query, "key": key, "value": value}
     for name, x in tensors.items():
         if not isinstance(x, Tensor):
-            given = given_as(name, x)
-            raise ArgumentTypeError.of(_CALL, f"{name} must be a tensor", given, "Pass a tensor of embeddings")
+            raise no_tensor(_CALL, name, x, "Pass a tensor of embeddings")
     given = ", ".join(f"{name} {tuple(x.shape)}" for name, x in tensors.items())
     layout = "(N, L, E)" if layer.batch_first else "(L, N, E)"
     if query.dim() not in (2, 3) or not query.dim() == key.dim() == value.dim():
