@@ -45,7 +45,7 @@ class QKVError(Exception):
         >>> print(ArgumentError.of("qkv.attention()", "scale must be finite", "scale=nan", "Leave it out"))
         qkv.attention(): scale must be finite. Got scale=nan. Leave it out.
         """
-        return cls(describe(call, rule, given, fix))
+        return cls(f"{call}: {rule}. Got {given}. {fix}.")
 
 
 class ShapeError(QKVError, ValueError):
@@ -70,11 +70,6 @@ class VersionError(QKVError, ImportError, ValueError):
 
 class PagesExhausted(QKVError, RuntimeError):
     """A page pool has too few free pages for a step; nothing was changed."""
-
-
-def describe(call: str, rule: str, given: str, fix: str) -> str:
-    """What `QKVError.of` says."""
-    return f"{call}: {rule}. Got {given}. {fix}."
 
 
 def from_function(call: str, signature: str, error: Exception) -> QKVError:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from qkv.checks import integer, readable, shown
-from qkv.errors import ArgumentError, ArgumentTypeError, ShapeError, describe
+from qkv.errors import ArgumentError, ArgumentTypeError, ShapeError
 from qkv.masks.picture import draw
 from qkv.masks.positions import resolve_positions
 from qkv.masks.program import Builder
@@ -127,7 +127,7 @@ class Mask(Rule):
         b, h = integer(call, "b", b, 0, B - 1), integer(call, "h", h, 0, Hq - 1)
         if Lq * Lk > _PICTURE_PAIRS:
             fix = "Draw a shorter piece"
-            raise ArgumentError(describe(call, f"Lq * Lk must be at most {_PICTURE_PAIRS}", f"Lq={Lq}, Lk={Lk}", fix))
+            raise ArgumentError.of(call, f"Lq * Lk must be at most {_PICTURE_PAIRS}", f"Lq={Lq}, Lk={Lk}", fix)
         sizes = Sizes(B, Hq, Lq, Lk, device=self._device())
         self.check(call, sizes)
         return self._draw(self._positions(call, positions, sizes), sizes, b, h)
@@ -158,8 +158,8 @@ class Mask(Rule):
         if positions is None and Lq != Lk and self.depends_on_position:
             rule = "positions= must say where the queries stand when Lq != Lk and the mask depends on position"
             fix = 'Pass positions="start" or "end", drawn below, or the positions themselves'
-            message = describe(call, rule, f"Lq={Lq}, Lk={Lk} and {self!r}", fix)
-            raise ArgumentError(f"{message}\n{self.both_readings(sizes)}")
+            told = ArgumentError.of(call, rule, f"Lq={Lq}, Lk={Lk} and {self!r}", fix)
+            raise ArgumentError(f"{told}\n{self.both_readings(sizes)}")
         return resolve_positions(call, positions, B=B, Lq=Lq, Lk=Lk)
 
     def _draw(self, p: Tensor, sizes: Sizes, b: int, h: int, cells: int = 48) -> str:
@@ -203,7 +203,7 @@ class Mask(Rule):
 
     def __bool__(self) -> bool:
         fix = "Write & | ~ where you wrote and, or, not; test for a mask with `is None`"
-        raise ArgumentTypeError(describe("bool(mask)", "a mask is neither true nor false", repr(self), fix))
+        raise ArgumentTypeError.of("bool(mask)", "a mask is neither true nor false", repr(self), fix)
 
 
 class Composed(Mask):
@@ -361,7 +361,7 @@ def _combine(combination: type[And] | type[Or], left: Any, right: Any) -> Mask:
         mask = as_mask(side, call)
         if mask is None:
             given = f"None and {right if side is left else left!r}"
-            raise ArgumentTypeError(describe(call, "both sides must be masks or bool tensors", given, "Leave it out"))
+            raise ArgumentTypeError.of(call, "both sides must be masks or bool tensors", given, "Leave it out")
         # Flat, so that (a & b) & c equals a & (b & c).
         parts += mask.parts if isinstance(mask, combination) else (mask,)
     return combination(tuple(parts))
@@ -390,11 +390,11 @@ class Dense(Mask, op=12):
             want = ", ".join(f"{name}={size}" for name, size in zip(names, full, strict=True))
             rule = f"a mask tensor must broadcast to ({', '.join(names)})"
             fix = f"Pass a bool tensor of shape {full}, with 1 where it is shared"
-            raise ShapeError(describe(call, rule, f"mask {tuple(self.t.shape)} and {want}", fix))
+            raise ShapeError.of(call, rule, f"mask {tuple(self.t.shape)} and {want}", fix)
         device, mine = sizes.device, self.t.device
         if mine.type != device.type or (None not in (mine.index, device.index) and mine.index != device.index):
             rule = "a mask tensor must be on the device of the queries"
-            raise ArgumentError(describe(call, rule, f"a mask on {mine} and queries on {device}", "Move it with .to()"))
+            raise ArgumentError.of(call, rule, f"a mask on {mine} and queries on {device}", "Move it with .to()")
 
     def visible(self, at: Tile, sizes: Sizes) -> Tensor:
         self._unchanged("dense()")
@@ -409,7 +409,7 @@ class Dense(Mask, op=12):
         if self.version is not None and self.t._version != self.version:
             rule = "a mask tensor must not be changed in place after the mask was made"
             given = f"{self!r} changed {self.t._version - self.version} time(s)"
-            raise ArgumentError(describe(call, rule, given, "Make a new mask from it with dense(t), or pass a copy"))
+            raise ArgumentError.of(call, rule, given, "Make a new mask from it with dense(t), or pass a copy")
 
     def _device(self) -> torch.device:
         return self.t.device
@@ -475,13 +475,13 @@ def dense(t: Tensor) -> Dense:
     if not isinstance(t, Tensor) or t.dtype != torch.bool:
         given = shown(t) if isinstance(t, Tensor) else f"{shown(t)} ({type(t).__name__})"
         fix = "Write t != 0 or t.bool(); a float mask that is added to the scores is bias="
-        raise ArgumentTypeError(describe(call, "a mask tensor must be a bool tensor, True = may attend", given, fix))
+        raise ArgumentTypeError.of(call, "a mask tensor must be a bool tensor, True = may attend", given, fix)
     if t.ndim not in (2, 4):
         rule = "a mask tensor must be (Lq, Lk) or (B, Hq, Lq, Lk)"
-        raise ShapeError(describe(call, rule, shown(t), "Add dimensions of size 1, e.g. t[:, None] for (B, Lq, Lk)"))
+        raise ShapeError.of(call, rule, shown(t), "Add dimensions of size 1, e.g. t[:, None] for (B, Lq, Lk)")
     if t.is_meta or t.layout != torch.strided:
         given = f"{shown(t)} on {t.device}, {t.layout}"
-        raise ArgumentError(describe(call, "a mask tensor must hold its values in a strided tensor", given, "Fill it"))
+        raise ArgumentError.of(call, "a mask tensor must hold its values in a strided tensor", given, "Fill it")
     # A tensor made in inference mode keeps no version; its changes cannot be noticed.
     return Dense(t, None if not readable(t) or t.is_inference() else t._version)
 
@@ -503,10 +503,10 @@ def as_mask(x: Any, call: str = "qkv.attention()") -> Mask | None:
             fix = "Pass it as bias=, which is added to the scores; or write t == 0 if it holds 0 and -inf"
         else:
             fix = "Write t != 0 if 1 means may attend"
-        raise ArgumentTypeError(describe(call, rule, shown(x), fix))
+        raise ArgumentTypeError.of(call, rule, shown(x), fix)
     fix = "Write qkv.causal(), qkv.sliding_window(n), ...; make an array a tensor with torch.from_numpy(x)"
     if callable(x):
         fix = "Wrap the function: qkv.mask_mod(fn), or call the constructor: qkv.causal()"
     elif isinstance(x, str):
         fix = f"Write it as a call, e.g. qkv.{x}()" if x.isidentifier() else "Write qkv.causal(), ..."
-    raise ArgumentTypeError(describe(call, rule, f"{shown(x)} ({type(x).__name__})", fix))
+    raise ArgumentTypeError.of(call, rule, f"{shown(x)} ({type(x).__name__})", fix)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qkv.checks import shown
-from qkv.errors import ArgumentTypeError, QKVError, ShapeError, describe, from_function
+from qkv.errors import ArgumentTypeError, QKVError, ShapeError, from_function
 from qkv.masks.base import Mask
 from qkv.masks.program import Builder
 from qkv.masks.tile import Sizes, Tile
@@ -38,14 +38,14 @@ class MaskMod(Mask):
             raise from_function(call, "fn(b, h, p, j)", error) from error
         if not isinstance(seen, Tensor) or seen.dtype != torch.bool:
             fix = "Return a comparison of its arguments, e.g. j <= p"
-            raise ArgumentTypeError(describe(call, "the function must return a bool tensor", shown(seen), fix))
+            raise ArgumentTypeError.of(call, "the function must return a bool tensor", shown(seen), fix)
         shape = torch.broadcast_shapes(b.shape, h.shape, p.shape, j.shape)
         if seen.ndim > len(shape) or any(
             n not in (1, m) for n, m in zip(reversed(seen.shape), reversed(shape), strict=False)
         ):
             rule = "the function's result must broadcast to its arguments"
             given = f"a result {tuple(seen.shape)} for arguments that broadcast to {tuple(shape)}"
-            raise ShapeError(describe(call, rule, given, "Compute it elementwise from b, h, p and j"))
+            raise ShapeError.of(call, rule, given, "Compute it elementwise from b, h, p and j")
         return seen
 
     def _lower(self, builder: Builder) -> None:
@@ -95,5 +95,5 @@ def mask_mod(fn: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> MaskMod:
     if not callable(fn):
         fix = "Pass a function of four tensors, e.g. lambda b, h, p, j: j <= p"
         given = f"{shown(fn)} ({type(fn).__name__})"
-        raise ArgumentTypeError(describe("qkv.mask_mod()", "fn must be a function fn(b, h, p, j)", given, fix))
+        raise ArgumentTypeError.of("qkv.mask_mod()", "fn must be a function fn(b, h, p, j)", given, fix)
     return MaskMod(fn)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from qkv.checks import LIMIT, given_as, integers, whole
-from qkv.errors import ArgumentError, ArgumentTypeError, ShapeError, describe
+from qkv.errors import ArgumentError, ArgumentTypeError, ShapeError
 
 
 def resolve_positions(call: str, positions: Any, *, B: int, Lq: int, Lk: int) -> Tensor:
@@ -29,25 +29,25 @@ def resolve_positions(call: str, positions: Any, *, B: int, Lq: int, Lk: int) ->
         if positions == "end":
             return rows + (Lk - Lq)
         fix = 'Use "start" (p = i), "end" (p = i + Lk - Lq), an int, B ints or a (B or 1, Lq) integer tensor'
-        raise ArgumentError(describe(call, 'positions must be "start" or "end"', f"positions={positions!r}", fix))
+        raise ArgumentError.of(call, 'positions must be "start" or "end"', f"positions={positions!r}", fix)
     first = whole(positions)
     if first is not None:
         if abs(first) > LIMIT:
             rule = f"positions must be of magnitude <= {LIMIT}"
-            raise ArgumentError(describe(call, rule, f"positions={first}", "Pass smaller positions"))
+            raise ArgumentError.of(call, rule, f"positions={first}", "Pass smaller positions")
         return rows + first
     if isinstance(positions, (bool, float, dict, bytes)):
         fix = 'Use "start", "end", an int, B ints or a (B or 1, Lq) integer tensor'
-        raise ArgumentTypeError(describe(call, "positions must be integers", given_as("positions", positions), fix))
+        raise ArgumentTypeError.of(call, "positions must be integers", given_as("positions", positions), fix)
     at = integers(call, "positions", positions, low=None, dims=(1, 2))
     if at.ndim == 1:
         if at.shape[0] != B:
             rule = "positions of one dimension must hold the first position of each batch row"
             fix = f"Pass {B} int{'s' * (B != 1)}, or a tensor of shape (1, {Lq}) for the position of each query"
-            raise ShapeError(describe(call, rule, f"positions {tuple(at.shape)} and B={B}", fix))
+            raise ShapeError.of(call, rule, f"positions {tuple(at.shape)} and B={B}", fix)
         return at[:, None] + rows
     if at.shape[0] not in (1, B) or at.shape[1] != Lq:
         rule = "positions of two dimensions must be (B or 1, Lq)"
         fix = f"Pass a tensor of shape (1, {Lq})" + (f" or ({B}, {Lq})" if B != 1 else "")
-        raise ShapeError(describe(call, rule, f"positions {tuple(at.shape)}, B={B} and Lq={Lq}", fix))
+        raise ShapeError.of(call, rule, f"positions {tuple(at.shape)}, B={B} and Lq={Lq}", fix)
     return at

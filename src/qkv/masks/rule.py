@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from qkv.errors import UnsupportedError, describe
+from qkv.errors import UnsupportedError
 from qkv.masks.intervals import Cuts, Intervals, Rows, Spans, anything, compute
 from qkv.masks.program import Builder, Program
 from qkv.masks.tile import Sizes, Tile
@@ -157,7 +157,7 @@ class Rule:
         if self.op < 0:
             rule = "a mask that is a Python function cannot be part of a graph"
             fix = "Build it from qkv's masks, pass a bool tensor, or call attention outside of the traced function"
-            raise UnsupportedError(describe(call, rule, f"{type(self).__name__} while tracing", fix))
+            raise UnsupportedError.of(call, rule, f"{type(self).__name__} while tracing", fix)
         words += [self.op, *self._numbers()]
         tensors += self._tensors()
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qkv.checks import Operand, integers, lookup, shown
-from qkv.errors import ArgumentError, ArgumentTypeError, ShapeError, describe
+from qkv.errors import ArgumentError, ArgumentTypeError, ShapeError
 from qkv.masks.base import Mask
 from qkv.masks.intervals import INFINITE, Cuts, Rows, Spans, column, groups
 from qkv.masks.program import Builder
@@ -37,7 +37,7 @@ class Padding(Mask, op=3):
         longest = int(self.lengths.tensor.max()) if sizes.B else 0
         if longest > sizes.Lk:
             rule = "padding(lengths) must be at most the number of keys"
-            raise ShapeError(describe(call, rule, f"a length of {longest} and Lk={sizes.Lk}", "Pass lengths in 0..Lk"))
+            raise ShapeError.of(call, rule, f"a length of {longest} and Lk={sizes.Lk}", "Pass lengths in 0..Lk")
 
     def visible(self, at: Tile, sizes: Sizes) -> Tensor:
         length = self.lengths.on(at.b.device)[at.b]
@@ -100,7 +100,7 @@ def padding(lengths: Any, side: str = "right") -> Padding:
     """
     if side not in ("right", "left") or not isinstance(side, str):
         rule = 'side must be "right" or "left", the end where the padding is'
-        raise ArgumentError(describe("qkv.padding()", rule, f"side={shown(side)}", 'Use side="right" or side="left"'))
+        raise ArgumentError.of("qkv.padding()", rule, f"side={shown(side)}", 'Use side="right" or side="left"')
     return Padding(Operand(integers("qkv.padding()", "lengths", lengths)), side)
 
 
@@ -206,11 +206,11 @@ class Documents(Mask, op=4):
                 fix = f"Make {whose}{'lengths sum to' if axis.ids is None else 'ids have length'} {want}"
                 if axis.ids is None and not self.by_index:
                     fix += "; for queries of another packing pass documents(lengths, k_lengths)"
-                raise ShapeError(describe(call, f"documents: {whose}{what} {name}", given, fix))
+                raise ShapeError.of(call, f"documents: {whose}{what} {name}", given, fix)
             if axis.rows not in (1, sizes.B):
                 rule = "documents: ids of two dimensions must be (B, L)"
                 given = f"ids of {axis.rows} rows and B={sizes.B}"
-                raise ShapeError(describe(call, rule, given, f"Pass {sizes.B} rows, or one row for all"))
+                raise ShapeError.of(call, rule, given, f"Pass {sizes.B} rows, or one row for all")
 
     def visible(self, at: Tile, sizes: Sizes) -> Tensor:
         mine = self.queries.id_of(at.b, at.i if self.by_index else at.p)
@@ -245,11 +245,10 @@ class Documents(Mask, op=4):
         """
         call = "documents().positions()"
         if align not in ("start", "end") or not isinstance(align, str):
-            fix = "Use one of the two"
-            raise ArgumentError(describe(call, 'align must be "start" or "end"', f"{shown(align)}", fix))
+            raise ArgumentError.of(call, 'align must be "start" or "end"', f"{shown(align)}", "Use one of the two")
         if self.queries.lengths is None or self.keys.lengths is None:
             rule = "positions follow from lengths only"
-            raise ArgumentError(describe(call, rule, repr(self), "Make the mask with documents(lengths, k_lengths)"))
+            raise ArgumentError.of(call, rule, repr(self), "Make the mask with documents(lengths, k_lengths)")
         mine, theirs = self.queries.lengths.tensor, self.keys.lengths.tensor
         with torch.inference_mode(False):  # for training too, wherever they were asked for
             first = theirs.cumsum(0) - theirs
@@ -395,12 +394,11 @@ def documents(
     if (lengths is None) == (segment_ids is None):
         given = "neither" if lengths is None else "both"
         fix = "Pass documents(lengths) or documents(segment_ids=...)"
-        raise ArgumentTypeError(describe(call, "documents are given by lengths or by segment_ids", given, fix))
+        raise ArgumentTypeError.of(call, "documents are given by lengths or by segment_ids", given, fix)
     if (k_lengths is not None and lengths is None) or (k_segment_ids is not None and segment_ids is None):
-        rule = "queries and keys must be given in the same way"
         given = "segment_ids with k_lengths" if lengths is None else "lengths with k_segment_ids"
         fix = "Pass documents(lengths, k_lengths) or documents(segment_ids=..., k_segment_ids=...)"
-        raise ArgumentTypeError(describe(call, rule, given, fix))
+        raise ArgumentTypeError.of(call, "queries and keys must be given in the same way", given, fix)
     if lengths is not None:
         queries = Axis(_lengths(call, "lengths", lengths), None)
         if k_lengths is None:
@@ -410,7 +408,7 @@ def documents(
         if counts[0] != counts[1]:
             rule = "lengths and k_lengths must name the same documents"
             given = f"{counts[0]} lengths and {counts[1]} k_lengths"
-            raise ShapeError(describe(call, rule, given, "Pass 0 for a document without queries or keys"))
+            raise ShapeError.of(call, rule, given, "Pass 0 for a document without queries or keys")
         return Documents(queries, keys, by_index=True)
     queries = _ids(call, "segment_ids", segment_ids)
     if k_segment_ids is None:
@@ -419,7 +417,7 @@ def documents(
     if queries.rows != keys.rows and 1 not in (queries.rows, keys.rows):
         rule = "segment_ids and k_segment_ids must be of the same batch"
         given = f"{queries.rows} and {keys.rows} rows"
-        raise ShapeError(describe(call, rule, given, "Pass (B, Lq) and (B, Lk), or one row for all"))
+        raise ShapeError.of(call, rule, given, "Pass (B, Lq) and (B, Lk), or one row for all")
     return Documents(queries, keys, by_index=True)
 
 
@@ -434,7 +432,7 @@ def _lengths(call: str, name: str, given: Any) -> Operand:
             f"Where rows differ pass {ids}=, (B, L), each token's document: "
             "torch.stack([torch.arange(len(row)).repeat_interleave(torch.tensor(row)) for row in lengths])"
         )
-        raise ShapeError(describe(call, rule, f"{name}={shown(given)}", fix))
+        raise ShapeError.of(call, rule, f"{name}={shown(given)}", fix)
     return Operand(integers(call, name, given))
 
 

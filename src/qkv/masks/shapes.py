@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from qkv.checks import LIMIT, Operand, integer, integers, whole
-from qkv.errors import ArgumentError, ShapeError, describe
+from qkv.errors import ArgumentError, ShapeError
 from qkv.masks.base import Mask
 from qkv.masks.intervals import INFINITE, Cuts, Rows, Spans, column, groups
 from qkv.masks.program import Builder
@@ -230,8 +230,7 @@ def check_batch(call: str, name: str, operand: Any, B: int) -> None:
     """Raise unless a (B,) operand has one value a batch row."""
     if isinstance(operand, Operand) and operand.tensor.numel() != B:
         rule = f"{name} with a value for each batch row needs B of them"
-        given = f"{operand.tensor.numel()} values and B={B}"
-        raise ShapeError(describe(call, rule, given, f"Pass {B} value{'s' * (B != 1)}"))
+        raise ShapeError.of(call, rule, f"{operand.tensor.numel()} values and B={B}", f"Pass {B} value{'s' * (B != 1)}")
 
 
 def prefix(n: Any) -> Prefix:
@@ -487,7 +486,7 @@ def dilated(window: int, step: int) -> Dilated:
     if window * step > LIMIT:
         rule = "window * step must be at most 2**48"
         given = f"window={window}, step={step}"
-        raise ArgumentError(describe("qkv.dilated()", rule, given, "Use strided(step) to reach every key"))
+        raise ArgumentError.of("qkv.dilated()", rule, given, "Use strided(step) to reach every key")
     return Dilated(window, step)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qkv.checks import Operand, integer, integers, shown
-from qkv.errors import ArgumentError, ArgumentTypeError, ShapeError, describe
+from qkv.errors import ArgumentError, ArgumentTypeError, ShapeError
 from qkv.masks.base import Composed, Mask, Or, as_mask, decoded_parts
 from qkv.masks.intervals import Cuts, Rows, Spans, column, groups
 from qkv.masks.program import Builder
@@ -168,15 +168,13 @@ class Blocks(Mask, op=10):
                 "blocks: the map must be (B or 1, Hq or 1, nq, nk)",
                 "Give it one entry for each, or one for all",
             )
-            raise ShapeError(describe(call, rule, f"{given}, B={sizes.B} and Hq={sizes.Hq}", fix))
+            raise ShapeError.of(call, rule, f"{given}, B={sizes.B} and Hq={sizes.Hq}", fix)
         for name, size, have in (("Lq", sizes.Lq, nq), ("Lk", sizes.Lk, nk)):
             if have * self.block < size:
                 need = -(-size // self.block)
                 rule = f"blocks: the map must cover {name}"
                 fix = f"Pass a map with {'nq' if name == 'Lq' else 'nk'} >= {need}"
-                raise ShapeError(
-                    describe(call, rule, f"{given}, which covers {have * self.block}, and {name}={size}", fix)
-                )
+                raise ShapeError.of(call, rule, f"{given}, which covers {have * self.block}, and {name}={size}", fix)
 
     def visible(self, at: Tile, sizes: Sizes) -> Tensor:
         table = self.map.on(at.j.device)
@@ -259,14 +257,12 @@ def blocks(map: Tensor, block: int) -> Blocks:
     call = "qkv.blocks()"
     if not isinstance(map, Tensor) or map.dtype != torch.bool:
         given = shown(map) if isinstance(map, Tensor) else f"{shown(map)} ({type(map).__name__})"
-        raise ArgumentTypeError(
-            describe(call, "map must be a bool tensor", given, "Pass a bool tensor, e.g. map.bool()")
-        )
+        raise ArgumentTypeError.of(call, "map must be a bool tensor", given, "Pass a bool tensor, e.g. map.bool()")
     if map.ndim not in (2, 4):
         rule = "map must be (nq, nk) or (B or 1, Hq or 1, nq, nk)"
-        raise ShapeError(describe(call, rule, shown(map), "Add dimensions of size 1 for B and Hq"))
+        raise ShapeError.of(call, rule, shown(map), "Add dimensions of size 1 for B and Hq")
     if map.is_meta:
-        raise ArgumentError(describe(call, "map must have values", "map on the meta device", "Pass a tensor with data"))
+        raise ArgumentError.of(call, "map must have values", "map on the meta device", "Pass a tensor with data")
     block = integer(call, "block", block, low=1)
     return Blocks(Operand(map.detach().reshape((1,) * (4 - map.ndim) + tuple(map.shape))), block)
 
@@ -284,7 +280,7 @@ class PerHead(Composed, op=11):
     def check(self, call: str, sizes: Sizes) -> None:
         if len(self.parts) != sizes.Hq:
             rule, given = "per_head needs one mask for each query head", f"{len(self.parts)} masks and Hq={sizes.Hq}"
-            raise ShapeError(describe(call, rule, given, f"Pass {sizes.Hq} masks"))
+            raise ShapeError.of(call, rule, given, f"Pass {sizes.Hq} masks")
         for part in dict.fromkeys(self.parts):
             part.check(call, sizes)
 
@@ -361,13 +357,13 @@ def per_head(masks: Sequence[Mask | Tensor]) -> PerHead:
     call = "qkv.per_head()"
     if isinstance(masks, (Mask, Tensor, str, dict, set)) or not hasattr(masks, "__iter__"):
         given = f"{shown(masks)} ({type(masks).__name__})"
-        raise ArgumentTypeError(describe(call, "masks must be a list of masks", given, "Pass one mask a query head"))
+        raise ArgumentTypeError.of(call, "masks must be a list of masks", given, "Pass one mask a query head")
     parts = []
     for head, mask in enumerate(masks):
         part = as_mask(mask, call)
         if part is None:
             fix = "Use window(None, None) for a head that sees everything"
-            raise ArgumentTypeError(describe(call, "every head needs a mask", f"None for head {head}", fix))
+            raise ArgumentTypeError.of(call, "every head needs a mask", f"None for head {head}", fix)
         parts.append(part)
     return PerHead(tuple(parts))
 
@@ -418,7 +414,7 @@ def bigbird(block: int, window_blocks: int = 3, global_blocks: int = 2, random_b
     if front > 2**24:
         rule = "global_blocks * block must be at most 2**24 tokens"
         given = f"global_blocks={global_blocks}, block={block}"
-        raise ArgumentError(describe(call, rule, given, "Use window(None, None) to see everything"))
+        raise ArgumentError.of(call, rule, given, "Use window(None, None) to see everything")
     parts: list[Mask] = [window_mask(wide, wide)]
     if front:
         parts.append(global_tokens(torch.arange(front, device="cpu")))
@@ -465,7 +461,7 @@ def longformer(window: int, global_indices: Any = (), dilation: int = 1) -> Mask
     window = integer(call, "window", window, low=2)
     if window % 2:
         fix = f"Pass window={window + 1}, or window(left, right) for uneven sides"
-        raise ArgumentError(describe(call, "window must be even, half of it on each side", f"window={window}", fix))
+        raise ArgumentError.of(call, "window must be even, half of it on each side", f"window={window}", fix)
     step = integer(call, "dilation", dilation, low=1)
     indices = integers(call, "global_indices", global_indices)
     local = window_mask(window // 2, window // 2) if step == 1 else dilated(window // 2, step)
