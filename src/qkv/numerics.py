@@ -1,4 +1,4 @@
-"""Small numerical pieces that the PyTorch backends share."""
+"""Small numerical pieces that masks and the PyTorch backends share."""
 
 from __future__ import annotations
 
@@ -76,15 +76,17 @@ def softcap_slope(x: Tensor, c: float) -> Tensor:
     return 4.0 * e / (1.0 + e) ** 2
 
 
-def _mix(x: Tensor) -> Tensor:
+def scrambled(x: Tensor) -> Tensor:
     """The finaliser of splitmix64 on int64 tensors; products wrap, right shifts are made logical."""
-    x = (x ^ _shift(x, 30)) * -4658895280553007687  # 0xBF58476D1CE4E5B9
-    x = (x ^ _shift(x, 27)) * -7723592293110705685  # 0x94D049BB133111EB
-    return x ^ _shift(x, 31)
+    x = (x ^ shifted(x, 30)) * -4658895280553007687  # 0xBF58476D1CE4E5B9
+    x = (x ^ shifted(x, 27)) * -7723592293110705685  # 0x94D049BB133111EB
+    return x ^ shifted(x, 31)
 
 
-def _shift(x: Tensor, bits: int) -> Tensor:
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
+def shifted(x: Tensor, bits: int) -> Tensor:
+    """x >> bits as if unsigned."""
+    found: Tensor = (x >> bits) & ((1 << (64 - bits)) - 1)
+    return found
 
 
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15
@@ -97,5 +99,5 @@ def dropout_keep(seed: int, dropout_p: float, b: Tensor, h: Tensor, i: Tensor, j
     """
     x = torch.full((), seed, dtype=torch.int64, device=j.device)
     for index in (b, h, i, j):
-        x = _mix(x + (index + 1) * _GOLDEN)
-    return _shift(x, 11) >= round(dropout_p * 2**53)
+        x = scrambled(x + (index + 1) * _GOLDEN)
+    return shifted(x, 11) >= round(dropout_p * 2**53)

@@ -95,18 +95,21 @@ SHUFFLED = torch.randint(-5, 90, (2, 40), generator=torch.Generator().manual_see
 )
 def test_counted_tiles_are_those_of_the_mask(positions: Any) -> None:
     from qkv.backends.tiled.schedule import HeadRow, Schedule, count_tiles
-    from qkv.call.validate import normalise_positions
+    from qkv.masks import read_positions
 
     Lq, Lk, T, K = 40, 70, 8, 16
     mask = (qkv.causal() & qkv.sliding_window(20)) | qkv.prefix(3)
     dense = mask.tensor(Lq, Lk, positions=positions, B=2)
-    reading, tensor = normalise_positions("test", positions, 2, Lq, torch.device("cpu"))
+    reading = read_positions("test", positions, 2, Lq)
+    tensor = reading if isinstance(reading, torch.Tensor) else None
     visible = full = 0
     for b in range(2):
         blocks = [[dense[b, 0, i : i + T, j : j + K] for j in range(0, Lk, K)] for i in range(0, Lq, T)]
         offset = (
             {"start": 0, "end": Lk - Lq}.get(reading, 0)
             if isinstance(reading, str)
+            else 0
+            if tensor is not None
             else reading[b if len(reading) > 1 else 0]
         )
         view = HeadRow(b, 0, offset, None if tensor is None else tensor[b])

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from qkv import _torch
 from qkv.call.problem import Inputs, Options, Problem
-from qkv.checks import DTYPES, LIMIT, integers, no_tensor, number, short, shown, whole
+from qkv.checks import DTYPES, no_tensor, number, short, shown
 from qkv.errors import ArgumentError, ArgumentTypeError, ShapeError, UnsupportedError
-from qkv.masks import Mask, Sizes, as_mask
+from qkv.masks import Mask, Sizes, as_mask, read_positions
 from qkv.scores import ScoreTerm, as_bias
 
 _LAYOUT = "(B, H, L, D)"
@@ -39,9 +39,7 @@ def checked(
     if bias is not None:
         bias.check(call, sizes)
         bias = bias.lowered(q.device)
-    reading, positions = (
-        ("start", None) if o.positions is None else normalise_positions(call, o.positions, B, Lq, q.device)
-    )
+    reading = "start" if o.positions is None else read_positions(call, o.positions, B, Lq)
     if o.positions is None and Lq != Lk:
         _require_positions(call, known, bias, sizes)
     scale = None if o.scale is None else _finite(call, "scale", o.scale, "Leave it out for 1/sqrt(D)")
@@ -59,7 +57,7 @@ def checked(
     problem = Problem(
         call, B, Hq, Hkv, Lq, Lk, D, Dv, q.dtype, q.device.type,
         mask=known,
-        positions=reading,
+        positions="tensor" if isinstance(reading, Tensor) else reading,
         scale=1.0 / math.sqrt(D) if scale is None else scale,
         softcap=softcap,
         bias=() if bias is None else bias.specs(),
@@ -68,6 +66,7 @@ def checked(
         needs_grad=torch.is_grad_enabled() and learns,
         needs_lse=o.return_lse,
     )  # fmt: skip
+    positions = reading.to(q.device) if isinstance(reading, Tensor) else None
     return problem, Inputs(q, k, v, positions, bias, sinks)
 
 
@@ -153,39 +152,6 @@ def _check_shapes(call: str, q: Tensor, k: Tensor, v: Tensor) -> None:
         got = f"{named(q=q)} → Hq={Hq} and {named(k=k)} → Hkv={Hkv}"
         fix = f"Use Hkv in {{{fits}}}, or check that q is (B, H, L, D)"
         raise ShapeError.of(call, "query heads must be a multiple of key/value heads", got, fix)
-
-
-def normalise_positions(
-    call: str, positions: Any, B: int, Lq: int, device: torch.device
-) -> tuple[str | tuple[int, ...], Tensor | None]:
-    """`positions=` as `Problem.positions` has it, with the (B or 1, Lq) int64 tensor where there is one."""
-    if isinstance(positions, str):
-        if positions in ("start", "end"):
-            return positions, None
-        fix = 'Use "start" (p = i), "end" (p = i + Lk - Lq), an int, B ints or a (B or 1, Lq) integer tensor'
-        raise ArgumentError.of(call, 'positions must be "start" or "end"', f"positions={positions!r}", fix)
-    first = whole(positions)
-    if first is None:
-        if isinstance(positions, Tensor) and _torch.transformed(positions):
-            fix = "Pass the same positions for all samples, as a plain tensor or as ints"
-            rule = "torch.func transforms cannot map positions"
-            raise UnsupportedError.of(call, rule, f"positions {tuple(positions.shape)} inside of one", fix)
-        given = integers(call, "positions", positions, low=None, dims=(1, 2))
-        if given.dim() == 1:
-            if given.shape[0] != B:
-                rule = "positions of one dimension hold the first query's position of each batch row"
-                fix = f"Pass {B} ints, or a tensor of shape ({B} or 1, {Lq}) for a position per query"
-                raise ShapeError.of(call, rule, f"positions {tuple(given.shape)} and B={B}", fix)
-            return tuple(int(n) for n in given), None  # not tolist(), which torch 2.9 cannot under a transform
-        if given.shape[0] not in (1, B) or given.shape[1] != Lq:
-            rule = "positions of two dimensions must be (B or 1, Lq)"
-            fix = f"Pass a tensor of shape ({B}, {Lq}) or (1, {Lq})"
-            raise ShapeError.of(call, rule, f"positions {tuple(given.shape)}, B={B} and Lq={Lq}", fix)
-        return "tensor", given.to(device)
-    if abs(first) > LIMIT:
-        rule = f"positions must be of magnitude <= {LIMIT}"
-        raise ArgumentError.of(call, rule, f"positions={first}", "Pass smaller positions")
-    return (first,), None
 
 
 def _require_positions(call: str, mask: Mask | None, bias: ScoreTerm | None, sizes: Sizes) -> None:

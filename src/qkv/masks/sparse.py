@@ -17,6 +17,7 @@ from qkv.masks.program import Builder
 from qkv.masks.rule import Rule
 from qkv.masks.shapes import dilated, floor, global_tokens, window as window_mask
 from qkv.masks.tile import Sizes, Tile
+from qkv.numerics import scrambled, shifted
 
 __all__ = ["bigbird", "blocks", "longformer", "per_head", "random_blocks"]
 
@@ -26,12 +27,6 @@ def _signed(x: int) -> int:
     return (x + 2**63) % 2**64 - 2**63
 
 
-def _shifted(x: Tensor, bits: int) -> Tensor:
-    """x >> bits as if unsigned."""
-    shifted: Tensor = (x >> bits) & ((1 << (64 - bits)) - 1)
-    return shifted
-
-
 def mix(seed: int, block: Tensor, draw: int) -> Tensor:
     """64 random-looking bits for (seed, query block, draw), as int64: splitmix64's finaliser, wrapping at 2**64.
 
@@ -39,15 +34,12 @@ def mix(seed: int, block: Tensor, draw: int) -> Tensor:
     Source: Steele, Lea and Flood 2014, "Fast Splittable Pseudorandom Number Generators".
     """
     start = _signed(seed * 0x9E3779B97F4A7C15 + draw * 0x94D049BB133111EB)
-    x = block * _signed(0xBF58476D1CE4E5B9) + start
-    x = (x ^ _shifted(x, 30)) * _signed(0xBF58476D1CE4E5B9)
-    x = (x ^ _shifted(x, 27)) * _signed(0x94D049BB133111EB)
-    return x ^ _shifted(x, 31)
+    return scrambled(block * _signed(0xBF58476D1CE4E5B9) + start)
 
 
 def _modulo(x: Tensor, n: int) -> Tensor:
     """x mod n as if x were unsigned."""
-    return (_shifted(x, 1) % n * 2 + (x & 1)) % n
+    return (shifted(x, 1) % n * 2 + (x & 1)) % n
 
 
 @dataclass(frozen=True, eq=False, repr=False)
