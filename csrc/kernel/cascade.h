@@ -36,8 +36,8 @@ class Cascade {
         if (a.bias_count > 0 || a.dropout_below > 0) return false;
         for (int64_t at = 0; at < a.program_length; at += instruction_length(a.program, at, a.program_length)) {
             const int64_t op = a.program[at];
-            const bool plain = op == kMaskAll || op == kMaskWindow || op == kMaskChunked || (op >= kMaskAnd && op <= kMaskNot) ||
-                               (op == kMaskPrefix && a.program[at + 2] < 0);
+            const bool plain = op == kMaskAll || op == kMaskWindow || op == kMaskChunked ||
+                               (op >= kMaskAnd && op <= kMaskNot) || (op == kMaskPrefix && a.program[at + 2] < 0);
             if (!plain) return false;
         }
         return true;

@@ -1,18 +1,20 @@
-// The kinds of masks, one a line: the opcodes (MaskOp), the lengths of instructions (words.h) and what a program is checked
-// for (validate.cpp) are made of this table. What a kind shows stands in atoms.h; how it is lowered, in the class in Python.
+// The kinds of masks, one a line: the opcodes (MaskOp), the lengths of instructions (words.h) and what a program is
+// checked for (validate.cpp) are made of this table. What a kind shows stands in atoms.h; how it is lowered, in the
+// class in Python.
 //
 //   KIND(name, opcode, words, related, held)
 //     words    what each word after the opcode may be, as in `Word` (words.h); operands are named by index
 //     related  what the words w[1], w[2], ... have to be together
 //     held     whether the operands hold all that a call may read of them
 //
-// A program is in postfix order: leaves push one truth value for (b, h, i, p, j), And, Or and Not combine what is on the stack.
+// A program is in postfix order: leaves push one truth value for (b, h, i, p, j), And, Or and Not combine what is on
+// the stack.
 //
 //   Window     left right                   p - left <= j <= p + right; -1: unbounded
 //   Prefix     n operand                    j < n; or operand -1 is none, else int64 (B,) or (1,) that replaces n
 //   Padding    operand side                 int64 (B,) or (1,) lengths; side 0: right, 1: left
-//   Documents  by_index contiguous lo hi    lo, hi: int64 (q_rows, q_len), the range that holds every key of the query's
-//              q_rows q_len qid kid k_rows  document; unless contiguous, the ids qid, kid: int64, must be equal and >= 0
+//   Documents  by_index contiguous lo hi    lo, hi: int64 (q_rows, q_len), the range of all keys of the query's
+//              q_rows q_len qid kid k_rows  document; unless contiguous, ids qid, kid: int64, must be equal and >= 0
 //   Chunked    n
 //   Strided    n offset
 //   Dilated    window step

@@ -34,7 +34,8 @@ struct Call {
 inline int64_t random_size(Random& random, int64_t most) {
     if (random.chance(0.03)) return 0;
     if (random.chance(0.35)) return random.in(1, std::min<int64_t>(most, 12));
-    int64_t n = random.pick<int64_t>({1, 15, 16, 17, 31, 32, 33, 47, 48, 49, 63, 64, 65, 95, 96, 97, 143, 145, 191, 192, 193, 255, 257, 383, 385, 511, 512, 513, 1023, 1025, 1537});
+    int64_t n = random.pick<int64_t>({1,   15,  16,  17,  31,  32,  33,  47,  48,  49,  63,  64,  65,   95,   96,  97,
+                                      143, 145, 191, 192, 193, 255, 257, 383, 385, 511, 512, 513, 1023, 1025, 1537});
     if (random.chance(0.2)) n = random.in(1, most);
     return std::min(n, most);
 }
@@ -48,13 +49,16 @@ inline Sizes random_sizes(Random& random, double budget) {
         z.Lq = random.chance(0.4) ? random.in(1, 4) : random_size(random, 600);
         z.Lk = random_size(random, 4000);
         const auto width = [&] {
-            return random.chance(0.5) ? random.pick<int64_t>({1, 2, 3, 8, 15, 16, 17, 31, 32, 33, 48, 63, 64, 65, 80, 96, 127, 128, 129, 192, 255, 256}) : random.in(1, 160);
+            return random.chance(0.5) ? random.pick<int64_t>({1,  2,  3,  8,  15, 16,  17,  31,  32,  33,  48,
+                                                              63, 64, 65, 80, 96, 127, 128, 129, 192, 255, 256})
+                                      : random.in(1, 160);
         };
         z.D = width();
         z.Dv = random.chance(0.5) ? z.D : width();
         if (random.chance(0.02)) z.Dv = 0;
         if (random.chance(0.03)) z.D = 576, z.Dv = 512;
-        const double work = static_cast<double>(z.B * z.Hq) * static_cast<double>(z.Lq * z.Lk) * static_cast<double>(z.D + z.Dv);
+        const double work =
+            static_cast<double>(z.B * z.Hq) * static_cast<double>(z.Lq * z.Lk) * static_cast<double>(z.D + z.Dv);
         if (work <= budget && z.Lk * z.B * z.Hkv * (z.D + z.Dv) < 8000000) return z;
     }
 }
@@ -66,20 +70,26 @@ inline void fill(Random& random, Array& x, double size) {
                 for (int64_t d = 0; d < x.size[3]; ++d) x.set({b, h, i, d}, size * random.normal());
 }
 
-inline Guard random_guard(Random& random) { return random.pick({Guard::heap, Guard::heap, Guard::after, Guard::before}); }
+inline Guard random_guard(Random& random) {
+    return random.pick({Guard::heap, Guard::heap, Guard::after, Guard::before});
+}
 
 inline void add_bias(Random& random, Call& c, bool packed) {
     const Sizes& z = c.z;
     const Type type = random.chance(0.5) ? c.type : static_cast<Type>(random.in(0, 3));
-    qkv::Bias bias{static_cast<qkv::BiasKind>(packed ? random.in(1, 2) : random.in(0, 2)), type, nullptr, {0, 0, 0, 0}, 0};
+    qkv::Bias bias{
+        static_cast<qkv::BiasKind>(packed ? random.in(1, 2) : random.in(0, 2)), type, nullptr, {0, 0, 0, 0}, 0};
     Array x;
     if (bias.kind == qkv::BiasKind::tensor) {
-        const std::vector<int64_t> size{random.chance(0.6) ? z.B : 1, random.chance(0.6) ? z.Hq : 1, random.chance(0.8) ? z.Lq : 1, random.chance(0.8) ? z.Lk : 1};
+        const std::vector<int64_t> size{random.chance(0.6) ? z.B : 1, random.chance(0.6) ? z.Hq : 1,
+                                        random.chance(0.8) ? z.Lq : 1, random.chance(0.8) ? z.Lk : 1};
         x = make_array(random, type, size, {true, true}, random_guard(random), kNaNFill);
         fill(random, x, 1.5);
         if (x.extent > 0 && random.chance(0.3))
             for (int64_t n = random.in(1, 200); n > 0; --n)
-                x.set({random.in(0, size[0] - 1), random.in(0, size[1] - 1), random.in(0, size[2] - 1), random.in(0, size[3] - 1)}, -INFINITY);
+                x.set({random.in(0, size[0] - 1), random.in(0, size[1] - 1), random.in(0, size[2] - 1),
+                       random.in(0, size[3] - 1)},
+                      -INFINITY);
         for (size_t d = 0; d < 4; ++d) {
             if (size[d] == 1) x.stride[d] = 0;
             bias.stride[d] = x.stride[d];
@@ -100,7 +110,8 @@ inline void add_bias(Random& random, Call& c, bool packed) {
 inline void poison(Random& random, Array& x) {
     if (x.extent == 0 || x.size[3] == 0) return;
     for (int64_t n = random.in(1, 6); n > 0; --n)
-        x.set({random.in(0, x.size[0] - 1), random.in(0, x.size[1] - 1), random.in(0, x.size[2] - 1), random.in(0, x.size[3] - 1)},
+        x.set({random.in(0, x.size[0] - 1), random.in(0, x.size[1] - 1), random.in(0, x.size[2] - 1),
+               random.in(0, x.size[3] - 1)},
               random.pick<double>({NAN, INFINITY, -INFINITY}));
 }
 
@@ -134,7 +145,8 @@ inline void make_inputs(Random& random, Call& c, bool ragged, double size) {
     if (c.poisoned && random.chance(0.5)) poison(random, c.k);
     c.out = make_array(random, c.type, {z.B, z.Hq, z.Lq, z.Dv}, {false, true}, random_guard(random), kOutputFill);
     const Type type = c.type == Type::f64 ? Type::f64 : Type::f32;
-    if (random.chance(0.6)) c.lse = make_array(random, type, {z.B, z.Hq, z.Lq}, {false, true}, random_guard(random), kOutputFill);
+    if (random.chance(0.6))
+        c.lse = make_array(random, type, {z.B, z.Hq, z.Lq}, {false, true}, random_guard(random), kOutputFill);
     for (int64_t b = 0; b < z.B; ++b) {
         qkv::Sequence s{};
         s.q_count = ragged ? random.in(0, z.Lq) : z.Lq;
@@ -187,7 +199,8 @@ inline void make_call(Random& random, Call& c, double budget, const std::string&
     }
     for (int64_t n = random.chance(0.6) ? 0 : random.in(1, 3); n > 0; --n) add_bias(random, c, ragged);
     if (random.chance(0.25)) {
-        c.sinks = make_array(random, random.chance(0.5) ? c.type : static_cast<Type>(random.in(0, 3)), {c.z.Hq}, {false, false}, random_guard(random), kNaNFill);
+        c.sinks = make_array(random, random.chance(0.5) ? c.type : static_cast<Type>(random.in(0, 3)), {c.z.Hq},
+                             {false, false}, random_guard(random), kNaNFill);
         for (int64_t h = 0; h < c.z.Hq; ++h) c.sinks.set({h}, random.chance(0.1) ? -INFINITY : 2 * random.normal());
     }
     qkv::Attention& a = c.a;
@@ -202,7 +215,8 @@ inline void make_call(Random& random, Call& c, double budget, const std::string&
         a.lse = c.lse.slab->data();
         for (size_t d = 0; d < 3; ++d) a.lse_stride[d] = c.lse.stride[d];
         if (random.chance(0.7)) {
-            c.state = std::make_shared<Slab>(2 * c.lse.extent * bytes_of(c.lse.type), random_guard(random), kOutputFill);
+            c.state =
+                std::make_shared<Slab>(2 * c.lse.extent * bytes_of(c.lse.type), random_guard(random), kOutputFill);
             a.state = c.state->data();
             a.state_step = c.lse.extent;
         }
@@ -215,7 +229,8 @@ inline void make_call(Random& random, Call& c, double budget, const std::string&
     }
     a.sequences = c.sequences.data();
     a.sequence_count = static_cast<int64_t>(c.sequences.size());
-    a.scale = random.chance(0.8) ? 1 / std::sqrt(static_cast<double>(c.z.D)) : random.pick<double>({1, -0.3, 0, 3, 1e-35, -1, 0.125});
+    a.scale = random.chance(0.8) ? 1 / std::sqrt(static_cast<double>(c.z.D))
+                                 : random.pick<double>({1, -0.3, 0, 3, 1e-35, -1, 0.125});
     a.softcap = random.chance(0.2) ? random.pick<double>({0.5, 5, 30, 50}) : 0;
     if (c.sinks.slab) a.sinks = c.sinks.slab->data(), a.sink_type = c.sinks.type, a.sink_stride = c.sinks.stride[0];
     a.bias = c.terms.data();
@@ -265,13 +280,22 @@ inline double kept(const Call& c, const Where& w) {
 }
 
 template <class R>
-Row<R> define(const Call& c, const qkv::Sequence& s, int64_t h, int64_t i, const std::vector<R>& keys, const std::vector<R>& values) {
+Row<R> define(const Call& c, const qkv::Sequence& s, int64_t h, int64_t i, const std::vector<R>& keys,
+              const std::vector<R>& values) {
     const Sizes& z = c.z;
     const R infinity = INFINITY;
-    Row<R> row{std::vector<R>(static_cast<size_t>(z.Dv)), std::vector<R>(static_cast<size_t>(z.Dv)), -infinity, 0, 0, false, false, false};
+    Row<R> row{std::vector<R>(static_cast<size_t>(z.Dv)),
+               std::vector<R>(static_cast<size_t>(z.Dv)),
+               -infinity,
+               0,
+               0,
+               false,
+               false,
+               false};
     std::vector<R> q(static_cast<size_t>(z.D)), scores;
     std::vector<int64_t> at;
-    for (int64_t d = 0; d < z.D; ++d) q[static_cast<size_t>(d)] = static_cast<R>(c.q.get({s.batch, h, s.q_first + i, d}));
+    for (int64_t d = 0; d < z.D; ++d)
+        q[static_cast<size_t>(d)] = static_cast<R>(c.q.get({s.batch, h, s.q_first + i, d}));
     const int64_t p = s.positions ? s.positions[i] : s.position + i;
     R top = c.sinks.slab ? static_cast<R>(c.sinks.get({h})) : -infinity;
     const R sink = top;
@@ -333,17 +357,19 @@ inline std::string untouched(const Array& x, const std::vector<bool>& used, cons
     const int64_t n = bytes_of(x.type);
     for (int64_t e = 0; e < x.extent; ++e)
         for (int64_t byte = 0; byte < n && !used[static_cast<size_t>(e)]; ++byte)
-            if (static_cast<unsigned char>(x.at(e)[byte]) != kOutputFill) return std::string(name) + " was written outside its rows, at element " + std::to_string(e);
+            if (static_cast<unsigned char>(x.at(e)[byte]) != kOutputFill)
+                return std::string(name) + " was written outside its rows, at element " + std::to_string(e);
     return "";
 }
 
-// `loose`: the largest error in proportion to the rule among those that a longer sum explains (the rule has no term for the
-// number of keys, which shows when the weights are flat and the scores small).
+// `loose`: the largest error in proportion to the rule among those that a longer sum explains (the rule has no term for
+// the number of keys, which shows when the weights are flat and the scores small).
 template <class R>
 std::string compare(const Call& c, double& loose) {
     const Sizes& z = c.z;
     const Limits limit = limits(c.type);
-    std::vector<bool> used(static_cast<size_t>(c.out.extent)), used_lse(static_cast<size_t>(c.lse.slab ? c.lse.extent : 0));
+    std::vector<bool> used(static_cast<size_t>(c.out.extent)),
+        used_lse(static_cast<size_t>(c.lse.slab ? c.lse.extent : 0));
     char text[200];
     for (const qkv::Sequence& s : c.sequences)
         for (int64_t g = 0; g < z.Hkv; ++g) {
@@ -360,17 +386,23 @@ std::string compare(const Call& c, double& loose) {
                         const int64_t e = c.out.offset({s.batch, h, s.q_first + i, d});
                         used[static_cast<size_t>(e)] = true;
                         const R got = decode(c.type, c.out.at(e)), want = row.out[static_cast<size_t>(d)];
-                        const R bound = row.seen ? relative * row.weight[static_cast<size_t>(d)] + limit.tiny * (1 + row.largest) : 0;
+                        const R bound =
+                            row.seen ? relative * row.weight[static_cast<size_t>(d)] + limit.tiny * (1 + row.largest)
+                                     : 0;
                         const R error = std::fabs(got - want), keys_seen = static_cast<R>(s.k_count);
                         const R sums = std::min<R>(keys_seen, 192) / 8 + std::sqrt(keys_seen) / 2;
                         const R longer = bound + limit.eps_acc * sums * row.weight[static_cast<size_t>(d)];
                         bool ok = error <= (row.seen ? longer : 0);
                         if (ok && error > bound) loose = std::max(loose, static_cast<double>(error / bound));
-                        if (row.nan) ok = got != got;
-                        else if (!std::isfinite(want)) ok = !std::isfinite(got);
+                        if (row.nan)
+                            ok = got != got;
+                        else if (!std::isfinite(want))
+                            ok = !std::isfinite(got);
                         if (!ok && !row.unspecified) {
-                            std::snprintf(text, sizeof text, "out[%ld, %ld, %ld, %ld] = %.9g, wanted %.9g: off by %.3g, allowed %.3g", long(s.batch), long(h), long(i),
-                                          long(d), double(got), double(want), double(error), double(bound));
+                            std::snprintf(text, sizeof text,
+                                          "out[%ld, %ld, %ld, %ld] = %.9g, wanted %.9g: off by %.3g, allowed %.3g",
+                                          long(s.batch), long(h), long(i), long(d), double(got), double(want),
+                                          double(error), double(bound));
                             return text;
                         }
                     }
@@ -379,10 +411,14 @@ std::string compare(const Call& c, double& loose) {
                     used_lse[static_cast<size_t>(e)] = true;
                     const R got = decode(c.lse.type, c.lse.at(e));
                     const R bound = 4 * limit.eps_acc * (1 + row.spread + std::fabs(row.lse));
-                    const bool ok = row.nan ? got != got : std::isfinite(row.lse) ? std::fabs(got - row.lse) <= bound : got == row.lse;
+                    const bool ok = row.nan                  ? got != got
+                                    : std::isfinite(row.lse) ? std::fabs(got - row.lse) <= bound
+                                                             : got == row.lse;
                     if (!ok) {
-                        std::snprintf(text, sizeof text, "lse[%ld, %ld, %ld] = %.9g, wanted %.9g: off by %.3g, allowed %.3g", long(s.batch), long(h), long(i), double(got),
-                                      double(row.lse), double(std::fabs(got - row.lse)), double(bound));
+                        std::snprintf(text, sizeof text,
+                                      "lse[%ld, %ld, %ld] = %.9g, wanted %.9g: off by %.3g, allowed %.3g",
+                                      long(s.batch), long(h), long(i), double(got), double(row.lse),
+                                      double(std::fabs(got - row.lse)), double(bound));
                         return text;
                     }
                 }
@@ -392,7 +428,9 @@ std::string compare(const Call& c, double& loose) {
     return fault;
 }
 
-inline std::string check(const Call& c, double& loose) { return c.type == Type::f64 ? compare<long double>(c, loose) : compare<double>(c, loose); }
+inline std::string check(const Call& c, double& loose) {
+    return c.type == Type::f64 ? compare<long double>(c, loose) : compare<double>(c, loose);
+}
 
 inline void* open_scratch(size_t bytes) {
     void* at = qkv::scratch_memory(bytes);
@@ -418,16 +456,21 @@ inline qkv::Status run(const Call& c) {
 inline std::string describe(const Call& c) {
     static const char* const kNames[] = {"f32", "bf16", "f16", "f64"};
     char text[400];
-    std::snprintf(text, sizeof text, "%s %s B=%ld Hq=%ld Hkv=%ld Lq=%ld Lk=%ld D=%ld Dv=%ld%s scale=%g softcap=%g bias=%zu%s%s%s threads=%d strides q=%ld k=%ld v=%ld out=%ld program:",
-                  c.isa.c_str(), kNames[static_cast<int>(c.type)], long(c.z.B), long(c.z.Hq), long(c.z.Hkv), long(c.z.Lq), long(c.z.Lk), long(c.z.D), long(c.z.Dv),
-                  c.view ? " (v in k)" : "", c.a.scale, c.a.softcap, c.bias.size(), c.sinks.slab ? " sinks" : "", c.lse.slab ? " lse" : "",
-                  c.poisoned ? " poisoned" : "", c.a.threads, long(c.q.stride[3]), long(c.k.stride[3]), long(c.v.stride[3]), long(c.out.stride[3]));
+    std::snprintf(text, sizeof text,
+                  "%s %s B=%ld Hq=%ld Hkv=%ld Lq=%ld Lk=%ld D=%ld Dv=%ld%s scale=%g softcap=%g bias=%zu%s%s%s "
+                  "threads=%d strides q=%ld k=%ld v=%ld out=%ld program:",
+                  c.isa.c_str(), kNames[static_cast<int>(c.type)], long(c.z.B), long(c.z.Hq), long(c.z.Hkv),
+                  long(c.z.Lq), long(c.z.Lk), long(c.z.D), long(c.z.Dv), c.view ? " (v in k)" : "", c.a.scale,
+                  c.a.softcap, c.bias.size(), c.sinks.slab ? " sinks" : "", c.lse.slab ? " lse" : "",
+                  c.poisoned ? " poisoned" : "", c.a.threads, long(c.q.stride[3]), long(c.k.stride[3]),
+                  long(c.v.stride[3]), long(c.out.stride[3]));
     std::string all = text;
     for (int64_t i = 0; i < c.a.program_length && i < 60; ++i) all += " " + std::to_string(c.a.program[i]);
-    if (c.a.page_size > 0) all += "; pages of " + std::to_string(c.a.page_size) + " type " + std::to_string(static_cast<int>(c.a.kv_type));
+    if (c.a.page_size > 0)
+        all += "; pages of " + std::to_string(c.a.page_size) + " type " + std::to_string(static_cast<int>(c.a.kv_type));
     for (const qkv::Sequence& s : c.sequences)
-        all += "; rows " + std::to_string(s.q_first) + "+" + std::to_string(s.q_count) + " keys " + std::to_string(s.k_count) + " at " +
-               (s.positions ? "array" : std::to_string(s.position));
+        all += "; rows " + std::to_string(s.q_first) + "+" + std::to_string(s.q_count) + " keys " +
+               std::to_string(s.k_count) + " at " + (s.positions ? "array" : std::to_string(s.position));
     return all;
 }
 

@@ -64,8 +64,9 @@ struct Sum {
 inline std::string compare_gradients(const Call& c, const Adjoint& x) {
     const Sizes& z = c.z;
     const Limits limit = limits(c.type);
-    std::vector<Sum> d_q(static_cast<size_t>(z.B * z.Hq * z.Lq * z.D)), d_k(static_cast<size_t>(z.B * z.Hkv * z.Lk * z.D)),
-        d_v(static_cast<size_t>(z.B * z.Hkv * z.Lk * z.Dv)), d_sinks(static_cast<size_t>(z.Hq));
+    std::vector<Sum> d_q(static_cast<size_t>(z.B * z.Hq * z.Lq * z.D)),
+        d_k(static_cast<size_t>(z.B * z.Hkv * z.Lk * z.D)), d_v(static_cast<size_t>(z.B * z.Hkv * z.Lk * z.Dv)),
+        d_sinks(static_cast<size_t>(z.Hq));
     std::vector<std::vector<Sum>> d_bias;
     for (const auto& d : x.d_bias) d_bias.emplace_back(d.size());
     double spread = 0;
@@ -73,7 +74,8 @@ inline std::string compare_gradients(const Call& c, const Adjoint& x) {
         for (int64_t h = 0; h < z.Hq; ++h)
             for (int64_t i = 0; i < s.q_count; ++i) {
                 const int64_t g = h / z.group(), row = s.q_first + i, p = s.positions ? s.positions[i] : s.position + i;
-                double delta = x.d_lse.slab ? -x.d_lse.get({s.batch, h, row}) : 0, sizes = std::fabs(delta), top = c.sinks.slab ? c.sinks.get({h}) : -INFINITY;
+                double delta = x.d_lse.slab ? -x.d_lse.get({s.batch, h, row}) : 0, sizes = std::fabs(delta),
+                       top = c.sinks.slab ? c.sinks.get({h}) : -INFINITY;
                 const double sink = top;
                 std::vector<double> scores, slopes, dots, dot_sizes;
                 std::vector<int64_t> at;
@@ -99,7 +101,8 @@ inline std::string compare_gradients(const Call& c, const Adjoint& x) {
                         const double y = x.d_out.get({s.batch, h, row, d}) * c.v.get({s.batch, g, j, d});
                         dp += y, dp_size += std::fabs(y);
                     }
-                    scores.push_back(dot), slopes.push_back(slope), dots.push_back(dp), dot_sizes.push_back(dp_size), at.push_back(j);
+                    scores.push_back(dot), slopes.push_back(slope), dots.push_back(dp), dot_sizes.push_back(dp_size),
+                        at.push_back(j);
                     top = std::max(top, dot);
                 }
                 if (top == -INFINITY) continue;
@@ -108,11 +111,15 @@ inline std::string compare_gradients(const Call& c, const Adjoint& x) {
                 std::vector<double> keeps;
                 for (const int64_t j : at) keeps.push_back(kept(c, {s.batch, h, i, p, j, s.k_count}));
                 for (size_t n = 0; n < at.size(); ++n) dots[n] *= keeps[n], dot_sizes[n] *= keeps[n];
-                for (size_t n = 0; n < at.size(); ++n) delta += scores[n] / total * dots[n], sizes += scores[n] / total * dot_sizes[n];
-                if (c.sinks.slab) d_sinks[static_cast<size_t>(h)].add(-std::exp(sink - top) / total * delta, std::exp(sink - top) / total * sizes);
+                for (size_t n = 0; n < at.size(); ++n)
+                    delta += scores[n] / total * dots[n], sizes += scores[n] / total * dot_sizes[n];
+                if (c.sinks.slab)
+                    d_sinks[static_cast<size_t>(h)].add(-std::exp(sink - top) / total * delta,
+                                                        std::exp(sink - top) / total * sizes);
                 for (size_t n = 0; n < at.size(); ++n) {
                     const int64_t j = at[n];
-                    const double prob = scores[n] / total, ds = prob * (dots[n] - delta), ds_size = prob * (dot_sizes[n] + sizes);
+                    const double prob = scores[n] / total, ds = prob * (dots[n] - delta),
+                                 ds_size = prob * (dot_sizes[n] + sizes);
                     for (int64_t d = 0; d < z.Dv; ++d) {
                         const double y = prob * keeps[n] * x.d_out.get({s.batch, h, row, d});
                         d_v[static_cast<size_t>(((s.batch * z.Hkv + g) * z.Lk + j) * z.Dv + d)].add(y, std::fabs(y));
@@ -122,31 +129,39 @@ inline std::string compare_gradients(const Call& c, const Adjoint& x) {
                         const qkv::Bias& bias = c.terms[t];
                         double sign = 1;
                         int64_t to = h * stride[1];
-                        if (bias.kind == qkv::BiasKind::alibi) sign = -static_cast<double>(std::abs(p - j));
-                        else if (bias.kind == qkv::BiasKind::relative) to += (std::clamp(j - p, -bias.reach, bias.reach) + bias.reach) * stride[3];
-                        else to += s.batch * stride[0] + i * stride[2] + j * stride[3];
+                        if (bias.kind == qkv::BiasKind::alibi)
+                            sign = -static_cast<double>(std::abs(p - j));
+                        else if (bias.kind == qkv::BiasKind::relative)
+                            to += (std::clamp(j - p, -bias.reach, bias.reach) + bias.reach) * stride[3];
+                        else
+                            to += s.batch * stride[0] + i * stride[2] + j * stride[3];
                         d_bias[t][static_cast<size_t>(to)].add(sign * ds, std::fabs(sign) * ds_size);
                     }
                     for (int64_t d = 0; d < z.D; ++d) {
                         const double a = c.a.scale * ds * slopes[n], size = std::fabs(c.a.scale) * ds_size;
                         const double k = c.k.get({s.batch, g, j, d}), q = c.q.get({s.batch, h, row, d});
-                        d_q[static_cast<size_t>(((s.batch * z.Hq + h) * z.Lq + row) * z.D + d)].add(a * k, size * std::fabs(k));
-                        d_k[static_cast<size_t>(((s.batch * z.Hkv + g) * z.Lk + j) * z.D + d)].add(a * q, size * std::fabs(q));
+                        d_q[static_cast<size_t>(((s.batch * z.Hq + h) * z.Lq + row) * z.D + d)].add(
+                            a * k, size * std::fabs(k));
+                        d_k[static_cast<size_t>(((s.batch * z.Hkv + g) * z.Lk + j) * z.D + d)].add(a * q,
+                                                                                                   size * std::fabs(q));
                     }
                 }
             }
     // Long sums in the accumulation type: the rule of the gate, and a term for their length.
     const double terms = static_cast<double>(std::max(z.Lk, z.Lq * z.group()));
-    const double relative = 2 * limit.eps + limit.eps_acc * (8 * (1 + spread) + std::sqrt(terms) + std::min(terms, 64.0) / 8);
+    const double relative =
+        2 * limit.eps + limit.eps_acc * (8 * (1 + spread) + std::sqrt(terms) + std::min(terms, 64.0) / 8);
     char text[160];
     const auto wrong = [&](const char* name, double got, const Sum& want) {
         // Weights below the smallest number count as 0, and are multiplied by what else is in the formula.
         const double bound = relative * want.size + limit.tiny * (1 + terms) * 16 * (1 + std::fabs(c.a.scale));
         if (std::fabs(got - want.value) <= bound) return false;
-        std::snprintf(text, sizeof text, "%s = %.9g, wanted %.9g: off by %.3g, allowed %.3g", name, got, want.value, std::fabs(got - want.value), bound);
+        std::snprintf(text, sizeof text, "%s = %.9g, wanted %.9g: off by %.3g, allowed %.3g", name, got, want.value,
+                      std::fabs(got - want.value), bound);
         return true;
     };
-    for (const auto& [array, sums, name] : {std::tuple{&x.d_q, &d_q, "d_q"}, std::tuple{&x.d_k, &d_k, "d_k"}, std::tuple{&x.d_v, &d_v, "d_v"}}) {
+    for (const auto& [array, sums, name] :
+         {std::tuple{&x.d_q, &d_q, "d_q"}, std::tuple{&x.d_k, &d_k, "d_k"}, std::tuple{&x.d_v, &d_v, "d_v"}}) {
         std::vector<bool> used(static_cast<size_t>(array->extent));
         for (const qkv::Sequence& s : c.sequences)
             for (int64_t h = 0; h < array->size[1]; ++h)
@@ -154,7 +169,8 @@ inline std::string compare_gradients(const Call& c, const Adjoint& x) {
                     for (int64_t d = 0; d < array->size[3]; ++d) {
                         const int64_t row = array == &x.d_q ? s.q_first + i : i;
                         used[static_cast<size_t>(array->offset({s.batch, h, row, d}))] = true;
-                        const Sum& want = (*sums)[static_cast<size_t>(((s.batch * array->size[1] + h) * array->size[2] + row) * array->size[3] + d)];
+                        const Sum& want = (*sums)[static_cast<size_t>(
+                            ((s.batch * array->size[1] + h) * array->size[2] + row) * array->size[3] + d)];
                         if (wrong(name, array->get({s.batch, h, row, d}), want)) return text;
                     }
         const std::string fault = untouched(*array, used, name);

@@ -26,7 +26,9 @@ struct Mask {
     std::vector<Mask> parts;                   // of AND, OR, NOT, PER_HEAD
 };
 
-inline int64_t batch_entry(const std::vector<int64_t>& table, int64_t b) { return table[table.size() > 1 ? static_cast<size_t>(b) : 0]; }
+inline int64_t batch_entry(const std::vector<int64_t>& table, int64_t b) {
+    return table[table.size() > 1 ? static_cast<size_t>(b) : 0];
+}
 
 inline bool in_documents(const Mask& m, const Where& w) {
     const int64_t rows = m.args[4], length = m.args[5], x = m.args[0] ? w.i : w.p;
@@ -42,7 +44,8 @@ inline bool in_random_blocks(const Mask& m, const Where& w) {
     const int64_t block = m.args[1], blocks = (w.keys + block - 1) / block, draws = std::min(m.args[0], blocks);
     std::vector<int64_t> drawn;
     for (int64_t t = blocks - draws; t < blocks; ++t) {
-        uint64_t x = static_cast<uint64_t>(m.args[2]) * 0x9E3779B97F4A7C15u + static_cast<uint64_t>(floored(w.p, block)) * 0xBF58476D1CE4E5B9u +
+        uint64_t x = static_cast<uint64_t>(m.args[2]) * 0x9E3779B97F4A7C15u +
+                     static_cast<uint64_t>(floored(w.p, block)) * 0xBF58476D1CE4E5B9u +
                      static_cast<uint64_t>(t) * 0x94D049BB133111EBu;
         x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9u;
         x = (x ^ x >> 27) * 0x94D049BB133111EBu;
@@ -68,7 +71,9 @@ inline bool visible(const Mask& m, const Where& w) {
         case qkv::kMaskStrided: return modulo(w.p - w.j - a[1], a[0]) == 0;
         case qkv::kMaskDilated: return std::abs(w.p - w.j) <= a[0] * a[1] && modulo(w.p - w.j, a[1]) == 0;
         case qkv::kMaskGlobal: {
-            const auto has = [&](int64_t x) { return std::find(m.tables[0].begin(), m.tables[0].end(), x) != m.tables[0].end(); };
+            const auto has = [&](int64_t x) {
+                return std::find(m.tables[0].begin(), m.tables[0].end(), x) != m.tables[0].end();
+            };
             return has(w.p) || has(w.j);
         }
         case qkv::kMaskRandom: return in_random_blocks(m, w);
@@ -79,7 +84,8 @@ inline bool visible(const Mask& m, const Where& w) {
             return m.tables[0][static_cast<size_t>(((b * a[2] + h) * a[3] + row) * a[4] + column)] != 0;
         }
         case qkv::kMaskPerHead: return visible(m.parts[static_cast<size_t>(w.h)], w);
-        case qkv::kMaskDense: return m.tables[0][static_cast<size_t>(w.b * a[1] + w.h * a[2] + w.i * a[3] + w.j * a[4])] != 0;
+        case qkv::kMaskDense:
+            return m.tables[0][static_cast<size_t>(w.b * a[1] + w.h * a[2] + w.i * a[3] + w.j * a[4])] != 0;
         case qkv::kMaskAnd: return visible(m.parts[0], w) && visible(m.parts[1], w);
         case qkv::kMaskOr: return visible(m.parts[0], w) || visible(m.parts[1], w);
         case qkv::kMaskNot: return !visible(m.parts[0], w);
@@ -92,11 +98,13 @@ struct Lowered {
     std::vector<int64_t> words;
     std::vector<qkv::Operand> operands;
     std::vector<std::shared_ptr<Slab>> memory;
-    bool roomy = false;  // flags lie in as many bytes as integers would: a changed program may take one operand for another
+    bool roomy =
+        false;  // flags lie in as many bytes as integers would: a changed program may take one operand for another
 };
 
 inline int64_t add_operand(Lowered& to, const std::vector<int64_t>& table, bool bytes, Guard guard) {
-    auto slab = std::make_shared<Slab>(static_cast<int64_t>(table.size()) * (bytes && !to.roomy ? 1 : 8), to.roomy ? Guard::heap : guard, 0);
+    auto slab = std::make_shared<Slab>(static_cast<int64_t>(table.size()) * (bytes && !to.roomy ? 1 : 8),
+                                       to.roomy ? Guard::heap : guard, 0);
     for (size_t i = 0; i < table.size(); ++i) {
         if (bytes)
             slab->data()[i] = static_cast<char>(table[i]);
@@ -157,7 +165,8 @@ inline Mask random_documents(Random& random, const Sizes& z, bool ragged) {
         std::vector<int64_t> cuts = table_of(random, documents + 1, 0, z.Lk);
         std::sort(cuts.begin(), cuts.end());
         for (size_t x = 0; x < t[0].size(); ++x) {
-            const size_t d = static_cast<size_t>(random.chance(0.7) ? static_cast<int64_t>(x) * documents / std::max<int64_t>(1, rows * length)
+            const size_t d = static_cast<size_t>(random.chance(0.7) ? static_cast<int64_t>(x) * documents /
+                                                                          std::max<int64_t>(1, rows * length)
                                                                     : random.in(0, documents - 1));
             const bool none = random.chance(0.05);
             t[0][x] = none ? 0 : cuts[d], t[1][x] = none ? 0 : cuts[d + 1];
@@ -195,8 +204,11 @@ inline int64_t random_leaf_opcode(Random& random) {
 inline Mask random_leaf(Random& random, const Sizes& z, bool ragged, int nested = 0) {
     const int64_t n = z.Lk;
     Mask m{random_leaf_opcode(random), {}, {}, {}};
-    while (m.op == qkv::kMaskPerHead && random.chance(nested == 0 ? 0 : nested == 1 ? 0.9 : 1)) m.op = random_leaf_opcode(random);
-    const auto per_batch = [&](int64_t lo, int64_t hi) { m.tables.push_back(table_of(random, random.chance(0.5) ? z.B : 1, lo, hi)); };
+    while (m.op == qkv::kMaskPerHead && random.chance(nested == 0 ? 0 : nested == 1 ? 0.9 : 1))
+        m.op = random_leaf_opcode(random);
+    const auto per_batch = [&](int64_t lo, int64_t hi) {
+        m.tables.push_back(table_of(random, random.chance(0.5) ? z.B : 1, lo, hi));
+    };
     switch (m.op) {
         case qkv::kMaskAll: break;
         case qkv::kMaskWindow: {
@@ -215,8 +227,12 @@ inline Mask random_leaf(Random& random, const Sizes& z, bool ragged, int nested 
             break;
         case qkv::kMaskDocuments: return random_documents(random, z, ragged);
         case qkv::kMaskChunked: m.args = {random.in(1, std::max<int64_t>(1, random.chance(0.5) ? 20 : n))}; break;
-        case qkv::kMaskStrided: m.args = {random.in(1, random.chance(0.5) ? 4 : n + 2), random.in(-n - 2, n + 2)}; break;
-        case qkv::kMaskDilated: m.args = {random.in(0, random.chance(0.5) ? 8 : n), random.in(1, random.chance(0.7) ? 4 : n + 1)}; break;
+        case qkv::kMaskStrided:
+            m.args = {random.in(1, random.chance(0.5) ? 4 : n + 2), random.in(-n - 2, n + 2)};
+            break;
+        case qkv::kMaskDilated:
+            m.args = {random.in(0, random.chance(0.5) ? 8 : n), random.in(1, random.chance(0.7) ? 4 : n + 1)};
+            break;
         case qkv::kMaskGlobal: {
             std::vector<int64_t> table = table_of(random, random.in(0, random.chance(0.8) ? 6 : 2 * n), -5, n + 10);
             std::sort(table.begin(), table.end());
@@ -225,7 +241,10 @@ inline Mask random_leaf(Random& random, const Sizes& z, bool ragged, int nested 
             m.args = {0};
             break;
         }
-        case qkv::kMaskRandom: m.args = {random.in(0, random.chance(0.8) ? 5 : 96), random.in(1, 40), static_cast<int64_t>(random.word() >> 1)}; break;
+        case qkv::kMaskRandom:
+            m.args = {random.in(0, random.chance(0.8) ? 5 : 96), random.in(1, 40),
+                      static_cast<int64_t>(random.word() >> 1)};
+            break;
         case qkv::kMaskBlocks: {
             const int64_t block = random.pick<int64_t>({1, 2, 3, 16, 17, 32, 64});
             const int64_t rows_b = random.chance(0.5) ? z.B : 1, rows_h = random.chance(0.5) ? z.Hq : 1;
@@ -246,7 +265,8 @@ inline Mask random_leaf(Random& random, const Sizes& z, bool ragged, int nested 
             }
             break;
         case qkv::kMaskDense: {
-            const std::vector<int64_t> size{random.chance(0.5) ? z.B : 1, random.chance(0.5) ? z.Hq : 1, random.chance(0.8) ? z.Lq : 1, n};
+            const std::vector<int64_t> size{random.chance(0.5) ? z.B : 1, random.chance(0.5) ? z.Hq : 1,
+                                            random.chance(0.8) ? z.Lq : 1, n};
             std::vector<int64_t> stride = random_strides(random, size, {false, true});
             int64_t last = 0;
             bool empty = false;

@@ -27,7 +27,9 @@ class Random {
         x = (x ^ x >> 27) * 0x94D049BB133111EBu;
         return x ^ x >> 31;
     }
-    int64_t in(int64_t lo, int64_t hi) { return lo + static_cast<int64_t>(word() % static_cast<uint64_t>(hi - lo + 1)); }
+    int64_t in(int64_t lo, int64_t hi) {
+        return lo + static_cast<int64_t>(word() % static_cast<uint64_t>(hi - lo + 1));
+    }
     double unit() { return static_cast<double>(word() >> 11) * 0x1p-53; }
     bool chance(double p) { return unit() < p; }
     double normal() { return (unit() + unit() + unit() + unit() + unit() + unit() - 3) * 1.4142135623730951; }
@@ -40,7 +42,9 @@ class Random {
     uint64_t state_;
 };
 
-inline int64_t bytes_of(Type type) { return type == Type::f64 ? 8 : type == Type::f32 ? 4 : type == Type::i8 || type == Type::f8 ? 1 : 2; }
+inline int64_t bytes_of(Type type) {
+    return type == Type::f64 ? 8 : type == Type::f32 ? 4 : type == Type::i8 || type == Type::f8 ? 1 : 2;
+}
 
 inline double decode(Type type, const void* at) {
     if (type == Type::f64) {
@@ -58,7 +62,9 @@ inline double decode(Type type, const void* at) {
         std::memcpy(&byte, at, 1);
         if (type == Type::i8) return byte;
         const int exponent = byte >> 3 & 15, fraction = byte & 7;
-        const double size = (byte & 127) == 127 ? std::nan("") : exponent == 0 ? std::ldexp(fraction, -9) : std::ldexp(8 + fraction, exponent - 10);
+        const double size = (byte & 127) == 127 ? std::nan("")
+                            : exponent == 0     ? std::ldexp(fraction, -9)
+                                                : std::ldexp(8 + fraction, exponent - 10);
         return byte < 0 ? -size : size;
     }
     uint16_t half;
@@ -103,15 +109,16 @@ inline void encode(Type type, double x, void* at) {
         } else if (size < 0x1p-14) {
             half = static_cast<uint16_t>(std::ldexp(size, 24));
         } else {
-            half = static_cast<uint16_t>((exponent + 14) << 10 | (static_cast<int>(std::ldexp(size, 11 - exponent)) & 1023));
+            half = static_cast<uint16_t>((exponent + 14) << 10 |
+                                         (static_cast<int>(std::ldexp(size, 11 - exponent)) & 1023));
         }
         if (std::signbit(x)) half |= 0x8000;
     }
     std::memcpy(at, &half, 2);
 }
 
-// Exactly so many bytes: on the heap (AddressSanitizer guards both ends), or against an unreadable page at one end, which
-// also stops masked loads and prefetched arithmetic that no compiler instruments.
+// Exactly so many bytes: on the heap (AddressSanitizer guards both ends), or against an unreadable page at one end,
+// which also stops masked loads and prefetched arithmetic that no compiler instruments.
 enum class Guard { heap, after, before };
 
 class Slab {
@@ -124,7 +131,8 @@ class Slab {
             const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE)), body = (bytes_ + page - 1) / page * page;
             mapped_ = body + 2 * page;
             map_ = static_cast<char*>(mmap(nullptr, mapped_, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
-            if (map_ == MAP_FAILED || (body > 0 && mprotect(map_ + page, body, PROT_READ | PROT_WRITE) != 0)) std::abort();
+            if (map_ == MAP_FAILED || (body > 0 && mprotect(map_ + page, body, PROT_READ | PROT_WRITE) != 0))
+                std::abort();
             data_ = guard == Guard::before ? map_ + page : map_ + page + body - bytes_;
         }
         if (bytes_ > 0) std::memset(data_, fill, bytes_);
@@ -146,7 +154,7 @@ class Slab {
     size_t bytes_, mapped_ = 0;
 };
 
-inline constexpr int kNaNFill = 0xff;    // NaN in every type
+inline constexpr int kNaNFill = 0xff;  // NaN in every type
 inline constexpr int kOutputFill = 0xa5;
 
 // A strided array that owns its exact extent (or shares another's).
@@ -178,7 +186,8 @@ inline std::vector<int64_t> random_strides(Random& random, const std::vector<int
     for (size_t i = 0; i < n; ++i) order[i] = i;
     if (layout.may_permute) {
         const size_t movable = random.chance(0.1) ? n : n - 1;
-        for (size_t i = movable; i > 1; --i) std::swap(order[i - 1], order[static_cast<size_t>(random.in(0, static_cast<int64_t>(i) - 1))]);
+        for (size_t i = movable; i > 1; --i)
+            std::swap(order[i - 1], order[static_cast<size_t>(random.in(0, static_cast<int64_t>(i) - 1))]);
     }
     std::vector<int64_t> stride(n);
     int64_t next = random.chance(0.15) ? 2 : 1;

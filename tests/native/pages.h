@@ -31,7 +31,9 @@ inline void put_on_pages(Random& random, Call& c) {
     const Sizes& z = c.z;
     c.paged = std::make_shared<Paged>();
     Paged& p = *c.paged;
-    p.page_size = random.chance(0.5) ? random.pick<int64_t>({16, 16, 32, 64}) : random.pick<int64_t>({1, 2, 3, 5, 8, 15, 17, 24, 48, 100, 512, std::max<int64_t>(z.Lk, 1)});
+    p.page_size = random.chance(0.5)
+                      ? random.pick<int64_t>({16, 16, 32, 64})
+                      : random.pick<int64_t>({1, 2, 3, 5, 8, 15, 17, 24, 48, 100, 512, std::max<int64_t>(z.Lk, 1)});
     const bool stored = c.type != Type::f64 && random.chance(0.3);
     const Type type = stored ? random.pick({Type::i8, Type::f8}) : c.type;
     // Some sequences begin with the pages of the first one.
@@ -48,34 +50,40 @@ inline void put_on_pages(Random& random, Call& c) {
     for (size_t i = 0; i < c.sequences.size(); ++i) {
         const int64_t needed = (c.sequences[i].k_count + p.page_size - 1) / p.page_size;
         tables.emplace_back();
-        for (int64_t n = 0; n < needed; ++n) tables[i].push_back(n < common[i] ? tables[0][static_cast<size_t>(n)] : static_cast<int32_t>(p.pages++));
+        for (int64_t n = 0; n < needed; ++n)
+            tables[i].push_back(n < common[i] ? tables[0][static_cast<size_t>(n)] : static_cast<int32_t>(p.pages++));
     }
     p.pages += random.in(0, 3);
     std::vector<int32_t> order(static_cast<size_t>(p.pages));
     for (size_t n = 0; n < order.size(); ++n) order[n] = static_cast<int32_t>(n);
-    for (size_t n = order.size(); n > 1; --n) std::swap(order[n - 1], order[static_cast<size_t>(random.in(0, static_cast<int64_t>(n) - 1))]);
+    for (size_t n = order.size(); n > 1; --n)
+        std::swap(order[n - 1], order[static_cast<size_t>(random.in(0, static_cast<int64_t>(n) - 1))]);
 
     const Layout any{false, true};
     p.k = make_array(random, type, {p.pages, z.Hkv, p.page_size, z.D}, any, random_guard(random), kNaNFill);
     p.v = p.k;
     p.v.size[3] = z.Dv;
-    if (!c.view) p.v = make_array(random, type, {p.pages, z.Hkv, p.page_size, z.Dv}, any, random_guard(random), kNaNFill);
+    if (!c.view)
+        p.v = make_array(random, type, {p.pages, z.Hkv, p.page_size, z.Dv}, any, random_guard(random), kNaNFill);
     if (stored) {
         p.k_scale = make_array(random, Type::f32, {p.pages, z.Hkv, p.page_size}, any, random_guard(random), kNaNFill);
         p.v_scale = p.k_scale;
-        p.v_scale.slab = c.view ? p.k_scale.slab : std::make_shared<Slab>(p.k_scale.extent * 4, random_guard(random), kNaNFill);
+        p.v_scale.slab =
+            c.view ? p.k_scale.slab : std::make_shared<Slab>(p.k_scale.extent * 4, random_guard(random), kNaNFill);
         c.poisoned = false;
         // The truth about stored numbers is what they stand for, which has more digits than the call's type.
         const Array k = c.k, v = c.v;
         c.k = make_array(random, Type::f64, {z.B, z.Hkv, z.Lk, z.D}, {false, false}, Guard::heap, kNaNFill);
         c.v = c.k;
         c.v.size[3] = z.Dv;
-        if (!c.view) c.v = make_array(random, Type::f64, {z.B, z.Hkv, z.Lk, z.Dv}, {false, false}, Guard::heap, kNaNFill);
+        if (!c.view)
+            c.v = make_array(random, Type::f64, {z.B, z.Hkv, z.Lk, z.Dv}, {false, false}, Guard::heap, kNaNFill);
     }
     for (size_t i = 0; i < c.sequences.size(); ++i) {
         qkv::Sequence& s = c.sequences[i];
         auto slab = std::make_shared<Slab>(4 * static_cast<int64_t>(tables[i].size()), random_guard(random), 0);
-        for (size_t n = 0; n < tables[i].size(); ++n) std::memcpy(slab->data() + 4 * n, &order[static_cast<size_t>(tables[i][n])], 4);
+        for (size_t n = 0; n < tables[i].size(); ++n)
+            std::memcpy(slab->data() + 4 * n, &order[static_cast<size_t>(tables[i][n])], 4);
         c.positions.push_back(slab);  // keeps it
         static const int32_t kNone = 0;
         s.pages = tables[i].empty() ? &kNone : reinterpret_cast<const int32_t*>(slab->data());
@@ -84,17 +92,23 @@ inline void put_on_pages(Random& random, Call& c) {
             const bool fresh = j / p.page_size >= common[i] || i == 0;
             for (int64_t g = 0; g < z.Hkv; ++g) {
                 if (!stored) {
-                    for (int64_t d = 0; d < z.D; ++d) std::memcpy(p.k.at(p.k.offset({page, g, slot, d})), c.k.at(c.k.offset({s.batch, g, j, d})), static_cast<size_t>(bytes_of(type)));
-                    for (int64_t d = 0; d < z.Dv && !c.view; ++d) std::memcpy(p.v.at(p.v.offset({page, g, slot, d})), c.v.at(c.v.offset({s.batch, g, j, d})), static_cast<size_t>(bytes_of(type)));
+                    for (int64_t d = 0; d < z.D; ++d)
+                        std::memcpy(p.k.at(p.k.offset({page, g, slot, d})), c.k.at(c.k.offset({s.batch, g, j, d})),
+                                    static_cast<size_t>(bytes_of(type)));
+                    for (int64_t d = 0; d < z.Dv && !c.view; ++d)
+                        std::memcpy(p.v.at(p.v.offset({page, g, slot, d})), c.v.at(c.v.offset({s.batch, g, j, d})),
+                                    static_cast<size_t>(bytes_of(type)));
                     continue;
                 }
                 const auto store = [&](Array& numbers, Array& scale, Array& truth, int64_t width, double size) {
                     if (fresh) {
                         const double most = type == Type::i8 ? 127 : 448;
                         scale.set({page, g, slot}, random.chance(0.02) ? 0 : size * (0.2 + random.unit()) / most);
-                        for (int64_t d = 0; d < width; ++d) random_byte(random, type, numbers.at(numbers.offset({page, g, slot, d})));
+                        for (int64_t d = 0; d < width; ++d)
+                            random_byte(random, type, numbers.at(numbers.offset({page, g, slot, d})));
                     }
-                    for (int64_t d = 0; d < width; ++d) truth.set({s.batch, g, j, d}, numbers.get({page, g, slot, d}) * scale.get({page, g, slot}));
+                    for (int64_t d = 0; d < width; ++d)
+                        truth.set({s.batch, g, j, d}, numbers.get({page, g, slot, d}) * scale.get({page, g, slot}));
                 };
                 store(p.k, p.k_scale, c.k, z.D, 2);
                 if (!c.view) store(p.v, p.v_scale, c.v, z.Dv, 2);

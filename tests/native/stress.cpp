@@ -1,9 +1,11 @@
 // Runs the native kernels on random calls, malformed mask programs, many threads and forks; meant for sanitizer builds.
 //
-//   stress [--seconds 60] [--seed N] [--mode calls|gradients|fuzz|mutate|nest|threads|fork] [--isa NAME] [--failures 20] [--strict 1]
+//   stress [--seconds 60] [--seed N] [--mode calls|gradients|fuzz|mutate|nest|threads|fork] [--isa NAME]
+//          [--failures 20] [--strict 1]
 //   stress --mode M --case N     replays one case
 //
-// Cases run in child processes: a crash, a hang or a wrong result is reported with its case number, and the run goes on.
+// Cases run in child processes: a crash, a hang or a wrong result is reported with its case number, and the run goes
+// on.
 #include <signal.h>
 #include <sys/wait.h>
 
@@ -15,9 +17,13 @@
 
 extern "C" {
 // Clean allocations hold NaN; a fork after threads is what one of the modes is for.
-__attribute__((visibility("default"))) const char* __asan_default_options() { return "max_malloc_fill_size=1073741824:malloc_fill_byte=255:detect_stack_use_after_return=0"; }
+__attribute__((visibility("default"))) const char* __asan_default_options() {
+    return "max_malloc_fill_size=1073741824:malloc_fill_byte=255:detect_stack_use_after_return=0";
+}
 __attribute__((visibility("default"))) const char* __ubsan_default_options() { return "print_stacktrace=1"; }
-__attribute__((visibility("default"))) const char* __tsan_default_options() { return "die_after_fork=0:halt_on_error=1:exitcode=66"; }
+__attribute__((visibility("default"))) const char* __tsan_default_options() {
+    return "die_after_fork=0:halt_on_error=1:exitcode=66";
+}
 
 // Called by the kernels of the AddressSanitizer build for each array they cut from their scratch memory.
 void* qkv_stress_gap(void* at, long bytes);
@@ -59,7 +65,8 @@ uint64_t case_seed(const std::string& mode, uint64_t number) {
     return x;
 }
 
-// Checks the result. An error beyond the rule that the length of the sums explains is counted, and fails only if --strict.
+// Checks the result. An error beyond the rule that the length of the sums explains is counted, and fails only if
+// --strict.
 std::string verdict(const Call& c) {
     double loose = 0;
     const std::string fault = check(c, loose);
@@ -96,7 +103,8 @@ std::string one_call(Random& random, double budget) {
         const std::string before(c.out.slab->data(), c.out.slab->size());
         c.a.threads = c.a.threads % 4 + 1;
         run(c);
-        if (std::memcmp(before.data(), c.out.slab->data(), before.size()) != 0) return fault_of(c, "the bits depend on the number of threads");
+        if (std::memcmp(before.data(), c.out.slab->data(), before.size()) != 0)
+            return fault_of(c, "the bits depend on the number of threads");
     }
     return "";
 }
@@ -138,9 +146,12 @@ std::string gradients(Random& random) {
 }
 
 int64_t odd_word(Random& random) {
-    return random.chance(0.4) ? random.in(-3, 20)
-                              : random.pick<int64_t>({0, 1, -1, -2, 2, 11, 63, 64, 65, 96, 97, 1 << 20, INT64_C(1) << 31, INT64_C(1) << 32, INT64_C(1) << 60,
-                                                      INT64_MAX, INT64_MAX - 1, INT64_MIN, INT64_MIN + 1, -(INT64_C(1) << 40), static_cast<int64_t>(random.word())});
+    if (random.chance(0.4)) return random.in(-3, 20);
+    // clang-format off
+    return random.pick<int64_t>({0, 1, -1, -2, 2, 11, 63, 64, 65, 96, 97, 1 << 20, INT64_C(1) << 31, INT64_C(1) << 32,
+                                 INT64_C(1) << 60, INT64_MAX, INT64_MAX - 1, INT64_MIN, INT64_MIN + 1,
+                                 -(INT64_C(1) << 40), static_cast<int64_t>(random.word())});
+    // clang-format on
 }
 
 // Random words through program_fits, many to a case, each ending at an unreadable page.
@@ -187,7 +198,8 @@ std::string mutate(Random& random) {
         ++(fits ? progress->accepted : progress->refused);
         const qkv::Status status = run(c);
         const bool may_run = c.z.Hq > 0 && c.a.sequence_count > 0;
-        if (may_run && !fits && status != qkv::Status::bad_program) return fault_of(c, "a program that does not fit was run");
+        if (may_run && !fits && status != qkv::Status::bad_program)
+            return fault_of(c, "a program that does not fit was run");
     }
     return "";
 }
@@ -208,7 +220,8 @@ std::string nest(Random& random) {
         words.insert(words.end(), static_cast<size_t>(depth - 1), qkv::kMaskAnd);
     } else if (kind == 3) {  // a long list on a flat stack
         words.push_back(qkv::kMaskAll);
-        for (int64_t d = 0; d < std::min<int64_t>(depth, 10000); ++d) words.insert(words.end(), {qkv::kMaskWindow, d, 0, qkv::kMaskOr});
+        for (int64_t d = 0; d < std::min<int64_t>(depth, 10000); ++d)
+            words.insert(words.end(), {qkv::kMaskWindow, d, 0, qkv::kMaskOr});
     } else {  // many heads, or more than there are words for
         words = {qkv::kMaskPerHead, depth + random.in(0, 1)};
         for (int64_t d = 0; d < depth; ++d) words.insert(words.end(), {1, qkv::kMaskAll});
@@ -300,7 +313,7 @@ std::string forks(Random& random) {
 struct Mode {
     const char* name;
     std::string (*run)(Random&);
-    double share;  // of the time
+    double share;    // of the time
     unsigned limit;  // seconds a case may take
 };
 const Mode kModes[] = {
@@ -345,7 +358,8 @@ int slice(const Mode& mode, uint64_t& number, double until) {
         ++failures;
         const int code = WIFSIGNALED(state) ? WTERMSIG(state) : WEXITSTATUS(state);
         std::fprintf(stderr, "FAILED (%s %d%s): --mode %s --case %llu\n", WIFSIGNALED(state) ? "signal" : "exit", code,
-                     WIFSIGNALED(state) && code == SIGALRM ? ", hung" : "", mode.name, static_cast<unsigned long long>(progress->number.load()));
+                     WIFSIGNALED(state) && code == SIGALRM ? ", hung" : "", mode.name,
+                     static_cast<unsigned long long>(progress->number.load()));
     } while (now() < until && failures < options.failures && options.only < 0);
     return failures;
 }
@@ -354,18 +368,28 @@ int stress(int argc, char** argv) {
     options.seed = static_cast<uint64_t>(std::chrono::system_clock::now().time_since_epoch().count()) % 1000000;
     for (int i = 1; i + 1 < argc; i += 2) {
         const std::string name = argv[i], value = argv[i + 1];
-        if (name == "--seconds") options.seconds = std::stod(value);
-        else if (name == "--seed") options.seed = std::stoull(value);
-        else if (name == "--mode") options.mode = value;
-        else if (name == "--isa") options.isa = value;
-        else if (name == "--case") options.only = std::stoll(value);
-        else if (name == "--strict") options.strict = value != "0";
-        else if (name == "--failures") options.failures = std::stoi(value);
-        else return std::fprintf(stderr, "unknown option %s\n", argv[i]), 2;
+        if (name == "--seconds")
+            options.seconds = std::stod(value);
+        else if (name == "--seed")
+            options.seed = std::stoull(value);
+        else if (name == "--mode")
+            options.mode = value;
+        else if (name == "--isa")
+            options.isa = value;
+        else if (name == "--case")
+            options.only = std::stoll(value);
+        else if (name == "--strict")
+            options.strict = value != "0";
+        else if (name == "--failures")
+            options.failures = std::stoi(value);
+        else
+            return std::fprintf(stderr, "unknown option %s\n", argv[i]), 2;
     }
-    progress = static_cast<Progress*>(mmap(nullptr, sizeof(Progress), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0));
+    progress = static_cast<Progress*>(
+        mmap(nullptr, sizeof(Progress), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0));
     if (progress == MAP_FAILED) return 2;
-    std::printf("seed %llu, instruction sets %s\n", static_cast<unsigned long long>(options.seed), qkv::instruction_sets());
+    std::printf("seed %llu, instruction sets %s\n", static_cast<unsigned long long>(options.seed),
+                qkv::instruction_sets());
     int failures = 0, known = 0;
     const double start = now();
     for (const Mode& mode : kModes) {
@@ -382,13 +406,16 @@ int stress(int argc, char** argv) {
         uint64_t number = first;
         const double before = now();
         const int failed = slice(mode, number, before + options.seconds * (options.mode.empty() ? mode.share : 1));
-        std::printf("%-9s %8llu cases, %d failed, %.1f s\n", mode.name, static_cast<unsigned long long>(number - first - 1 + (failed > 0)), failed, now() - before);
+        std::printf("%-9s %8llu cases, %d failed, %.1f s\n", mode.name,
+                    static_cast<unsigned long long>(number - first - 1 + (failed > 0)), failed, now() - before);
         failures += failed;
         if (failures >= options.failures) break;
     }
     if (known == 0) return std::fprintf(stderr, "no mode %s\n", options.mode.c_str()), 2;
-    std::printf("%llu calls, %llu programs (%llu accepted), %d failures, %.1f s\n", static_cast<unsigned long long>(progress->calls.load()),
-                static_cast<unsigned long long>(progress->programs.load()), static_cast<unsigned long long>(progress->accepted.load()), failures, now() - start);
+    std::printf("%llu calls, %llu programs (%llu accepted), %d failures, %.1f s\n",
+                static_cast<unsigned long long>(progress->calls.load()),
+                static_cast<unsigned long long>(progress->programs.load()),
+                static_cast<unsigned long long>(progress->accepted.load()), failures, now() - start);
     if (progress->loose > 0)
         std::printf("%llu calls with an error beyond the rule, by the length of their sums: at most %.2f times\n",
                     static_cast<unsigned long long>(progress->loose.load()), progress->loosest.load());
