@@ -10,6 +10,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -q -c $(VENV)/constraints.txt
 CONSTRAIN := $(BIN)/python tools/lock.py constraints "$(TORCH)" > $(VENV)/constraints.txt
 CODE := src tests benchmarks examples docs tools
+CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp tests/native/*.h tests/native/*.cpp)
 NATIVE := CMakeLists.txt pyproject.toml $(wildcard cmake/* csrc/* csrc/*/*)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -33,6 +34,7 @@ quick: $(VENV)/.installed-dev
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check $(CODE)
+	$(BIN)/clang-format --dry-run -Werror $(CPP)
 	$(BIN)/ruff check $(CODE)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
@@ -73,6 +75,7 @@ sanitize-%: $(VENV)/.installed-dev
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff format $(CODE)
+	$(BIN)/clang-format -i $(CPP)
 	$(BIN)/ruff check --fix $(CODE)
 	$(BIN)/python tools/layers.py
 
