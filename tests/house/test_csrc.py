@@ -15,6 +15,7 @@ from tests.kit import skips
 ROOT = Path(__file__).parents[2]
 CSRC = ROOT / "csrc"
 SOURCES = sorted(path for path in CSRC.rglob("*") if path.suffix in (".h", ".cpp"))
+OF_TESTS = sorted(path for path in (ROOT / "tests" / "native").iterdir() if path.suffix in (".h", ".cpp"))
 LONGEST = 60  # code lines of a function
 
 
@@ -64,7 +65,7 @@ def functions(text: str) -> list[tuple[str, int]]:
     return found
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(CSRC)))
+@pytest.mark.parametrize("path", [*SOURCES, *OF_TESTS], ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_functions_are_short(path: Path) -> None:
     assert not [(name, lines) for name, lines in functions(path.read_text()) if lines > LONGEST]
 

@@ -284,14 +284,8 @@ Row<R> define(const Call& c, const qkv::Sequence& s, int64_t h, int64_t i, const
               const std::vector<R>& values) {
     const Sizes& z = c.z;
     const R infinity = INFINITY;
-    Row<R> row{std::vector<R>(static_cast<size_t>(z.Dv)),
-               std::vector<R>(static_cast<size_t>(z.Dv)),
-               -infinity,
-               0,
-               0,
-               false,
-               false,
-               false};
+    const std::vector<R> none(static_cast<size_t>(z.Dv));
+    Row<R> row{none, none, -infinity, 0, 0, false, false, false};
     std::vector<R> q(static_cast<size_t>(z.D)), scores;
     std::vector<int64_t> at;
     for (int64_t d = 0; d < z.D; ++d)
@@ -362,15 +356,62 @@ inline std::string untouched(const Array& x, const std::vector<bool>& used, cons
     return "";
 }
 
-// `loose`: the largest error in proportion to the rule among those that a longer sum explains (the rule has no term for
-// the number of keys, which shows when the weights are flat and the scores small).
+// The outputs of a row. `loose`: the largest error in proportion to the rule among those that a longer sum explains
+// (the rule has no term for the number of keys, which shows when the weights are flat and the scores small).
+template <class R>
+std::string compare_out(const Call& c, const qkv::Sequence& s, int64_t h, int64_t i, const Row<R>& row,
+                        std::vector<bool>& used, double& loose) {
+    const Limits limit = limits(c.type);
+    const R relative = 2 * limit.eps + 4 * limit.eps_acc * (1 + row.spread);
+    for (int64_t d = 0; d < c.z.Dv; ++d) {
+        const int64_t e = c.out.offset({s.batch, h, s.q_first + i, d});
+        used[static_cast<size_t>(e)] = true;
+        const R got = decode(c.type, c.out.at(e)), want = row.out[static_cast<size_t>(d)];
+        const R weight = row.weight[static_cast<size_t>(d)];
+        const R bound = row.seen ? relative * weight + limit.tiny * (1 + row.largest) : 0;
+        const R error = std::fabs(got - want), keys_seen = static_cast<R>(s.k_count);
+        const R sums = std::min<R>(keys_seen, 192) / 8 + std::sqrt(keys_seen) / 2;
+        const R longer = bound + limit.eps_acc * sums * weight;
+        bool ok = error <= (row.seen ? longer : 0);
+        if (ok && error > bound) loose = std::max(loose, static_cast<double>(error / bound));
+        if (row.nan)
+            ok = got != got;
+        else if (!std::isfinite(want))
+            ok = !std::isfinite(got);
+        if (ok || row.unspecified) continue;
+        char text[200];
+        std::snprintf(text, sizeof text, "out[%ld, %ld, %ld, %ld] = %.9g, wanted %.9g: off by %.3g, allowed %.3g",
+                      long(s.batch), long(h), long(i), long(d), double(got), double(want), double(error),
+                      double(bound));
+        return text;
+    }
+    return "";
+}
+
+template <class R>
+std::string compare_lse(const Call& c, const qkv::Sequence& s, int64_t h, int64_t i, const Row<R>& row,
+                        std::vector<bool>& used) {
+    const int64_t e = c.lse.offset({s.batch, h, s.q_first + i});
+    used[static_cast<size_t>(e)] = true;
+    const R got = decode(c.lse.type, c.lse.at(e)), error = std::fabs(got - row.lse);
+    const R bound = 4 * limits(c.type).eps_acc * (1 + row.spread + std::fabs(row.lse));
+    bool ok = got == row.lse;
+    if (row.nan)
+        ok = got != got;
+    else if (std::isfinite(row.lse))
+        ok = error <= bound;
+    if (ok) return "";
+    char text[200];
+    std::snprintf(text, sizeof text, "lse[%ld, %ld, %ld] = %.9g, wanted %.9g: off by %.3g, allowed %.3g", long(s.batch),
+                  long(h), long(i), double(got), double(row.lse), double(error), double(bound));
+    return text;
+}
+
 template <class R>
 std::string compare(const Call& c, double& loose) {
     const Sizes& z = c.z;
-    const Limits limit = limits(c.type);
-    std::vector<bool> used(static_cast<size_t>(c.out.extent)),
-        used_lse(static_cast<size_t>(c.lse.slab ? c.lse.extent : 0));
-    char text[200];
+    std::vector<bool> used(static_cast<size_t>(c.out.extent));
+    std::vector<bool> used_lse(static_cast<size_t>(c.lse.slab ? c.lse.extent : 0));
     for (const qkv::Sequence& s : c.sequences)
         for (int64_t g = 0; g < z.Hkv; ++g) {
             std::vector<R> keys, values;
@@ -381,46 +422,9 @@ std::string compare(const Call& c, double& loose) {
             for (int64_t h = g * z.group(); h < (g + 1) * z.group(); ++h)
                 for (int64_t i = 0; i < s.q_count; ++i) {
                     const Row<R> row = define<R>(c, s, h, i, keys, values);
-                    const R relative = 2 * limit.eps + 4 * limit.eps_acc * (1 + row.spread);
-                    for (int64_t d = 0; d < z.Dv; ++d) {
-                        const int64_t e = c.out.offset({s.batch, h, s.q_first + i, d});
-                        used[static_cast<size_t>(e)] = true;
-                        const R got = decode(c.type, c.out.at(e)), want = row.out[static_cast<size_t>(d)];
-                        const R bound =
-                            row.seen ? relative * row.weight[static_cast<size_t>(d)] + limit.tiny * (1 + row.largest)
-                                     : 0;
-                        const R error = std::fabs(got - want), keys_seen = static_cast<R>(s.k_count);
-                        const R sums = std::min<R>(keys_seen, 192) / 8 + std::sqrt(keys_seen) / 2;
-                        const R longer = bound + limit.eps_acc * sums * row.weight[static_cast<size_t>(d)];
-                        bool ok = error <= (row.seen ? longer : 0);
-                        if (ok && error > bound) loose = std::max(loose, static_cast<double>(error / bound));
-                        if (row.nan)
-                            ok = got != got;
-                        else if (!std::isfinite(want))
-                            ok = !std::isfinite(got);
-                        if (!ok && !row.unspecified) {
-                            std::snprintf(text, sizeof text,
-                                          "out[%ld, %ld, %ld, %ld] = %.9g, wanted %.9g: off by %.3g, allowed %.3g",
-                                          long(s.batch), long(h), long(i), long(d), double(got), double(want),
-                                          double(error), double(bound));
-                            return text;
-                        }
-                    }
-                    if (!c.lse.slab) continue;
-                    const int64_t e = c.lse.offset({s.batch, h, s.q_first + i});
-                    used_lse[static_cast<size_t>(e)] = true;
-                    const R got = decode(c.lse.type, c.lse.at(e));
-                    const R bound = 4 * limit.eps_acc * (1 + row.spread + std::fabs(row.lse));
-                    const bool ok = row.nan                  ? got != got
-                                    : std::isfinite(row.lse) ? std::fabs(got - row.lse) <= bound
-                                                             : got == row.lse;
-                    if (!ok) {
-                        std::snprintf(text, sizeof text,
-                                      "lse[%ld, %ld, %ld] = %.9g, wanted %.9g: off by %.3g, allowed %.3g",
-                                      long(s.batch), long(h), long(i), double(got), double(row.lse),
-                                      double(std::fabs(got - row.lse)), double(bound));
-                        return text;
-                    }
+                    std::string fault = compare_out(c, s, h, i, row, used, loose);
+                    if (fault.empty() && c.lse.slab) fault = compare_lse(c, s, h, i, row, used_lse);
+                    if (!fault.empty()) return fault;
                 }
         }
     std::string fault = untouched(c.out, used, "out");

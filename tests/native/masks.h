@@ -200,6 +200,43 @@ inline int64_t random_leaf_opcode(Random& random) {
     return leaves[static_cast<size_t>(random.in(0, static_cast<int64_t>(leaves.size()) - 1))];
 }
 
+inline Mask random_global(Random& random, const Sizes& z) {
+    Mask m{qkv::kMaskGlobal, {}, {}, {}};
+    std::vector<int64_t> table = table_of(random, random.in(0, random.chance(0.8) ? 6 : 2 * z.Lk), -5, z.Lk + 10);
+    std::sort(table.begin(), table.end());
+    table.erase(std::unique(table.begin(), table.end()), table.end());
+    m.tables = {table};
+    m.args = {0};
+    return m;
+}
+
+inline Mask random_block_map(Random& random, const Sizes& z) {
+    Mask m{qkv::kMaskBlocks, {}, {}, {}};
+    const int64_t block = random.pick<int64_t>({1, 2, 3, 16, 17, 32, 64});
+    const int64_t rows_b = random.chance(0.5) ? z.B : 1, rows_h = random.chance(0.5) ? z.Hq : 1;
+    const int64_t nq = random.in(0, (z.Lq + 20) / block + 2), nk = (z.Lk + block - 1) / block;
+    m.tables = {table_of(random, rows_b * rows_h * nq * nk, 0, 1)};
+    m.args = {0, rows_b, rows_h, nq, nk, block};
+    return m;
+}
+
+inline Mask random_dense(Random& random, const Sizes& z) {
+    Mask m{qkv::kMaskDense, {}, {}, {}};
+    const std::vector<int64_t> size{random.chance(0.5) ? z.B : 1, random.chance(0.5) ? z.Hq : 1,
+                                    random.chance(0.8) ? z.Lq : 1, z.Lk};
+    std::vector<int64_t> stride = random_strides(random, size, {false, true});
+    int64_t last = 0;
+    bool empty = false;
+    for (size_t d = 0; d < 4; ++d) {
+        last += (size[d] - 1) * stride[d];
+        empty |= size[d] == 0;
+        if (size[d] == 1) stride[d] = 0;
+    }
+    m.tables = {table_of(random, empty ? 0 : last + 1, 0, random.chance(0.5) ? 1 : 3)};
+    m.args = {0, stride[0], stride[1], stride[2], stride[3]};
+    return m;
+}
+
 // `nested` counts the per-head masks around it: at most two.
 inline Mask random_leaf(Random& random, const Sizes& z, bool ragged, int nested = 0) {
     const int64_t n = z.Lk;
@@ -233,26 +270,12 @@ inline Mask random_leaf(Random& random, const Sizes& z, bool ragged, int nested 
         case qkv::kMaskDilated:
             m.args = {random.in(0, random.chance(0.5) ? 8 : n), random.in(1, random.chance(0.7) ? 4 : n + 1)};
             break;
-        case qkv::kMaskGlobal: {
-            std::vector<int64_t> table = table_of(random, random.in(0, random.chance(0.8) ? 6 : 2 * n), -5, n + 10);
-            std::sort(table.begin(), table.end());
-            table.erase(std::unique(table.begin(), table.end()), table.end());
-            m.tables = {table};
-            m.args = {0};
-            break;
-        }
+        case qkv::kMaskGlobal: return random_global(random, z);
         case qkv::kMaskRandom:
             m.args = {random.in(0, random.chance(0.8) ? 5 : 96), random.in(1, 40),
                       static_cast<int64_t>(random.word() >> 1)};
             break;
-        case qkv::kMaskBlocks: {
-            const int64_t block = random.pick<int64_t>({1, 2, 3, 16, 17, 32, 64});
-            const int64_t rows_b = random.chance(0.5) ? z.B : 1, rows_h = random.chance(0.5) ? z.Hq : 1;
-            const int64_t nq = random.in(0, (z.Lq + 20) / block + 2), nk = (n + block - 1) / block;
-            m.tables = {table_of(random, rows_b * rows_h * nq * nk, 0, 1)};
-            m.args = {0, rows_b, rows_h, nq, nk, block};
-            break;
-        }
+        case qkv::kMaskBlocks: return random_block_map(random, z);
         case qkv::kMaskPerHead:
             for (int64_t h = 0; h < z.Hq; ++h) {
                 Mask part = random_leaf(random, z, ragged, nested + 1);
@@ -264,21 +287,7 @@ inline Mask random_leaf(Random& random, const Sizes& z, bool ragged, int nested 
                 m.parts.push_back(part);
             }
             break;
-        case qkv::kMaskDense: {
-            const std::vector<int64_t> size{random.chance(0.5) ? z.B : 1, random.chance(0.5) ? z.Hq : 1,
-                                            random.chance(0.8) ? z.Lq : 1, n};
-            std::vector<int64_t> stride = random_strides(random, size, {false, true});
-            int64_t last = 0;
-            bool empty = false;
-            for (size_t d = 0; d < 4; ++d) {
-                last += (size[d] - 1) * stride[d];
-                empty |= size[d] == 0;
-                if (size[d] == 1) stride[d] = 0;
-            }
-            m.tables = {table_of(random, empty ? 0 : last + 1, 0, random.chance(0.5) ? 1 : 3)};
-            m.args = {0, stride[0], stride[1], stride[2], stride[3]};
-            break;
-        }
+        case qkv::kMaskDense: return random_dense(random, z);
         default: std::abort();  // a kind that is only half here
     }
     return m;
