@@ -149,7 +149,8 @@ def attention(
             q, k, v, mask, Options(positions, bias, scale, softcap, sinks, dropout_p, return_lse), backend
         )
     if _compiling():
-        found = graph.traced(q, k, v, mask, positions, bias, scale, softcap, sinks, dropout_p, backend, return_lse)
+        options = Options(positions, bias, scale, softcap, sinks, dropout_p, return_lse)
+        found = graph.traced(q, k, v, mask, options, backend)
         return OutputWithLse(*found) if return_lse else found[0]
     key: Any = None
     learns = False

@@ -7,7 +7,7 @@ import threading
 from collections import OrderedDict
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -25,6 +25,8 @@ _lock = threading.Lock()
 class Scaling:
     """How a model trained on short sequences is stretched to longer ones: base of the published variants."""
 
+    depends_on_length: ClassVar[bool] = False  # whether the frequencies change with the length of the sequence
+
     @property
     def gain(self) -> float:
         """What cos and sin are multiplied by, so that the scores of two rotated parts grow by its square."""
@@ -34,11 +36,6 @@ class Scaling:
     def latent_scale(self) -> float:
         """What `qkv.nn.LatentAttention` multiplies its softmax scale by."""
         return 1.0
-
-    @property
-    def depends_on_length(self) -> bool:
-        """Whether the frequencies change with the length of the sequence."""
-        return False
 
     def frequencies(self, dim: int, base: float, length: int) -> tuple[float, ...]:
         """The angles per position.
@@ -103,15 +100,13 @@ class DynamicNTK(Scaling):
         Tokens of the longest sequence that the model was trained on.
     """
 
+    depends_on_length = True
+
     factor: float
     original_length: int
 
     def __post_init__(self) -> None:
         _above("qkv.rotary.DynamicNTK()", 0, factor=self.factor, original_length=self.original_length)
-
-    @property
-    def depends_on_length(self) -> bool:
-        return True
 
     def frequencies(self, dim: int, base: float, length: int) -> tuple[float, ...]:
         if length <= self.original_length or dim == 2:  # the one pair of dim 2 has frequency 1 under any base
@@ -270,6 +265,8 @@ class LongRoPE(Scaling):
     Source: Ding et al. (2024), arXiv 2402.13753, as Phi-3 uses it.
     """
 
+    depends_on_length = True
+
     short_factor: tuple[float, ...]
     long_factor: tuple[float, ...]
     factor: float
@@ -294,10 +291,6 @@ class LongRoPE(Scaling):
         if self.factor <= 1:
             return 1.0
         return math.sqrt(1 + math.log(self.factor) / math.log(self.original_length))
-
-    @property
-    def depends_on_length(self) -> bool:
-        return True
 
     def frequencies(self, dim: int, base: float, length: int) -> tuple[float, ...]:
         divisors = self.long_factor if length > self.original_length else self.short_factor

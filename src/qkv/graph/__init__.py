@@ -23,16 +23,14 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def traced(
-    q: Any, k: Any, v: Any, mask: Any, positions: Any, bias: Any, scale: Any, softcap: Any, sinks: Any,
-    dropout_p: Any, backend: Any, return_lse: Any,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def traced(q: Any, k: Any, v: Any, mask: Any, options: Options, backend: Any) -> tuple[Tensor, Tensor]:
     """attention() as one node: (out, lse). Written for tracers to follow: plain branches, no tables, no data."""
     if v is None:
         fix = "Pass v; it is left out only where k is a cache's view"
         raise ArgumentTypeError.of(CALL, "v must be a tensor", "v=None", fix)
     if any(isinstance(t, Tensor) and t.is_nested for t in (q, k, v)):
         check_metadata(CALL, q, k, v)  # says how to pack them
+    positions, bias, scale, softcap, sinks, dropout_p, return_lse = options
     words: list[int] = []
     operands: list[Tensor] = []
     if mask is not None:
@@ -58,11 +56,8 @@ def follow(q: Any, k: Any, v: Any, mask: Any, options: Options, backend: Any) ->
     if not followed and modes() == 0:
         return None
     check_backend(CALL, backend)
-    o = options
     try:
-        found = traced(
-            q, k, v, mask, o.positions, o.bias, o.scale, o.softcap, o.sinks, o.dropout_p, backend, o.return_lse
-        )  # fmt: skip
+        found = traced(q, k, v, mask, options, backend)
     except UnsupportedError:
         if followed:
             raise

@@ -419,6 +419,9 @@ class Dense(Mask, op=12):
         strides = [0 if n == 1 else s for n, s in zip(self.t.shape, self.t.stride(), strict=True)]
         builder.emit(self.op, builder.operand(self.t), *([0] * (4 - self.t.ndim)), *strides)
 
+    def _numbers(self) -> tuple[int, ...]:
+        return ()
+
     def _tensors(self) -> tuple[Tensor, ...]:
         return (self.t,)
 

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from qkv.checks import Operand
 from qkv.errors import UnsupportedError
 from qkv.masks.intervals import Cuts, Intervals, Rows, Spans, anything, compute
 from qkv.masks.program import Builder, Program
@@ -144,10 +145,16 @@ class Rule:
     # The two lowered forms. The graph form is the opcode, some integers and some tensors; a mask without tensors is the
     # same for a kernel.
     def _numbers(self) -> tuple[int, ...]:
-        return ()
+        """The numbers of the lowered forms: those among the fields, in their order, unless a class says otherwise."""
+        return tuple([x for x in self._fields() if isinstance(x, int)])
 
     def _tensors(self) -> tuple[Tensor, ...]:
-        return ()
+        """The tensors of the form for graphs, likewise."""
+        return tuple([x.tensor for x in self._fields() if isinstance(x, Operand)])
+
+    def _fields(self) -> list[Any]:
+        # Not by __dict__: torch.compile would guard how much is remembered in it.
+        return [getattr(self, name) for name in type(self).__match_args__]  # type: ignore[attr-defined]
 
     def _lower(self, builder: Builder) -> None:
         builder.emit(self.op, *self._numbers())

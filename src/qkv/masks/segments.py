@@ -55,9 +55,6 @@ class Padding(Mask, op=3):
     def _numbers(self) -> tuple[int, ...]:
         return (int(self.side == "left"),)
 
-    def _tensors(self) -> tuple[Tensor, ...]:
-        return (self.lengths.tensor,)
-
     @classmethod
     def _decode(cls, words: Iterator[int], tensors: Iterator[Tensor]) -> Rule:
         return padding(next(tensors), side="left" if next(words) else "right")

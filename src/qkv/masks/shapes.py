@@ -214,9 +214,6 @@ class Prefix(Mask, op=2):
     def _numbers(self) -> tuple[int, ...]:
         return (-1 if isinstance(self.n, Operand) else self.n,)
 
-    def _tensors(self) -> tuple[Tensor, ...]:
-        return (self.n.tensor,) if isinstance(self.n, Operand) else ()
-
     @classmethod
     def _decode(cls, words: Iterator[int], tensors: Iterator[Tensor]) -> Rule:
         n = next(words)
@@ -295,9 +292,6 @@ class Chunked(Mask, op=5):
         lo = floor(rows.p, self.n)[:, None] * self.n
         return Spans(lo, lo + self.n)
 
-    def _numbers(self) -> tuple[int, ...]:
-        return (self.n,)
-
     @classmethod
     def _decode(cls, words: Iterator[int], tensors: Iterator[Tensor]) -> Rule:
         return chunked(next(words))
@@ -365,9 +359,6 @@ class Strided(Mask, op=6):
     def _spans(self, rows: Rows) -> Spans:
         return Spans(column(-INFINITE), column(INFINITE), exact=self.n == 1)
 
-    def _numbers(self) -> tuple[int, ...]:
-        return self.n, self.offset
-
     @classmethod
     def _decode(cls, words: Iterator[int], tensors: Iterator[Tensor]) -> Rule:
         return strided(next(words), next(words))
@@ -432,9 +423,6 @@ class Dilated(Mask, op=7):
     def _spans(self, rows: Rows) -> Spans:
         reach, p = self.window * self.step, rows.p[:, None]
         return Spans(p - reach, p + (reach + 1), True, True, exact=self.step == 1)
-
-    def _numbers(self) -> tuple[int, ...]:
-        return self.window, self.step
 
     @classmethod
     def _decode(cls, words: Iterator[int], tensors: Iterator[Tensor]) -> Rule:
@@ -537,9 +525,6 @@ class GlobalTokens(Mask, op=8):
 
     def _lower(self, builder: Builder) -> None:
         builder.emit(self.op, builder.operand(self.indices.tensor))
-
-    def _tensors(self) -> tuple[Tensor, ...]:
-        return (self.indices.tensor,)
 
     @classmethod
     def _decode(cls, words: Iterator[int], tensors: Iterator[Tensor]) -> Rule:

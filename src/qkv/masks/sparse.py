@@ -83,9 +83,6 @@ class RandomBlocks(Mask, op=9):
         start = self.drawn(floor(rows.p, self.block), rows.Lk).sort(-1).values * self.block
         return Spans(start, start + self.block) if start.shape[1] else Spans(column(0), column(0))
 
-    def _numbers(self) -> tuple[int, ...]:
-        return self.per_row, self.block, self.seed
-
     @classmethod
     def _decode(cls, words: Iterator[int], tensors: Iterator[Tensor]) -> Rule:
         return random_blocks(next(words), next(words), next(words))
@@ -198,12 +195,6 @@ class Blocks(Mask, op=10):
     def _lower(self, builder: Builder) -> None:
         table = self.map.tensor
         builder.emit(self.op, builder.operand(table.view(torch.uint8)), *table.shape, self.block)
-
-    def _numbers(self) -> tuple[int, ...]:
-        return (self.block,)
-
-    def _tensors(self) -> tuple[Tensor, ...]:
-        return (self.map.tensor,)
 
     @classmethod
     def _decode(cls, words: Iterator[int], tensors: Iterator[Tensor]) -> Rule:
