@@ -131,12 +131,10 @@ class Sum(ScoreTerm):
         return " + ".join(map(repr, self._terms))
 
 
-class TensorBias(ScoreTerm):
-    """A tensor that broadcasts to (B, Hq, Lq, Lk), indexed by query index. -inf hides."""
+class OfTensor(ScoreTerm):
+    """A term that one tensor says."""
 
     __slots__ = ("_tensor",)
-    kind = "tensor"
-    depends_on_position = False
 
     def __init__(self, tensor: Tensor) -> None:
         self._tensor = tensor
@@ -145,7 +143,15 @@ class TensorBias(ScoreTerm):
         return (self._tensor,)
 
     def with_tensors(self, tensors: Sequence[Tensor]) -> ScoreTerm:
-        return TensorBias(tensors[0])
+        return type(self)(tensors[0])
+
+
+class TensorBias(OfTensor):
+    """A tensor that broadcasts to (B, Hq, Lq, Lk), indexed by query index. -inf hides."""
+
+    __slots__ = ()
+    kind = "tensor"
+    depends_on_position = False
 
     def check(self, call: str, sizes: Sizes) -> None:
         t = self._tensor

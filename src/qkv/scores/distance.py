@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qkv.errors import ArgumentError, ArgumentTypeError, ShapeError
 from qkv.masks import Sizes, Tile
-from qkv.scores.base import ScoreTerm, check_device, check_parameter
+from qkv.scores.base import OfTensor, ScoreTerm, check_device, check_parameter
 
 
 class Alibi(ScoreTerm):
@@ -53,30 +53,32 @@ class Alibi(ScoreTerm):
         return "alibi"
 
 
-class Relative(ScoreTerm):
-    """table[h, clamp(j - p, -R, R) + R]."""
+class _Table(OfTensor):
+    """A table with a row a query head."""
 
-    __slots__ = ("_table",)
+    __slots__ = ()
     kind = "relative"
 
-    def __init__(self, table: Tensor) -> None:
-        self._table = table
-
-    def tensors(self) -> tuple[Tensor, ...]:
-        return (self._table,)
-
-    def with_tensors(self, tensors: Sequence[Tensor]) -> ScoreTerm:
-        return Relative(tensors[0])
-
     def check(self, call: str, sizes: Sizes) -> None:
-        _check_table(call, self._table, sizes)
+        table = self._tensor
+        if table.shape[0] != sizes.Hq:
+            given = f"table {tuple(table.shape)} and Hq={sizes.Hq}"
+            rule = "a relative table has one row a query head"
+            raise ShapeError.of(call, rule, given, "Give a table of shape (Hq, columns)")
+        check_device(call, "relative table", table, sizes)
+
+
+class Relative(_Table):
+    """table[h, clamp(j - p, -R, R) + R]."""
+
+    __slots__ = ()
 
     def _columns(self, at: Tile) -> Tensor:
-        reach = self._table.shape[1] // 2
+        reach = self._tensor.shape[1] // 2
         return (at.j - at.p).clamp(-reach, reach) + reach
 
     def tile(self, at: Tile, dtype: torch.dtype) -> Tensor:
-        return self._table.to(dtype)[at.h, self._columns(at)]
+        return self._tensor.to(dtype)[at.h, self._columns(at)]
 
     def add_gradients(self, buffers: tuple[Tensor, ...], ds: Tensor, at: Tile) -> None:
         columns = self._columns(at)
@@ -86,34 +88,27 @@ class Relative(ScoreTerm):
             buffers[0][at.heads].index_add_(1, c.reshape(-1), row.flatten(1))
 
     def __repr__(self) -> str:
-        return f"relative {tuple(self._table.shape)}"
+        return f"relative {tuple(self._tensor.shape)}"
 
 
-class T5Buckets(ScoreTerm):
+class T5Buckets(_Table):
     """A (Hq, buckets) table in T5's logarithmic buckets; lowers to `Relative` with R = max_distance."""
 
-    __slots__ = ("_bidirectional", "_max_distance", "_table")
-    kind = "relative"
+    __slots__ = ("_bidirectional", "_max_distance")
 
     def __init__(self, table: Tensor, max_distance: int, bidirectional: bool) -> None:
-        self._table, self._max_distance, self._bidirectional = table, max_distance, bidirectional
-
-    def tensors(self) -> tuple[Tensor, ...]:
-        return (self._table,)
+        self._tensor, self._max_distance, self._bidirectional = table, max_distance, bidirectional
 
     def with_tensors(self, tensors: Sequence[Tensor]) -> ScoreTerm:
         return T5Buckets(tensors[0], self._max_distance, self._bidirectional)
 
-    def check(self, call: str, sizes: Sizes) -> None:
-        _check_table(call, self._table, sizes)
-
     def lowered(self, device: torch.device) -> ScoreTerm:
         reach = torch.arange(-self._max_distance, self._max_distance + 1, device=device)
-        return Relative(self._table.index_select(1, self.bucket(reach)))
+        return Relative(self._tensor.index_select(1, self.bucket(reach)))
 
     def bucket(self, relative_position: Tensor) -> Tensor:
         """T5's bucket of j - p: exact up to half the buckets, then logarithmic up to max_distance."""
-        buckets = self._table.shape[1]
+        buckets = self._tensor.shape[1]
         if self._bidirectional:
             buckets //= 2
             start = (relative_position > 0).long() * buckets
@@ -128,15 +123,7 @@ class T5Buckets(ScoreTerm):
         return start + torch.where(distance < exact, distance, far)
 
     def __repr__(self) -> str:
-        return f"T5 relative {tuple(self._table.shape)}"
-
-
-def _check_table(call: str, table: Tensor, sizes: Sizes) -> None:
-    if table.shape[0] != sizes.Hq:
-        given = f"table {tuple(table.shape)} and Hq={sizes.Hq}"
-        rule = "a relative table has one row a query head"
-        raise ShapeError.of(call, rule, given, "Give a table of shape (Hq, columns)")
-    check_device(call, "relative table", table, sizes)
+        return f"T5 relative {tuple(self._tensor.shape)}"
 
 
 def alibi(slopes: Tensor | Sequence[float]) -> ScoreTerm:
