@@ -86,7 +86,7 @@ class Run {
     // A worker's memory holds one of these at a time.
     struct LanesMemory {
         typename L::Work* work;
-        typename L::State* states[kShortTiles];
+        typename L::State* states[kMostStates];
     };
     struct DotsMemory {
         typename D::Work* work;
@@ -196,9 +196,7 @@ class Run {
         const Cut& c = schedule.cuts[at];
         const int64_t local = i - c.first_task;
         if (!c.split) {
-            // One head after another: its keys and values stay in the cache until its tiles are done. The last tiles
-            // first: under a causal mask they are the longest.
-            all_keys(s, c, local / c.tiles, c.by_index(c.tiles - 1 - local % c.tiles, job.group), worker);
+            all_keys(s, c, local, worker);
             return;
         }
         const int64_t kv_head = local % a.Hkv, chunk = c.chunk_of(local / a.Hkv);
@@ -209,21 +207,29 @@ class Run {
         if (c.chunks > 1) count_down(s, c, kv_head, worker);
     }
 
-    // One tile against all keys.
-    void all_keys(const Sequence& s, const Cut& c, int64_t kv_head, int64_t tile, int worker) {
+    // Some tiles of a head against all keys. One head after another: its keys and values stay in the cache until its
+    // tiles are done. The last tiles first: under a causal mask they are the longest.
+    void all_keys(const Sequence& s, const Cut& c, int64_t task, int worker) {
+        const int64_t kv_head = task / c.bundles(), bundle = c.bundles() - 1 - task % c.bundles();
+        const int64_t first = bundle * c.together, count = lower(c.together, c.tiles - first);
         Arena arena = arena_of(worker);
-        const LanesMemory memory = lanes_memory(arena, 1);
+        const LanesMemory memory = lanes_memory(arena, count);
         auto& work = *memory.work;
-        auto& state = *memory.states[0];
-        schedule.rows_of(s, c, kv_head, tile, state.tile);
+        work.converted.clear();
         if (c.pairs >= 0) work.pairs = pairs + c.pairs + kv_head * (round_up(s.k_count, kGranule) / 2) * a.Dv;
-        L::load(job, state, work);
-        L::run(job, state, work, 0, s.k_count, false);
-        if (L::spoiled(a, state)) {
-            L::reset(state, a);
-            L::run(job, state, work, 0, s.k_count, true);
+        for (int64_t t = 0; t < count; ++t) {
+            schedule.rows_of(s, c, kv_head, c.by_index(first + t, job.group), memory.states[t]->tile);
+            L::load(job, *memory.states[t], work);
         }
-        L::finish(job, state, work);
+        L::run(job, memory.states, count, work, 0, s.k_count, false);
+        for (int64_t t = 0; t < count; ++t) {
+            typename L::State& state = *memory.states[t];
+            if (L::spoiled(a, state)) {
+                L::reset(state, a);
+                L::run(job, memory.states + t, 1, work, 0, s.k_count, true);
+            }
+            L::finish(job, state, work);
+        }
     }
 
     // All rows of a key/value head against one chunk of keys, by the kernel for many rows.
@@ -232,6 +238,7 @@ class Run {
         const LanesMemory memory = lanes_memory(arena, c.tiles);
         auto& work = *memory.work;
         const int64_t k0 = chunk * c.chunk, k1 = lower(s.k_count, k0 + c.chunk);
+        work.converted.clear();
         for (int64_t t = 0; t < c.tiles; ++t) {
             schedule.rows_of(s, c, kv_head, t, memory.states[t]->tile);
             L::load(job, *memory.states[t], work);
@@ -245,7 +252,7 @@ class Run {
                     work.pairs = work.values;
                     work.pairs_first = j;
                 }
-                for (int64_t t = from; t < to; ++t) L::run(job, *memory.states[t], work, j, end, careful);
+                L::run(job, memory.states + from, to - from, work, j, end, careful);
             }
         };
         sweep(0, c.tiles, false);

@@ -18,99 +18,131 @@ struct Block {
     int keys() const { return granules * kGranule; }
 };
 
-// The walk over the keys that a tile of rows may see: calls visit(block) for their granules in order, up to Most at a
-// time.
-template <int Most, class Visit>
+// The walk over the keys that a tile of rows may see: its granules in order, up to Most at a time. It stops between
+// blocks, so that several tiles may take turns.
+template <int Most>
 class Walk {
   public:
-    Walk(const Program& program, const Rows& rows, Scratch& scratch, Block& block, Visit visit)
-        : program_(program), rows_(rows), scratch_(scratch), block_(block), visit_(visit), every_(all_rows(rows)) {}
-
     // The keys in [k0, k1); k0 is a multiple of kGranule.
-    void go(int64_t k0, int64_t k1) {
-        Bounds bounds;
-        if (program_.empty()) {
-            bounds.seen.set(0, rows_.key_count);
-            bounds.full = bounds.seen;
+    void begin(const Program& program, const Rows& rows, Scratch& scratch, int64_t k0, int64_t k1) {
+        rows_ = &rows, program_ = &program;
+        every_ = all_rows(rows);
+        end_ = k1, done_ = k0;
+        range_ = full_ = 0;
+        open_ = false;
+        part_ = parts_ = 0;
+        at_ = full_end_ = 0;
+        if (program.empty()) {
+            bounds_.seen.set(0, rows.key_count);
+            bounds_.full = bounds_.seen;
         } else {
-            program_.bounds(rows_, scratch_, bounds);
+            program.bounds(rows, scratch, bounds_);
         }
-        clear();
-        int64_t done = k0;  // granules before this have been looked at
-        int f = 0;
-        for (int i = 0; i < bounds.seen.count; ++i) {
-            int64_t at = upper(done, bounds.seen.first[i] / kGranule * kGranule);
-            const int64_t stop = lower(bounds.seen.last[i], k1);
-            while (at < stop) {
-                while (f < bounds.full.count && bounds.full.last[f] < at + kGranule) ++f;
-                const bool in = f < bounds.full.count;
-                if (in && bounds.full.first[f] <= at) {
-                    for (const int64_t end = lower(bounds.full.last[f], k1); at + kGranule <= end; at += kGranule)
-                        push(at, nullptr);
-                    if (at >= stop) break;
-                    if (bounds.full.last[f] >= at + kGranule)
-                        break;  // k1 cuts the granule: the next chunk has its tail
-                    continue;
-                }
-                // Up to the next full range, bits decide.
-                int64_t end = lower(stop, at + kWindowKeys);
-                if (in && bounds.full.first[f] > at) end = lower(end, round_up(bounds.full.first[f], kGranule));
-                at += partly(at, static_cast<int>(round_up(end - at, kGranule)));
-            }
-            done = upper(done, at);
-        }
-        if (block_.granules > 0) visit_(block_);
-        clear();
     }
+
+    // The next block; false: there is none.
+    bool next(Scratch& scratch, Block& block) {
+        block.granules = 0;
+        block.masked = false;
+        do {
+            for (; part_ < parts_; part_ += kGranule)
+                if (block.granules == Most)
+                    return true;
+                else
+                    push_part(block);
+            for (; at_ + kGranule <= full_end_; at_ += kGranule)
+                if (block.granules == Most)
+                    return true;
+                else
+                    push(block, at_, nullptr);
+        } while (find(scratch));
+        return block.granules > 0;
+    }
+
+    // About the first key of the next block.
+    int64_t position() const {
+        if (part_ < parts_) return at_ - parts_ + part_;
+        if (open_) return at_;
+        return range_ < bounds_.seen.count ? upper(done_, bounds_.seen.first[range_]) : kFar;
+    }
+    bool over() const { return position() == kFar; }
 
   private:
-    void clear() {
-        block_.granules = 0;
-        block_.masked = false;
-    }
-
     // words: the rows that see each key of the granule; null: all do.
-    void push(int64_t key, const uint64_t* words) {
-        uint64_t* to = block_.words + block_.keys();
+    void push(Block& block, int64_t key, const uint64_t* words) const {
+        uint64_t* to = block.words + block.keys();
         for (int j = 0; j < kGranule; ++j) to[j] = words == nullptr ? every_ : words[j];
-        block_.masked |= words != nullptr;
-        block_.key[block_.granules++] = key;
-        if (block_.granules == Most) {
-            visit_(block_);
-            clear();
-        }
+        block.masked |= words != nullptr;
+        block.key[block.granules++] = key;
     }
 
-    // The n keys from `at`, of which some rows may see some. Returns n.
-    int partly(int64_t at, int n) {
-        uint64_t words[kWindowKeys];
-        if (program_.empty()) {
-            for (int j = 0; j < n; ++j) words[j] = at + j < rows_.key_count ? every_ : 0;
-        } else {
-            program_.bits(rows_, at, n, scratch_, words);
+    // A granule that bits were evaluated for.
+    void push_part(Block& block) const {
+        uint64_t any = 0, all = every_;
+        for (int j = 0; j < kGranule; ++j) {
+            any |= words_[part_ + j];
+            all &= words_[part_ + j];
         }
-        for (int g = 0; g < n; g += kGranule) {
-            uint64_t any = 0, all = every_;
-            for (int j = 0; j < kGranule; ++j) {
-                any |= words[g + j];
-                all &= words[g + j];
+        if (any != 0) push(block, at_ - parts_ + part_, all == every_ ? nullptr : words_ + part_);
+    }
+
+    // Finds the keys that follow: a stretch of granules that all rows see whole, or one that bits are evaluated for.
+    bool find(Scratch& scratch) {
+        const Ranges &seen = bounds_.seen, &full = bounds_.full;
+        for (; range_ < seen.count; ++range_) {
+            if (!open_) at_ = upper(done_, seen.first[range_] / kGranule * kGranule);
+            open_ = true;
+            const int64_t stop = lower(seen.last[range_], end_);
+            if (at_ < stop) {
+                while (full_ < full.count && full.last[full_] < at_ + kGranule) ++full_;
+                const bool in = full_ < full.count;
+                if (!in || full.first[full_] > at_) {
+                    // Up to the next full range, bits decide.
+                    int64_t end = lower(stop, at_ + kWindowKeys);
+                    if (in) end = lower(end, round_up(full.first[full_], kGranule));
+                    evaluate(scratch, static_cast<int>(round_up(end - at_, kGranule)));
+                    return true;
+                }
+                full_end_ = lower(full.last[full_], end_);
+                if (at_ + kGranule <= full_end_) return true;
+                // The end of the keys asked for cuts the granule: the next chunk has its tail.
             }
-            if (any != 0) push(at + g, all == every_ ? nullptr : words + g);
+            done_ = upper(done_, at_);
+            open_ = false;
         }
-        return n;
+        return false;
     }
 
-    const Program& program_;
-    const Rows& rows_;
-    Scratch& scratch_;
-    Block& block_;
-    Visit visit_;
+    // The bits of the n keys from at_, of which some rows may see some.
+    void evaluate(Scratch& scratch, int n) {
+        if (program_->empty()) {
+            for (int j = 0; j < n; ++j) words_[j] = at_ + j < rows_->key_count ? every_ : 0;
+        } else {
+            program_->bits(*rows_, at_, n, scratch, words_);
+        }
+        at_ += n;
+        part_ = 0, parts_ = n;
+    }
+
+    const Program* program_;
+    const Rows* rows_;
+    Bounds bounds_;
     uint64_t every_;
+    int64_t end_;            // of the keys asked for
+    int64_t done_;           // granules before this have been looked at
+    int range_, full_;       // of the bounds
+    bool open_;              // at_ is within the range
+    int64_t at_, full_end_;  // the next key, and where those end that all rows see
+    int part_, parts_;       // keys that bits were evaluated for, before at_
+    uint64_t words_[kWindowKeys];
 };
+// A walk from begin to end: calls visit(block).
 template <int Most = kGranules, class Visit>
 inline void walk(const Program& program, const Rows& rows, int64_t k0, int64_t k1, Scratch& scratch, Block& block,
                  Visit visit) {
-    Walk<Most, Visit>(program, rows, scratch, block, visit).go(k0, k1);
+    Walk<Most> keys;
+    keys.begin(program, rows, scratch, k0, k1);
+    while (keys.next(scratch, block)) visit(block);
 }
 
 // The keys (or values) of one sequence and one head, where they lie.

@@ -33,6 +33,7 @@ class Lanes {
     // The memory of one tile.
     struct State {
         Tile tile;
+        Walk<kGranules> walk;
         int vectors;
         bool any, masked;
         Lane* queries;  // [units][vectors * W]
@@ -40,14 +41,43 @@ class Lanes {
         RowStates<E, kTileRows> softmax;
         uint64_t draws[kTileRows];  // dropout's numbers, but for the key
     };
+    // The granules whose converted keys and values a worker holds: tiles that take turns use them one after another.
+    struct Converted {
+        int64_t key[kGranules];  // by place; -1: none
+        int oldest;
+        void clear() {
+            for (int at = 0; at < kGranules; ++at) key[at] = -1;
+            oldest = 0;
+        }
+        // Where each granule of a block is, or is to be put; returns which are there already, one bit each.
+        uint32_t find(const Block& block, int (&place)[kGranules]) {
+            uint32_t used = 0, there = 0;
+            for (int g = 0; g < block.granules; ++g)
+                for (int at = 0; at < kGranules; ++at)
+                    if (key[at] == block.key[g]) {
+                        place[g] = at;
+                        used |= 1u << at, there |= 1u << g;
+                        break;
+                    }
+            for (int g = 0; g < block.granules; ++g) {
+                if (there >> g & 1) continue;
+                while (used >> oldest & 1) oldest = (oldest + 1) % kGranules;
+                used |= 1u << oldest;
+                place[g] = oldest;
+                key[oldest] = block.key[g];
+            }
+            return there;
+        }
+    };
     // The memory of one worker, apart from its states.
     struct Work {
         Scratch scratch;
         Block block;
+        Converted converted;
         E* scores;          // [kWindowKeys][kTileRows], then weights
         E* bias;            // likewise
-        Single* keys;       // converted keys of a block
-        Lane* values;       // converted values of a block, or their pairs
+        Single* keys;       // converted keys of granules
+        Lane* values;       // their converted values, or the pairs of those
         E* rows;            // [kTileRows][max(D, Dv) rounded up]
         E* k_scales;        // [kWindowKeys], of stored keys that have them
         E* v_scales;        // likewise
@@ -73,6 +103,12 @@ class Lanes {
         w.staged = memory.template take<T>(kGranule * a.Dv);
         w.pairs = nullptr;
         w.pairs_first = 0;
+    }
+
+    // Whether all granules have to be converted, not only the last one.
+    static bool converts(const Attention& a) {
+        return !M::kInPlace || is_scaled(a) || a.k_stride[2] != 1 || a.v_stride[2] != 1 || a.D % M::kPair != 0 ||
+               a.page_size % kGranule != 0;
     }
 
     static int64_t units(int64_t D) { return (D + M::kPair - 1) / M::kPair; }
@@ -107,16 +143,19 @@ class Lanes {
         reset(s, a);
     }
 
-    // Takes the keys in [k0, k1) into the state.
-    static void run(const Job& job, State& s, Work& work, int64_t k0, int64_t k1, bool careful) {
-        const auto visit = [&](Block& block) {
-            switch (s.vectors) {
-                case 1: step<1>(job, s, work, block, careful); break;
-                case 2: step<2>(job, s, work, block, careful); break;
-                default: step<3>(job, s, work, block, careful);
-            }
-        };
-        walk(job.program, s.tile.rows, k0, k1, work.scratch, work.block, visit);
+    // Takes the keys in [k0, k1) into the states of some tiles. The tiles take turns, a block each, the one that is
+    // furthest behind first: so keys and values that have to be converted are, once for all.
+    static void run(const Job& job, State* const* states, int64_t count, Work& work, int64_t k0, int64_t k1,
+                    bool careful) {
+        for (int64_t t = 0; t < count; ++t)
+            states[t]->walk.begin(job.program, states[t]->tile.rows, work.scratch, k0, k1);
+        for (;;) {
+            State* behind = nullptr;
+            for (int64_t t = 0; t < count; ++t)
+                if (behind == nullptr || states[t]->walk.position() < behind->walk.position()) behind = states[t];
+            if (behind->walk.over()) return;
+            if (behind->walk.next(work.scratch, work.block)) step_of(job, *behind, work, careful);
+        }
     }
 
     // Whether hidden values may have reached the result: then the tile is run again with them as zeros.
@@ -368,16 +407,14 @@ class Lanes {
     template <int Z, bool Careful>
     static QKV_APART void all_values(const Block& block, const Laid& laid, const Weighted<Z>& of, int64_t Dv) {
         constexpr int kColumns = columns_at_once(Z);
-        int64_t d = 0;
         const int granules = block.granules;
-        const auto columns = [&]<int C>(std::integral_constant<int, C>) {
-            for (int g = 0; g < granules || g == 0; g += kRunGranules) {
-                const int end = granules < g + kRunGranules ? granules : g + kRunGranules;
-                values<Z, C, Careful>(block, laid, of, g, end, d);
-            }
-        };
-        for (; d + kColumns <= Dv; d += kColumns) columns(std::integral_constant<int, kColumns>{});
-        for (; d < Dv; ++d) columns(std::integral_constant<int, 1>{});
+        // Runs outside, columns inside: columns that share a cache line of a value take it while it is in the first cache.
+        for (int g = 0; g < granules || g == 0; g += kRunGranules) {
+            const int end = granules < g + kRunGranules ? granules : g + kRunGranules;
+            int64_t d = 0;
+            for (; d + kColumns <= Dv; d += kColumns) values<Z, kColumns, Careful>(block, laid, of, g, end, d);
+            for (; d < Dv; ++d) values<Z, 1, Careful>(block, laid, of, g, end, d);
+        }
     }
 
     // Where a granule's rows of keys, or of values, are and how they are converted.
@@ -407,8 +444,15 @@ class Lanes {
         const Sequence& sequence = *s.tile.sequence;
         const Source<S> k = keys_of<S>(a, sequence, s.tile.kv_head), v = values_of<S>(a, sequence, s.tile.kv_head);
         const bool straight = k.straight();
+        int place[kGranules];
+        uint32_t there = 0;
+        if (converts(a))
+            there = work.converted.find(block, place);
+        else
+            for (int g = 0; g < block.granules; ++g) place[g] = g;
         for (int g = 0; g < block.granules; ++g) {
             const int64_t j = block.key[g], keys = sequence.k_count;
+            const bool done = there >> g & 1;
             const bool whole = j + kGranule <= keys, in_place = kInPlace && whole;
             const int rows = whole ? kGranule : static_cast<int>(keys - j + kFewKeys - 1) / kFewKeys * kFewKeys;
             const Granule<S> of_k{k, straight ? k.row(j) : nullptr, straight, j, keys, rows, a.D};
@@ -419,8 +463,8 @@ class Lanes {
                 laid.key_strides[g] = a.k_stride[1];
             } else {
                 const int64_t width = units(a.D) * M::kPair;
-                Single* to = work.keys + g * kGranule * width;
-                of_k.convert(to, width);
+                Single* to = work.keys + place[g] * kGranule * width;
+                if (!done) of_k.convert(to, width);
                 laid.keys[g] = to;
                 laid.key_strides[g] = width;
             }
@@ -429,13 +473,13 @@ class Lanes {
                               work.v_scales + g * kGranule);
             laid.value_strides[g] = a.Dv;
             if constexpr (M::kPair == 2) {
-                laid.values[g] = gather_pairs(a, work, of_v, g);
+                laid.values[g] = gather_pairs(a, work, of_v, place[g], done);
             } else if (in_place && of_v.first != nullptr && a.v_stride[2] == 1) {
                 laid.values[g] = reinterpret_cast<const Lane*>(of_v.first);
                 laid.value_strides[g] = a.v_stride[1];
             } else {
-                Lane* to = work.values + g * kGranule * a.Dv;
-                of_v.convert(to, a.Dv);
+                Lane* to = work.values + place[g] * kGranule * a.Dv;
+                if (!done) of_v.convert(to, a.Dv);
                 laid.values[g] = to;
             }
         }
@@ -443,9 +487,10 @@ class Lanes {
 
     // The interleaved values of a granule: those of the whole sequence where they were made, else its own.
     template <class S>
-    static const Lane* gather_pairs(const Attention& a, Work& work, const Granule<S>& of, int g) {
+    static const Lane* gather_pairs(const Attention& a, Work& work, const Granule<S>& of, int place, bool done) {
         if (work.pairs != nullptr) return work.pairs + (of.j - work.pairs_first) / 2 * a.Dv;
-        Lane* to = work.values + g * kGranule / 2 * a.Dv;
+        Lane* to = work.values + place * kGranule / 2 * a.Dv;
+        if (done) return to;
         if constexpr (std::is_same_v<S, T>) {
             interleave(of.source, of.keys, of.j, of.rows, a.Dv, to);
         } else {
@@ -464,6 +509,13 @@ class Lanes {
         }
     }
 
+    static void step_of(const Job& job, State& s, Work& work, bool careful) {
+        switch (s.vectors) {
+            case 1: step<1>(job, s, work, work.block, careful); break;
+            case 2: step<2>(job, s, work, work.block, careful); break;
+            default: step<3>(job, s, work, work.block, careful);
+        }
+    }
     template <int Z>
     static void step(const Job& job, State& s, Work& work, Block& block, bool careful) {
         if constexpr (sizeof(E) == 4) {

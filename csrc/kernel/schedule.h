@@ -13,6 +13,9 @@ namespace qkv {
 namespace QKV_ISA {
 
 inline constexpr int64_t kShortTiles = 4;    // up to here, keys are cut into chunks
+inline constexpr int64_t kTogether = 4;      // tiles of a task, at most, where keys and values have to be converted
+inline constexpr int64_t kTasksPerThread = 4;  // at least, if there are as many tiles
+inline constexpr int64_t kMostStates = kShortTiles > kTogether ? kShortTiles : kTogether;
 inline constexpr double kSerialFlops = 2e5;  // below, waking a thread costs more than it saves
 inline constexpr int64_t kPackKeys = 256;    // of one packing task
 // Rows of a sequence and key/value head up to which dot products beat queries in lanes.
@@ -25,6 +28,7 @@ struct Cut {
     bool by_head;  // tiles hold rows of one head
     int64_t rows;  // of all heads of a group
     int64_t tile_rows, tiles;
+    int64_t together;  // tiles of a task, at most. The result's bits do not depend on it
     int64_t chunk, chunks;
     int64_t first_task;  // of the call
     int64_t first_row;   // of the partial results
@@ -35,8 +39,9 @@ struct Cut {
 
     bool merged() const { return split && chunks > 1; }
     int64_t tasks(int64_t kv_heads) const {
-        return rows == 0 ? 0 : kv_heads * (split ? chunks - std::popcount(shared) : tiles);
+        return rows == 0 ? 0 : kv_heads * (split ? chunks - std::popcount(shared) : bundles());
     }
+    int64_t bundles() const { return (tiles + together - 1) / together; }
     // The chunk of one's own tasks.
     int64_t chunk_of(int64_t n) const {
         int64_t c = 0;
@@ -86,11 +91,13 @@ struct Schedule {
     // Cuts all sequences, into `cuts`, and counts what they need.
     void fill() {
         tasks = packs = partial_rows = counters = pair_words = 0;
+        const int64_t together = tiles_of_a_task();
         for (int64_t i = 0; i < a.sequence_count; ++i) {
             const Sequence& s = a.sequences[i];
             Cut c = cut(s);
             (c.dots ? any_dots : any_lanes) = true;
-            if (c.split && !c.dots) states = upper(states, c.tiles);
+            c.together = together;
+            if (!c.dots) states = upper(states, c.split ? c.tiles : together);
             c.first_task = tasks;
             tasks += c.tasks(a.Hkv);
             c.first_row = partial_rows;
@@ -108,6 +115,17 @@ struct Schedule {
             }
             cuts[i] = c;
         }
+    }
+
+    // As many as share conversions well, but not so many that threads would wait for the last ones.
+    int64_t tiles_of_a_task() const {
+        if (!L::converts(a)) return 1;
+        int64_t tiles = 0;
+        for (int64_t i = 0; i < a.sequence_count; ++i) {
+            const Cut c = cut(a.sequences[i]);
+            if (!c.split) tiles += c.tiles * a.Hkv;
+        }
+        return clamp(tiles / (upper(a.threads, 1) * kTasksPerThread), 1, kTogether);
     }
 
     double flops() const {

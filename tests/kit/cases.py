@@ -218,6 +218,13 @@ CASES: tuple[Config, ...] = (
     _case("absorbed latent causal", Hq=5, Hkv=1, Lq=7, Lk=7, D=36, Dv=32, v_in_k=True, mask=_CAUSAL),
     _case("sliding window", Hq=2, Lq=96, D=64, dtype="bf16", mask=("sliding_window", 17)),
     _case("streaming", Hq=2, Lq=80, D=32, mask=_NEAR),
+    # Many tiles of a head whose keys have to be converted, and which see different ones.
+    _case(
+        "tiles in turns",
+        **{"Hq": 8, "Hkv": 2, "Lq": 200, "Lk": 420, "D": 17, "Dv": 16, "dtype": "bf16"},
+        mask=("or", ("random_blocks", 3, 16, 1), ("sliding_window", 90)),
+        positions=("end",),
+    ),
     _case("documents", Hq=2, Lq=64, D=64, mask=("and", _CAUSAL, ("documents", (5, 0, 27, 32), None))),
     _case("padded batch", B=3, Hq=2, Lq=20, Lk=40, D=32, mask=("padding", (0, 40, 17), "left")),
     _case("prefix language model", B=2, Hq=2, Lq=40, D=32, mask=("or", _CAUSAL, ("prefix", (9, 0)))),
