@@ -129,6 +129,7 @@ struct Limits {
     int32_t tile_rows;  // queries of one tile, in float
     int32_t granule;    // keys that are visited or skipped together
     int32_t terms;      // score terms that `backward` takes
+    bool pairs;         // bfloat16 is multiplied in pairs
 };
 Status limits(const char* instruction_set, Limits& to);
 

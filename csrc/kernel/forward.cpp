@@ -391,7 +391,7 @@ Status run(const Attention& call) {
 
 }  // namespace
 
-Limits limits() { return {Lanes<Plain<float>>::kTileRows, kGranule, kMaxTerms}; }
+Limits limits() { return {Lanes<Plain<float>>::kTileRows, kGranule, kMaxTerms, kPairs}; }
 
 Status run(const Attention& call) {
     switch (call.q_type) {
