@@ -32,8 +32,8 @@ const Entry kEntries[] = {
 
 constexpr int kCount = sizeof kEntries / sizeof *kEntries;
 
-// Whether elements that are widened are multiplied faster than pairs. Intel's cores take four times as long for VDPBF16PS
-// as for a fused product of floats (measured on Emerald Rapids), so twice as long for the same sum.
+// Whether elements that are widened are multiplied faster than pairs. Intel's cores take four times as long for
+// VDPBF16PS as for a fused product of floats (measured on Emerald Rapids), so twice as long for the same sum.
 bool pairs_are_slow() {
 #if defined(__x86_64__) && defined(__GNUC__)
     return __builtin_cpu_is("intel");

@@ -1,7 +1,9 @@
 // The kernel for few rows (decode): dot products along the head dimension.
 //
-// Every key and value is loaded once for all rows of its group. The sums of one vector's worth of keys are reduced
-// together.
+// Every key and value is loaded, and widened, once for up to four rows of its group. A vector's worth of sums is made
+// side by side and reduced together. What comes next is asked for while keys are multiplied, a line for each that is
+// used: between pages, and in several passes over values, the processor does not see it coming, and asked for at once,
+// requests queue.
 #pragma once
 #include "kernel/dropout.h"
 #include "kernel/rowstate.h"
@@ -12,56 +14,45 @@ namespace QKV_ISA {
 // A granule's rows, as addresses to ask for before they are needed. Hints only: an address need not exist.
 struct Ahead {
     uintptr_t first = 0, stride = 0, bytes = 0;
-    uintptr_t from = 0, step = 64;  // of each row, what this pass over the rows of queries asks for
 
     template <class S>
     static QKV_INLINE Ahead of(const S* first, int64_t stride, int64_t width) {
         return {reinterpret_cast<uintptr_t>(first), static_cast<uintptr_t>(stride) * sizeof(S),
                 static_cast<uintptr_t>(first == nullptr ? 0 : width) * sizeof(S)};
     }
-    // Asks for parts [part, end) of `parts` of the granule at once. Where keys lie one after the other the processor
-    // follows by itself, and this is enough; between them the passes fetch a granule.
-    QKV_INLINE void burst(int part, int end, int parts) const {
-        for (int i = kGranule * part / parts; i < kGranule * end / parts; ++i) lines(i, 0, 64);
-    }
-    // Asks for a part of row i. On pages the processor does not see what comes next: requests are spread over the
-    // products, few at a time, or they would queue.
-    QKV_INLINE void row(int i) const { lines(i, from, step); }
-    QKV_INLINE void share(int part, int parts) {
-        from = 64 * static_cast<uintptr_t>(part);
-        step = 64 * static_cast<uintptr_t>(parts);
-    }
-
-  private:
-    QKV_INLINE void lines(int i, uintptr_t o, uintptr_t by) const {
-        for (; o < bytes; o += by) prefetch(first + static_cast<uintptr_t>(i) * stride + o);
+    QKV_INLINE void line(int row, uintptr_t at) const {
+        if (at < bytes) prefetch(first + static_cast<uintptr_t>(row) * stride + at);
     }
 };
 
 template <class M>
 class Dots {
   public:
-    using T = typename M::T;
+    using T = typename M::T;  // of queries
+    using S = typename M::S;  // of keys and values as they are stored
     using E = typename M::E;
     using V = typename M::V;
     using Single = typename M::Single;
     static constexpr int W = V::W;
     static constexpr int kTileRows = 16;
     static constexpr int kRunGranules = M::kRun / kGranule;
-    static constexpr int kConvertedGranules = 2;
     static constexpr int kStepGranules = 8;  // divides a chunk: all steps of a long call are as long as each other
+    static constexpr int kStepKeys = kStepGranules * kGranule;
+    // How far ahead keys are asked for. Those of 8 bits take half as long.
+    static constexpr int kAheadKeys = kGranule * (sizeof(S) == 1 ? 2 : 1);
+    static constexpr bool kScaled = !std::is_same_v<S, T>;
 
     struct Work {
         Scratch scratch;
         Block block;
         Tile tile;
-        Single* queries;  // [rows][padded D]
-        E* out;           // [rows][padded Dv]
+        Single* queries;  // [rows][padded D], in the order in which M loads numbers
+        E* out;           // [rows][padded Dv], likewise
         E* scores;        // [rows][kWindowKeys]
         E* bias;          // [kWindowKeys]
         uint32_t* pairs;  // [rows][kWindowKeys / 2]
-        T* keys;          // rows that cannot be loaded where they lie: [kWindowKeys][padded D]
-        T* values;        // likewise [kWindowKeys][padded Dv]
+        S* keys;          // rows that cannot be loaded where they lie: [kGranule][padded D]
+        S* values;        // likewise [kStepKeys][padded Dv]
         E* k_scales;      // [kWindowKeys], of stored keys that have them
         E* v_scales;
         RowStates<E, kTileRows> softmax;
@@ -75,8 +66,8 @@ class Dots {
         w.scores = memory.template take<E>(kTileRows * kWindowKeys);
         w.bias = memory.template take<E>(kWindowKeys);
         w.pairs = memory.template take<uint32_t>(kTileRows * kWindowKeys / 2);
-        w.keys = memory.template take<T>(kWindowKeys * padded(a.D));
-        w.values = memory.template take<T>(kWindowKeys * padded(a.Dv));
+        w.keys = memory.template take<S>(kGranule * padded(a.D));
+        w.values = memory.template take<S>(kStepKeys * padded(a.Dv));
         w.k_scales = memory.template take<E>(kWindowKeys);
         w.v_scales = memory.template take<E>(kWindowKeys);
     }
@@ -103,7 +94,7 @@ class Dots {
                     const uint16_t flip = job.negate ? 0x8000u : 0u;
                     to[d].bits = d < a.D ? static_cast<uint16_t>(from[d * a.q_stride[3]].bits ^ flip) : uint16_t(0);
                 } else {
-                    to[d] = d < a.D ? widen(from[d * a.q_stride[3]]) * (job.negate ? E(-1) : E(1)) : E(0);
+                    to[M::place(d)] = d < a.D ? widen(from[d * a.q_stride[3]]) * (job.negate ? E(-1) : E(1)) : E(0);
                 }
             }
         }
@@ -125,19 +116,12 @@ class Dots {
         return false;
     }
 
-    // Puts the columns of w.out in order (pair products leave them shuffled).
+    // Puts the columns of w.out in order.
     static void settle([[maybe_unused]] const Attention& a, [[maybe_unused]] Work& w) {
-        if constexpr (M::kPair == 2) {
-            using P = typename M::Pairs;
+        if constexpr (M::kStep > W) {
             const int64_t width = padded(a.Dv);
             for (int r = 0; r < w.tile.rows.count; ++r)
-                for (int64_t d = 0; d < width; d += M::kStep) {
-                    E* at = w.out + r * width + d;
-                    auto low = P::load(at), high = P::load(at + W);
-                    P::in_order(low, high);
-                    P::store(low, at);
-                    P::store(high, at + W);
-                }
+                for (int64_t d = 0; d < width; d += M::kStep) M::in_order(w.out + r * width + d);
         }
     }
 
@@ -147,19 +131,19 @@ class Dots {
     }
 
   private:
-    // Rows of keys or values, as T.
+    // Rows of keys or values that may be loaded whole.
     struct Row16 {
-        const T* first;
+        const S* first;
         int64_t stride;
     };
     // Where the values of a block lie.
     struct Laid {
-        const T* values[kGranules];
+        const S* values[kGranules];
         int64_t strides[kGranules];
         int live[kGranules];  // keys of each granule: fewer than 16 at the end
     };
 
-    // A granule's products with one or two rows of queries.
+    // A granule's products with some rows of queries.
     struct Products {
         const Single* queries;
         int64_t width;  // of a row of queries
@@ -168,61 +152,81 @@ class Dots {
         Ahead next, soon;
         E* to;  // [rows of queries][kWindowKeys], keys in the order of memory
     };
-    template <int Count, bool Spread>
+    // Asks: for a line of what comes next with every line of keys.
+    template <int Count, bool Asks>
     static QKV_INLINE void scores(const Products& of) {
         constexpr int kAtOnce = W / Count;  // W sums are reduced together
+        constexpr int64_t kLine = 64 / sizeof(S) > M::kStep ? 64 / sizeof(S) : M::kStep;
         for (int g = 0; g < kGranule; g += kAtOnce) {
+            const S* keys[kAtOnce];
+            QKV_FOR(k, kAtOnce) keys[k] = of.keys.first + (g + k < of.live ? g + k : 0) * of.keys.stride;
             V acc[W];
-            QKV_FOR(k, kAtOnce) {
-                V x[Count];
-                QKV_FOR(r, Count) x[r] = V::zero();
-                const int64_t end = g + k < of.live ? of.width : 0;
-                if constexpr (Spread) of.next.row(g + k), of.soon.row(g + k);
-                for (int64_t d = 0; d < end; d += M::kStep)
-                    QKV_FOR(r, Count)
-                        x[r] = M::multiply(x[r], M::load(of.keys.first + (g + k) * of.keys.stride + d),
-                                           M::load(of.queries + r * of.width + d));
-                QKV_FOR(r, Count) acc[r * kAtOnce + k] = x[r];
+            QKV_FOR(x, W) acc[x] = V::zero();
+            for (int64_t line = 0; line < of.width; line += kLine) {
+                if constexpr (Asks) ask<kAtOnce>(of, g, line);
+                for (int64_t d = line; d < line + kLine && d < of.width; d += M::kStep)
+                    multiply<Count, kAtOnce>(acc, keys, of.queries, of.width, d);
             }
+            if constexpr (Asks)
+                for (int64_t line = of.width; line * sizeof(S) < of.soon.bytes; line += kLine)
+                    ask<kAtOnce>(of, g, line);
             if constexpr (Count == 1) {
                 sums(acc).store(of.to + g);
             } else {
-                E both[W];
-                sums(acc).store(both);
-                QKV_FOR(r, Count) std::memcpy(of.to + r * kWindowKeys + g, both + r * kAtOnce, sizeof(E) * kAtOnce);
+                E all[W];
+                sums(acc).store(all);
+                QKV_FOR(r, Count) std::memcpy(of.to + r * kWindowKeys + g, all + r * kAtOnce, sizeof(E) * kAtOnce);
+            }
+        }
+    }
+    template <int Keys>
+    static QKV_INLINE void ask(const Products& of, int g, int64_t line) {
+        const uintptr_t at = static_cast<uintptr_t>(line) * sizeof(S);
+        QKV_FOR(k, Keys) of.next.line(g + k, at);
+        QKV_FOR(k, Keys) of.soon.line(g + k, at);
+    }
+    // One register of each key with one of each row of queries. The fewer of the two stay in registers.
+    template <int Count, int Keys>
+    static QKV_INLINE void multiply(V* acc, const S* const* keys, const Single* queries, int64_t width, int64_t d) {
+        if constexpr (Count > Keys) {
+            typename M::R x[Keys];
+            QKV_FOR(k, Keys) x[k] = M::load(keys[k] + d);
+            QKV_FOR(r, Count) {
+                const typename M::R q = M::load(queries + r * width + d);
+                QKV_FOR(k, Keys) acc[r * Keys + k] = M::multiply(acc[r * Keys + k], x[k], q);
+            }
+        } else {
+            typename M::R q[Count];
+            QKV_FOR(r, Count) q[r] = M::load(queries + r * width + d);
+            QKV_FOR(k, Keys) {
+                const typename M::R x = M::load(keys[k] + d);
+                QKV_FOR(r, Count) acc[r * Keys + k] = M::multiply(acc[r * Keys + k], x, q[r]);
             }
         }
     }
 
     // The granule of keys (or values) from j: where it lies if it can be loaded there, else in `copy`.
-    template <class S>
-    static Row16 resident(const Source<S>& source, int64_t D, int64_t j, int64_t keys, T* copy) {
+    static Row16 resident(const Source<S>& source, int64_t D, int64_t j, int64_t keys, S* copy) {
         const int64_t width = padded(D);
         const bool straight = source.straight();
         const S* first = straight ? source.row(j) : nullptr;
-        if constexpr (std::is_same_v<S, T>) {
-            if (source.stride_d == 1 && D == width && j + kGranule <= keys && first != nullptr)
-                return {first, source.stride};
-        }
+        if (source.stride_d == 1 && D == width && j + kGranule <= keys && first != nullptr)
+            return {first, source.stride};
         // Rows past the end are not read, but for the second of a pair.
         const int64_t rows = lower(kGranule, keys - j);
         for (int64_t i = 0; i < rows; ++i) {
             const S* from = source.row_of(first, straight, j, i);
-            T* to = copy + i * width;
-            if constexpr (!std::is_same_v<S, T>) {
-                unpack_row<V>(from, source.stride_d, D, width, to);
-            } else {
-                if (from == nullptr)
-                    std::memset(static_cast<void*>(to), 0, sizeof(T) * static_cast<size_t>(D));
-                else if (source.stride_d == 1 && D > 0)
-                    std::memcpy(to, from, sizeof(T) * static_cast<size_t>(D));
-                else
-                    for (int64_t d = 0; d < D; ++d) to[d] = from[d * source.stride_d];
-                std::memset(static_cast<void*>(to + D), 0, sizeof(T) * static_cast<size_t>(width - D));
-            }
+            S* to = copy + i * width;
+            if (from == nullptr)
+                std::memset(static_cast<void*>(to), 0, sizeof(S) * static_cast<size_t>(D));
+            else if (source.stride_d == 1 && D > 0)
+                std::memcpy(to, from, sizeof(S) * static_cast<size_t>(D));
+            else
+                for (int64_t d = 0; d < D; ++d) to[d] = from[d * source.stride_d];
+            std::memset(static_cast<void*>(to + D), 0, sizeof(S) * static_cast<size_t>(width - D));
         }
         if (rows % M::kPair != 0)
-            std::memset(static_cast<void*>(copy + rows * width), 0, sizeof(T) * static_cast<size_t>(width));
+            std::memset(static_cast<void*>(copy + rows * width), 0, sizeof(S) * static_cast<size_t>(width));
         return {copy, width};
     }
 
@@ -244,7 +248,7 @@ class Dots {
             QKV_FOR(c, Vectors) acc[r][c] = V::zero();
         for (int g = g0; g < g1; ++g) {
             const int64_t stride = laid.strides[g];
-            const T* v = laid.values[g] + d;
+            const S* v = laid.values[g] + d;
             for (int k = 0; k < laid.live[g]; k += M::kPair, v += M::kPair * stride) {
                 const int j = g * kGranule + k;
                 const bool hidden = Careful && !(block.words[j] >> of.row & 1);
@@ -263,11 +267,12 @@ class Dots {
                         }
                     }
                 } else {
-                    V x[Vectors];
-                    QKV_FOR(c, Vectors) x[c] = hidden ? V::zero() : V::load(v + c * W);
+                    constexpr int kParts = M::kStep / W;
+                    typename M::R x[Vectors / kParts];
+                    QKV_FOR(c, Vectors / kParts) x[c] = hidden ? M::none() : M::load(v + c * M::kStep);
                     QKV_FOR(r, Count) {
                         const V w = V::set1(of.weights[r * kWindowKeys + j]);
-                        QKV_FOR(c, Vectors) acc[r][c] = fma(x[c], w, acc[r][c]);
+                        QKV_FOR(c, Vectors / kParts) M::add(acc[r] + c * kParts, x[c], w);
                     }
                 }
             }
@@ -282,45 +287,27 @@ class Dots {
     }
 
     template <int Count, int Vectors, bool Careful>
-    static void all_values(const Block& block, const Laid& laid, Work& w, const E* keep, int row, int64_t width,
-                           int first, int last) {
+    static void all_values(const Block& block, const Laid& laid, Work& w, const E* keep, int row, int64_t width) {
         const Weighted of{
             w.scores + row * kWindowKeys, w.pairs + row * kWindowKeys / 2, w.out + row * width, width, keep + row, row};
-        int64_t d = 0;
-        const auto columns = [&]<int C>(std::integral_constant<int, C>) {
-            for (int g = first; g < last; g += kRunGranules) {
-                const int end = last < g + kRunGranules ? last : g + kRunGranules;
-                values<Count, C, Careful>(block, laid, of, g, end, d);
-            }
-        };
-        for (; d + Vectors * W <= width; d += Vectors * W) columns(std::integral_constant<int, Vectors>{});
-        constexpr int kFew = M::kPair;  // vectors that one step of a key fills
-        for (; d < width; d += kFew * W) columns(std::integral_constant<int, kFew>{});
+        // Runs outside, columns inside: the passes over the columns of a value find it in the first cache.
+        for (int g = 0; g < block.granules; g += kRunGranules) {
+            const int end = block.granules < g + kRunGranules ? block.granules : g + kRunGranules;
+            int64_t d = 0;
+            for (; d + Vectors * W <= width; d += Vectors * W)
+                values<Count, Vectors, Careful>(block, laid, of, g, end, d);
+            constexpr int kFew = M::kStep / W;
+            for (; d < width; d += kFew * W) values<Count, kFew, Careful>(block, laid, of, g, end, d);
+        }
     }
 
     static void step(const Job& job, Work& w, Block& block, bool careful) {
-        if constexpr (sizeof(E) == 4) {
-            if (is_scaled(*job.call)) {
-                if (job.call->kv_type == Type::i8)
-                    step_from<int8_t>(job, w, block, careful);
-                else
-                    step_from<f8>(job, w, block, careful);
-                return;
-            }
-        }
-        step_from<T>(job, w, block, careful);
-    }
-
-    // S: what keys and values are stored as.
-    template <class S>
-    static void step_from(const Job& job, Work& w, Block& block, bool careful) {
-        constexpr bool kScaled = !std::is_same_v<S, T>;
         const Attention& a = *job.call;
         const Sequence& sequence = *w.tile.sequence;
         const int n = block.keys();
         const Source<S> k = keys_of<S>(a, sequence, w.tile.kv_head), v = values_of<S>(a, sequence, w.tile.kv_head);
         Laid laid;
-        for (int g = 0; g < block.granules; ++g) all_scores<S>(a, w, block, g, k, v, laid);
+        for (int g = 0; g < block.granules; ++g) all_scores(a, w, block, g, k, v, laid);
         if constexpr (kScaled)
             for (int g = 0; g < block.granules; ++g)
                 gather_scales(a, sequence, w.tile.kv_head, block.key[g], w.k_scales + g * kGranule,
@@ -328,72 +315,46 @@ class Dots {
         for (int j = 0; j < n && a.dropout_below > 0; ++j)
             w.draws[j] = draw_index(block.key[j / kGranule] + j % kGranule);
         E keep[kTileRows];
-        for (int r = 0; r < w.tile.rows.count; ++r) keep[r] = weigh<kScaled>(job, w, block, r);
+        for (int r = 0; r < w.tile.rows.count; ++r) keep[r] = weigh(job, w, block, r);
         w.masked |= block.masked;
-        // Converted values are used while they are in the first cache.
-        const int at_once = kScaled ? kConvertedGranules : block.granules;
-        for (int first = 0; first < block.granules; first += at_once) {
-            const int last = block.granules < first + at_once ? block.granules : first + at_once;
-            if constexpr (kScaled)
-                for (int g = first; g < last; ++g) {
-                    T* copy = w.values + (g - first) * kGranule * padded(a.Dv);
-                    const Row16 rows = resident(v, a.Dv, block.key[g], sequence.k_count, copy);
-                    laid.values[g] = rows.first, laid.strides[g] = rows.stride;
-                }
-            add_values(a, w, block, laid, keep, first, last, careful);
-        }
+        add_values(a, w, block, laid, keep, careful);
     }
 
     // The scores of a granule's keys as products, and where its values lie.
-    template <class S>
     static void all_scores(const Attention& a, Work& w, const Block& block, int g, const Source<S>& k,
                            const Source<S>& v, Laid& laid) {
-        constexpr bool kScaled = !std::is_same_v<S, T>;
-        const int64_t width = padded(a.D), width_v = padded(a.Dv), j = block.key[g], keys = w.tile.sequence->k_count;
+        const int64_t j = block.key[g], keys = w.tile.sequence->k_count, then = j + kAheadKeys;
         const int rows = w.tile.rows.count;
         laid.live[g] = static_cast<int>(lower(kGranule, keys - j));
         Products of{};
-        of.width = width, of.live = laid.live[g];
+        of.width = padded(a.D), of.live = laid.live[g];
         of.keys = resident(k, a.D, j, keys, w.keys);
-        // Stored keys are converted a granule at a time, at once: they have to be there earlier.
-        const int64_t then = j + (kScaled ? 4 : 1) * kGranule;
-        const bool more = then < keys;
-        of.next = Ahead::of(more ? k.row(then) : nullptr, k.stride, a.D);
-        if constexpr (kScaled) {  // scales are read and values converted when they are wanted: until then they have
-                                  // time to come
-            prefetch_scales(a, *w.tile.sequence, w.tile.kv_head, j);
-            of.soon = Ahead::of(v.row(j), v.stride, a.Dv);
-        } else {
-            const Row16 values = resident(v, a.Dv, j, keys, w.values + g * kGranule * width_v);
-            laid.values[g] = values.first, laid.strides[g] = values.stride;
-            of.soon = Ahead::of(values.first, values.stride, width_v);
-        }
-        // Narrow vectors take a row of values in several passes, which the processor does not follow either.
-        const auto after = reinterpret_cast<uintptr_t>(of.keys.first + kGranule * of.keys.stride);
-        const bool spread = kScaled || W * sizeof(E) < 64 || (more && of.next.first != after);
-        for (int r = 0, two = 0; r < rows; r += 1 + two) {
-            two = r + 1 < rows;
-            of.queries = w.queries + r * width;
+        const Row16 values = resident(v, a.Dv, j, keys, w.values + g * kGranule * padded(a.Dv));
+        laid.values[g] = values.first, laid.strides[g] = values.stride;
+        of.next = Ahead::of(then < keys ? k.row(then) : nullptr, k.stride, a.D);
+        of.soon = Ahead::of(values.first, values.stride, a.Dv);
+        if constexpr (kScaled) prefetch_scales(a, *w.tile.sequence, w.tile.kv_head, j);
+        for (int r = 0, n; r < rows; r += n) {
+            constexpr int kMost = W < 4 ? W : 4;
+            n = rows - r >= kMost ? kMost : rows - r >= 2 ? 2 : 1;
+            of.queries = w.queries + r * of.width;
             of.to = w.scores + r * kWindowKeys + g * kGranule;
-            if (spread) {
-                of.next.share(r / 2, (rows + 1) / 2);
-                of.soon.share(r / 2, (rows + 1) / 2);
-                two ? scores<2, true>(of) : scores<1, true>(of);
-            } else {
-                of.next.burst(r, r + 1 + two, rows);
-                if (rows > 1) of.soon.burst(r, r + 1 + two, rows);  // one row keeps up without
-                two ? scores<2, false>(of) : scores<1, false>(of);
-            }
+            const bool asks = r == 0;
+            if (n == kMost)
+                asks ? scores<kMost, true>(of) : scores<kMost, false>(of);
+            else if (n == 2)
+                asks ? scores<2, true>(of) : scores<2, false>(of);
+            else
+                asks ? scores<1, true>(of) : scores<1, false>(of);
         }
     }
 
     // From row r's products to its weights, in place. Returns what its sums so far count for.
-    template <bool Scaled>
     static E weigh(const Job& job, Work& w, Block& block, int r) {
         const Attention& a = *job.call;
         const int n = block.keys();
         E* s = w.scores + r * kWindowKeys;
-        if (job.transform) transform<Scaled>(job, w, block, r, s);
+        if (job.transform) transform(job, w, block, r, s);
         if (block.masked)
             for (int j = 0; j < n; ++j) s[j] = block.words[j] >> r & 1 ? s[j] : -static_cast<E>(INFINITY);
         V top = V::set1(-static_cast<E>(INFINITY));
@@ -410,7 +371,7 @@ class Dots {
         }
         state.absorb(keep, {sum(l)});
         w.softmax.set(r, state);
-        if constexpr (Scaled) {
+        if constexpr (kScaled) {
             for (int j = 0; j < n; j += W) (V::load(s + j) * V::load(w.v_scales + j)).store(s + j);
             if (block.masked)  // 0 times a scale that is NaN is not 0
                 for (int j = 0; j < n; ++j) s[j] = block.words[j] >> r & 1 ? s[j] : E(0);
@@ -432,20 +393,20 @@ class Dots {
         }
     }
 
-    // Adds the weighted values of granules [first, last) to the sums of all rows.
-    static void add_values(const Attention& a, Work& w, const Block& block, const Laid& laid, const E* keep, int first,
-                           int last, bool careful) {
+    // Adds the weighted values of a block to the sums of all rows.
+    static void add_values(const Attention& a, Work& w, const Block& block, const Laid& laid, const E* keep,
+                           bool careful) {
         const int rows = w.tile.rows.count;
         const int64_t width = padded(a.Dv);
         if (careful) {
-            for (int r = 0; r < rows; ++r) all_values<1, 2, true>(block, laid, w, keep, r, width, first, last);
+            for (int r = 0; r < rows; ++r) all_values<1, 2, true>(block, laid, w, keep, r, width);
             return;
         }
         constexpr bool kWide = W * sizeof(E) == 64;
         int r = 0;
-        for (; r + 4 <= rows; r += 4) all_values<4, kWide ? 4 : 2, false>(block, laid, w, keep, r, width, first, last);
-        for (; r + 2 <= rows; r += 2) all_values<2, kWide ? 8 : 4, false>(block, laid, w, keep, r, width, first, last);
-        for (; r < rows; ++r) all_values<1, kWide ? 8 : 4, false>(block, laid, w, keep, r, width, first, last);
+        for (; r + 4 <= rows; r += 4) all_values<4, kWide ? 4 : 2, false>(block, laid, w, keep, r, width);
+        for (; r + 2 <= rows; r += 2) all_values<2, kWide ? 8 : 4, false>(block, laid, w, keep, r, width);
+        for (; r < rows; ++r) all_values<1, kWide ? 8 : 4, false>(block, laid, w, keep, r, width);
     }
 
     static QKV_INLINE E first_lane(V x) {
@@ -455,7 +416,6 @@ class Dots {
     }
 
     // The scores of one row as the definition has them, but for the mask.
-    template <bool Scaled>
     static void transform(const Job& job, Work& w, Block& block, int r, E* s) {
         const Attention& a = *job.call;
         const Score<M> score(job);
@@ -467,8 +427,8 @@ class Dots {
             hide_by_bias<E>(block, r, 0, n, w.bias, 1);
         }
         for (int j = 0; j < n; j += W) {
-            const V key_scale = Scaled ? V::load(w.k_scales + j) : V::zero();
-            score.template of<Scaled>(V::load(s + j), key_scale, w.bias + j).store(s + j);
+            const V key_scale = kScaled ? V::load(w.k_scales + j) : V::zero();
+            score.template of<kScaled>(V::load(s + j), key_scale, w.bias + j).store(s + j);
         }
     }
 };

@@ -17,10 +17,12 @@ struct Storage<double> {
     using E = double;
 };
 
-// Products in float or double. Elements of another type are widened: as they are loaded, or before.
-template <class Element>
+// Products in float or double. Elements of another type are widened: as they are loaded, or before. Stored: of keys and
+// values, where they are another than queries.
+template <class Element, class Stored = Element>
 struct Plain {
     using T = Element;
+    using S = Stored;
     using E = typename Storage<T>::E;
     using V = std::conditional_t<sizeof(E) == 8, VD, VF>;
     using Single = E;                  // what is broadcast
@@ -42,12 +44,44 @@ struct Plain {
     static QKV_INLINE R hide(const Lane* p, const uint64_t* words, int shift) {
         return choose(static_cast<uint32_t>(words[0] >> shift), V::set1(*p), V::zero());
     }
+    // The place of number d where numbers lie as they are loaded.
+    static int64_t place(int64_t d) { return d; }
+    static QKV_INLINE R none() { return V::zero(); }
+    static QKV_INLINE void add(V* acc, R x, V weight) { *acc = fma(x, weight, *acc); }
+};
+
+// bfloat16 that is widened two registers at a time: the even numbers by a shift, the odd ones by a mask.
+struct Halves : Plain<bf16> {
+    struct R {
+        VF even, odd;
+    };
+    static constexpr int kStep = 2 * V::W;
+    static QKV_INLINE R load(const bf16* p) {
+        R x;
+        V::split(p, x.even, x.odd);
+        return x;
+    }
+    static QKV_INLINE R load(const float* p) { return {V::load(p), V::load(p + V::W)}; }
+    static QKV_INLINE V multiply(V acc, R a, R b) { return fma(a.odd, b.odd, fma(a.even, b.even, acc)); }
+    static int64_t place(int64_t d) { return d / kStep * kStep + d % 2 * V::W + d % kStep / 2; }
+    static QKV_INLINE R none() { return {V::zero(), V::zero()}; }
+    static QKV_INLINE void add(V* acc, R x, V weight) {
+        acc[0] = fma(x.even, weight, acc[0]);
+        acc[1] = fma(x.odd, weight, acc[1]);
+    }
+    // kStep sums, back in the order of columns.
+    static QKV_INLINE void in_order(float* at) {
+        float mended[kStep];
+        for (int d = 0; d < kStep; ++d) mended[d] = at[place(d)];
+        std::memcpy(at, mended, sizeof mended);
+    }
 };
 
 // Products of bfloat16 pairs, added in float: P is Pairs, as a parameter since not every instruction set has them.
 template <class P>
 struct Paired {
     using T = bf16;
+    using S = bf16;
     using E = float;
     using V = VF;
     using Single = bf16;
@@ -82,11 +116,24 @@ struct Paired {
         }
         return d;
     }
+    // kStep sums of what zip_low and zip_high make, back in the order of columns.
+    static QKV_INLINE void in_order(E* at) {
+        R low = P::load(at), high = P::load(at + V::W);
+        P::in_order(low, high);
+        P::store(low, at);
+        P::store(high, at + V::W);
+    }
     using Pairs = P;
 };
 
 template <class T>
 using Elements = std::conditional_t<kPairs && std::is_same_v<T, bf16>, Paired<Pairs>, Plain<T>>;
+
+// The same for the kernel for few rows, which takes keys and values as they are stored.
+template <class T, class S = T>
+using FewElements = std::conditional_t<
+    !std::is_same_v<T, S>, Plain<T, S>,
+    std::conditional_t<std::is_same_v<T, bf16>, std::conditional_t<kPairs, Paired<Pairs>, Halves>, Plain<T>>>;
 
 }  // namespace QKV_ISA
 }  // namespace qkv

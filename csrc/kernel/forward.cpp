@@ -386,7 +386,13 @@ class Run {
 
 template <class T>
 Status run(const Attention& call) {
-    return Run<Lanes<Elements<T>>, Dots<Elements<T>>>(call).go();
+    using Many = Lanes<Elements<T>>;
+    if constexpr (!std::is_same_v<T, double>) {
+        if (is_scaled(call))
+            return call.kv_type == Type::i8 ? Run<Many, Dots<FewElements<T, int8_t>>>(call).go()
+                                            : Run<Many, Dots<FewElements<T, f8>>>(call).go();
+    }
+    return Run<Many, Dots<FewElements<T>>>(call).go();
 }
 
 }  // namespace

@@ -408,7 +408,8 @@ class Lanes {
     static QKV_APART void all_values(const Block& block, const Laid& laid, const Weighted<Z>& of, int64_t Dv) {
         constexpr int kColumns = columns_at_once(Z);
         const int granules = block.granules;
-        // Runs outside, columns inside: columns that share a cache line of a value take it while it is in the first cache.
+        // Runs outside, columns inside: columns that share a cache line of a value take it while it is in the first
+        // cache.
         for (int g = 0; g < granules || g == 0; g += kRunGranules) {
             const int end = granules < g + kRunGranules ? granules : g + kRunGranules;
             int64_t d = 0;

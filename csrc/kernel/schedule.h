@@ -12,8 +12,8 @@
 namespace qkv {
 namespace QKV_ISA {
 
-inline constexpr int64_t kShortTiles = 4;    // up to here, keys are cut into chunks
-inline constexpr int64_t kTogether = 4;      // tiles of a task, at most, where keys and values have to be converted
+inline constexpr int64_t kShortTiles = 4;      // up to here, keys are cut into chunks
+inline constexpr int64_t kTogether = 4;        // tiles of a task, at most, where keys and values have to be converted
 inline constexpr int64_t kTasksPerThread = 4;  // at least, if there are as many tiles
 inline constexpr int64_t kMostStates = kShortTiles > kTogether ? kShortTiles : kTogether;
 inline constexpr double kSerialFlops = 2e5;  // below, waking a thread costs more than it saves

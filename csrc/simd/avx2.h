@@ -23,6 +23,12 @@ struct VF {
         const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
         return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16))};
     }
+    // The even numbers of the 16 at p, and the odd ones.
+    static QKV_INLINE void split(const bf16* p, VF& even, VF& odd) {
+        const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+        even.r = _mm256_castsi256_ps(_mm256_slli_epi32(both, 16));
+        odd.r = _mm256_castsi256_ps(_mm256_and_si256(both, _mm256_set1_epi32(-65536)));
+    }
     static QKV_INLINE VF load(const f16* p) {
         return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
     }

@@ -23,6 +23,12 @@ struct VF {
         const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
         return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16))};
     }
+    // The even numbers of the 32 at p, and the odd ones.
+    static QKV_INLINE void split(const bf16* p, VF& even, VF& odd) {
+        const __m512i both = _mm512_loadu_si512(p);
+        even.r = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
+        odd.r = _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(-65536)));
+    }
     static QKV_INLINE VF load(const f16* p) {
         return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
     }

@@ -47,6 +47,10 @@ struct Numbers {
         for (int i = 0; i < N; ++i) v.r[i] = widen(p[i]);
         return v;
     }
+    // The even numbers of the 2 N at p, and the odd ones.
+    static QKV_INLINE void split(const bf16* p, Numbers& even, Numbers& odd) {
+        for (int i = 0; i < N; ++i) even.r[i] = widen(p[2 * i]), odd.r[i] = widen(p[2 * i + 1]);
+    }
     template <class S>
     QKV_INLINE void store(S* p) const {
         for (int i = 0; i < N; ++i) narrow(r[i], p[i]);

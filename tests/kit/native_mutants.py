@@ -43,6 +43,7 @@ def _mutant(name: str, what: str, *edits: tuple[str, str, str]) -> Mutant:
 
 
 KEYS, SCORE, STATE = "kernel/keys.h", "kernel/score.h", "kernel/rowstate.h"
+ELEMENTS = "kernel/elements.h"
 LANES, DOTS, FORWARD = "kernel/lanes.h", "kernel/dots.h", "kernel/forward.cpp"
 SCHEDULE, CASCADE, MASK = "kernel/schedule.h", "kernel/cascade.h", "mask/atoms.h"
 BACKWARD, PRODUCTS, BIAS = "kernel/backward.h", "kernel/products.h", "kernel/bias_sums.h"
@@ -57,6 +58,8 @@ MUTANTS = (
             (FORWARD, "auto& work = *memory.work; «work.converted.clear();» if (c.pairs >= 0)", "")),
     _mutant("converted_lost", "converted granules that a block uses make room for its others",
             (LANES, "while («used >> oldest & 1») oldest", "false")),
+    _mutant("halves_shuffled", "dots: sums of widened halves stay in the order in which they were loaded",
+            (ELEMENTS, "mended[d] = at[«place(d)»];", "d")),
     _mutant("head_map", "query heads are dealt to key/value heads in turn",
             (SCHEDULE, "rows.head[r] = «kv_head * job.group + (c.by_head ? tile / per_head : x / s.q_count)»;",
              "(c.by_head ? tile / per_head : x / s.q_count) * a.Hkv + kv_head")),
