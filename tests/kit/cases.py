@@ -272,6 +272,7 @@ CASES: tuple[Config, ...] = (
     _case("one key", Hq=2, Lq=3, Lk=1, D=8),
     _case("no keys", B=2, Hq=2, Lq=3, Lk=0, D=8, sinks="f32"),
     _case("no rows", B=2, Hq=2, Lq=0, Lk=5, D=8),
+    _case("no batch rows", B=0, Hq=2, Lq=6, Lk=5, D=8, mask=_CAUSAL, positions=("ints", ())),
     *timed().values(),
 )
 

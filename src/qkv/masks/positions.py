@@ -41,7 +41,8 @@ def read_positions(call: str, positions: Any, B: int, Lq: int) -> str | tuple[in
             rule = "positions of one dimension must hold the first position of each batch row"
             fix = f"Pass {B} int{'s' * (B != 1)}, or a tensor of shape (1, {Lq}) for the position of each query"
             raise ShapeError.of(call, rule, f"positions {tuple(at.shape)} and B={B}", fix)
-        return tuple(int(n) for n in at)  # not tolist(), which torch 2.9 cannot under a transform
+        # Not tolist(), which torch 2.9 cannot under a transform. A batch of no rows may be anywhere.
+        return tuple(int(n) for n in at) or (0,)
     if at.shape[0] not in (1, B) or at.shape[1] != Lq:
         rule = "positions of two dimensions must be (B or 1, Lq)"
         fix = f"Pass a tensor of shape (1, {Lq})" + (f" or ({B}, {Lq})" if B != 1 else "")
