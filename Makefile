@@ -14,7 +14,7 @@ CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp tests/native/*.h t
 NATIVE := CMakeLists.txt pyproject.toml $(wildcard cmake/* csrc/* csrc/*/*)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test quick check gate soak sanitize bench models foreign format lock compatibility clean
+.PHONY: demo test quick check gate soak sanitize test-arm bench models foreign format lock compatibility clean
 
 demo: $(VENV)/.installed
 	@$(BIN)/qkv demo
@@ -72,6 +72,10 @@ sanitize-%: $(VENV)/.installed-dev
 	$(BIN)/cmake -G Ninja -S tests/native -B build/sanitize/$* -DQKV_STRESS_SANITIZER=$* -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja
 	$(BIN)/cmake --build build/sanitize/$*
 	build/sanitize/$*/stress --seconds $(SECONDS_EACH)
+
+# The kernels for ARM, by a cross compiler and an emulator: what is missing is named, and installed where root may. Minutes.
+test-arm: $(VENV)/.installed-dev
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m tests.gates.arm $(ARGS)
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff format $(CODE)

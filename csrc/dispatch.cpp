@@ -6,6 +6,7 @@
 #include "attention.h"
 #include "kernel/kernels.h"
 #include "mask/validate.h"
+#include "runtime/processor.h"
 
 namespace qkv {
 

@@ -402,7 +402,7 @@ class Dots {
             for (int r = 0; r < rows; ++r) all_values<1, 2, true>(block, laid, w, keep, r, width);
             return;
         }
-        constexpr bool kWide = W * sizeof(E) == 64;
+        constexpr bool kWide = kRegisters == 32;
         int r = 0;
         for (; r + 4 <= rows; r += 4) all_values<4, kWide ? 4 : 2, false>(block, laid, w, keep, r, width);
         for (; r + 2 <= rows; r += 2) all_values<2, kWide ? 8 : 4, false>(block, laid, w, keep, r, width);

@@ -24,9 +24,9 @@ class Lanes {
     static constexpr int kMaxVectors = 3;
     static constexpr int kTileRows = kMaxVectors * W;
     static_assert(kTileRows <= kMaxRows);
-    // Wide register files hold 8 keys x 3 vectors of scores; 16 registers hold 4 x 3.
-    static constexpr int keys_at_once(int vectors) { return W * sizeof(E) == 64 || vectors == 1 ? 8 : 4; }
-    static constexpr int columns_at_once(int vectors) { return W * sizeof(E) == 64 || vectors == 1 ? 8 : 4; }
+    // 32 registers hold 8 keys x 3 vectors of scores, 16 registers 4 x 3.
+    static constexpr int keys_at_once(int vectors) { return kRegisters == 32 || vectors == 1 ? 8 : 4; }
+    static constexpr int columns_at_once(int vectors) { return kRegisters == 32 || vectors == 1 ? 8 : 4; }
     static constexpr int kFewKeys = 2;  // at the end of the keys
     static constexpr int kRunGranules = M::kRun / kGranule;
 

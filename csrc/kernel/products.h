@@ -14,9 +14,8 @@ struct Product {
     using Single = typename M::Single;
     using Lane = typename M::Lane;
     static constexpr int W = V::W;
-    static constexpr bool kWide = W * sizeof(E) == 64;  // 32 registers
     static constexpr int kRows = 4;
-    static constexpr int kVectors = kWide ? 4 : 2;
+    static constexpr int kVectors = kRegisters == 32 ? 4 : 2;
 
     // Strides are in elements.
     struct Factors {

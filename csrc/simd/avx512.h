@@ -7,6 +7,8 @@
 namespace qkv {
 namespace QKV_ISA {
 
+inline constexpr int kRegisters = 32;
+
 QKV_INLINE float widen(f16 x) { return _cvtsh_ss(x.bits); }
 QKV_INLINE void narrow(float x, f16& to) {
     to.bits = static_cast<uint16_t>(_cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));

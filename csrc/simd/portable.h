@@ -5,6 +5,8 @@
 namespace qkv {
 namespace QKV_ISA {
 
+inline constexpr int kRegisters = 16;
+
 QKV_INLINE float widen(f16 x) {
     const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
     const uint32_t rest = x.bits & 0x7fffu;

@@ -104,6 +104,7 @@ QKV_INLINE uint64_t draw_mix(uint64_t x) {
 // keep_bits(draws, key, below): bit r says whether draw_mix(draws[r] + key) >> 11 is not below, for kDrawLanes rows.
 
 // What a set's file defines, besides VF and VD and their functions:
+//   kRegisters: how many vectors are held at a time, 16 or 32;
 //   widen and narrow of f16; transpose_tile of kTransposeTile x kTransposeTile words; keep_bits and kDrawLanes;
 //   kPairs, and Pairs where it is true: products of bfloat16 in pairs, two neighbours of a sum in 32 bits.
 struct Pairs;

@@ -24,8 +24,9 @@ def required() -> tuple[str, ...]:
     if importlib.util.find_spec("qkv._native") is not None:
         cpuinfo = Path("/proc/cpuinfo")
         lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-        told = next((line.split(":")[1] for line in lines if line.startswith("flags")), "")
-        flags = set(told.replace("_", "").split())  # Linux writes avx512_bf16 for avx512bf16
+        told = next((line.split(":")[1] for line in lines if line.startswith(("flags", "Features"))), "")
+        # Linux writes avx512_bf16 for avx512bf16, and asimd for simd.
+        flags = set(told.replace("_", "").replace("asimd", "simd").split())
         names += [f"cpu:{isa}" for isa, needed in ISAS.items() if needed <= flags]
     return tuple(names)
 

@@ -2,6 +2,8 @@
 //
 //   stress [--seconds 60] [--seed N] [--mode calls|gradients|fuzz|mutate|nest|threads|fork] [--isa NAME]
 //          [--failures 20] [--strict 1]
+//   stress --cases N             so many, dealt to the modes by their shares, instead of for a time
+//   stress --mutant N            with one of the mistakes of tests/kit/native_mutants.py, where they are compiled in
 //   stress --mode M --case N     replays one case
 //
 // Cases run in child processes: a crash, a hang or a wrong result is reported with its case number, and the run goes
@@ -26,6 +28,10 @@ __attribute__((visibility("default"))) const char* __tsan_default_options() {
 }
 
 // Called by the kernels of the AddressSanitizer build for each array they cut from their scratch memory.
+#if defined(QKV_STRESS_MUTANTS)
+extern int qkv_mutant;
+#endif
+
 void* qkv_stress_gap(void* at, long bytes);
 void* qkv_stress_gap(void* at, long bytes) {
 #if defined(__SANITIZE_ADDRESS__)
@@ -46,7 +52,7 @@ struct Options {
     double seconds = 60, budget = 4e6;
     uint64_t seed = 0;
     std::string mode, isa;
-    int64_t only = -1;
+    int64_t only = -1, cases = 0;
     int failures = 20;
     bool strict = false;
 };
@@ -336,8 +342,15 @@ const Mode kModes[] = {
 
 double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
-// Runs cases from progress->number on until the time is up; returns the exit status of the child.
-int work(const Mode& mode, double until) {
+// Where a slice of one mode ends: in time, or before a case.
+struct End {
+    double time;
+    uint64_t number;
+    bool reached(uint64_t next) const { return now() >= time || next >= number || options.only >= 0; }
+};
+
+// Runs cases from progress->number on until the end; returns the exit status of the child.
+int work(const Mode& mode, const End& end) {
     do {
         alarm(kPatience * mode.limit);
         Random random(case_seed(mode.name, progress->number));
@@ -347,18 +360,18 @@ int work(const Mode& mode, double until) {
             return 3;
         }
         ++progress->number;
-    } while (now() < until && options.only < 0);
+    } while (!end.reached(progress->number));
     return 0;
 }
 
 // A slice of one mode in children. Returns the number of failures.
-int slice(const Mode& mode, uint64_t& number, double until) {
+int slice(const Mode& mode, uint64_t& number, const End& end) {
     int failures = 0;
     do {
         progress->number = number;
         std::fflush(nullptr);
         const pid_t child = fork();
-        if (child == 0) _exit(work(mode, until));
+        if (child == 0) _exit(work(mode, end));
         int state = 0;
         waitpid(child, &state, 0);
         number = progress->number + 1;
@@ -368,11 +381,12 @@ int slice(const Mode& mode, uint64_t& number, double until) {
         std::fprintf(stderr, "FAILED (%s %d%s): --mode %s --case %llu\n", WIFSIGNALED(state) ? "signal" : "exit", code,
                      WIFSIGNALED(state) && code == SIGALRM ? ", hung" : "", mode.name,
                      static_cast<unsigned long long>(progress->number.load()));
-    } while (now() < until && failures < options.failures && options.only < 0);
+    } while (!end.reached(number) && failures < options.failures);
     return failures;
 }
 
-int stress(int argc, char** argv) {
+// Takes the options; false for one that is not known.
+bool take_options(int argc, char** argv) {
     options.seed = static_cast<uint64_t>(std::chrono::system_clock::now().time_since_epoch().count()) % 1000000;
     for (int i = 1; i + 1 < argc; i += 2) {
         const std::string name = argv[i], value = argv[i + 1];
@@ -390,9 +404,22 @@ int stress(int argc, char** argv) {
             options.strict = value != "0";
         else if (name == "--failures")
             options.failures = std::stoi(value);
+        else if (name == "--cases")
+            options.cases = std::stoll(value);
+        else if (name == "--budget")
+            options.budget = std::stod(value);
+#if defined(QKV_STRESS_MUTANTS)
+        else if (name == "--mutant")
+            qkv_mutant = std::stoi(value);
+#endif
         else
-            return std::fprintf(stderr, "unknown option %s\n", argv[i]), 2;
+            return std::fprintf(stderr, "unknown option %s\n", argv[i]), false;
     }
+    return true;
+}
+
+int stress(int argc, char** argv) {
+    if (!take_options(argc, argv)) return 2;
     progress = static_cast<Progress*>(
         mmap(nullptr, sizeof(Progress), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0));
     if (progress == MAP_FAILED) return 2;
@@ -413,7 +440,11 @@ int stress(int argc, char** argv) {
         const uint64_t first = options.only >= 0 ? static_cast<uint64_t>(options.only) : options.seed * 1000000;
         uint64_t number = first;
         const double before = now();
-        const int failed = slice(mode, number, before + options.seconds * (options.mode.empty() ? mode.share : 1));
+        const double share = options.mode.empty() ? mode.share : 1;
+        const double cases = std::ceil(static_cast<double>(options.cases) * share);
+        const End end = options.cases > 0 ? End{INFINITY, first + static_cast<uint64_t>(cases)}
+                                          : End{before + options.seconds * share, UINT64_MAX};
+        const int failed = slice(mode, number, end);
         std::printf("%-9s %8llu cases, %d failed, %.1f s\n", mode.name,
                     static_cast<unsigned long long>(number - first - 1 + (failed > 0)), failed, now() - before);
         failures += failed;

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from qkv.backends.base import Backend, Gradients, Prepared, PreparedView, Result
+from qkv.backends.isas import UNMEASURED
 from qkv.call.keys import KVView
 from qkv.call.problem import Inputs, Output, Problem, dense_strides
 from qkv.masks import Sizes
@@ -77,9 +78,12 @@ class CpuBackend(Backend):
         return None
 
     def untuned(self) -> str | None:
-        if not self.isa and instruction_sets() == ("portable",):
+        if self.isa:
+            return None
+        best = (instruction_sets() or ("",))[0]
+        if best == "portable":
             return "no kernel tuned for this processor"
-        return None
+        return f"nobody has measured the kernel for {best}" if best in UNMEASURED else None
 
     def no_backward(self, problem: Problem) -> str | None:
         refused = super().no_backward(problem) or self.supports(problem)

@@ -8,15 +8,17 @@ ISAS: dict[str, tuple[str, ...]] = {
     "avx512bf16": ("avx512bf16", *_AVX512),
     "avx512": _AVX512,
     "avx2": ("avx2", "fma", "f16c"),
+    "neonbf16": ("simd", "bf16"),
+    "neon": ("simd",),
     "portable": (),
 }
-
+UNMEASURED = ("neonbf16", "neon")  # nobody has timed these: PyTorch's own kernel goes first
 
 SHARED = "avx2"  # what the peers of `qkv bench` can be held to, too
 TUNED = tuple(name for name, needed in ISAS.items() if needed)  # for some processors, unlike "portable"
 
 
 def tuned_for(flags: str) -> list[str]:
-    """Those of TUNED that a processor with these flags has. Linux writes avx512_bf16 for avx512bf16."""
-    found = set(flags.replace("_", "").split())
+    """Those of TUNED that a processor with these flags has. Linux writes avx512_bf16, and asimd for simd."""
+    found = set(flags.replace("_", "").replace("asimd", "simd").split())
     return [name for name in TUNED if found.issuperset(ISAS[name])]
