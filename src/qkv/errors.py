@@ -72,6 +72,10 @@ class PagesExhausted(QKVError, RuntimeError):
     """A page pool has too few free pages for a step; nothing was changed."""
 
 
+class RecordingWarning(UserWarning):
+    """The file of measurements that `qkv doctor --tune` writes cannot be read; it is ignored."""
+
+
 def from_function(call: str, signature: str, error: Exception) -> QKVError:
     """An error raised inside of a user's function, as one that says how the function is called; raise it `from` that.
 

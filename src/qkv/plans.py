@@ -49,9 +49,18 @@ class Answers:
         return self.native if isinstance(self.native, str) else _refusal(self.native, self.every)
 
     @cached_property
+    def measured(self) -> base.Advice | None:
+        """Which of the native kernel and PyTorch's own was measured faster here, where a recording says it."""
+        if isinstance(self.native, str) or self.problem.device != "cpu":
+            return None
+        return self.native.measured(self.problem)
+
+    @cached_property
     def untuned(self) -> str | None:
         """Why PyTorch's own kernel would go first."""
-        return torch_first(self.problem.device, self.native)
+        if self.measured is None:
+            return torch_first(self.problem.device, self.native)
+        return self.measured.text if self.measured.backend == "sdpa" else None
 
     @cached_property
     def lacking(self) -> str | None:
@@ -112,6 +121,8 @@ class Plan:
             return reason, (("cpu", str(why)), ("tiled", "PyTorch's own kernel is faster"), last)
         if name == "cpu":
             reason, other = "the native kernel supports this call", "the native kernel promises more"
+            if found.measured is not None and found.untuned is None:
+                reason, other = f"{reason}; {found.measured.text}", "the native kernel was measured faster here"
             if found.few and found.untuned is not None:
                 reason, other = (
                     "it reads the pages where they lie",

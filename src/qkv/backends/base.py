@@ -15,6 +15,13 @@ Result: TypeAlias = tuple[Tensor, "Tensor | None", "Tensor | None"]
 """out, lse or None, state or None: `Output` without its class, which would cost every call."""
 
 
+class Advice(NamedTuple):
+    """Which of a backend and PyTorch's own kernel was measured faster, and how that is told."""
+
+    backend: str  # the faster one's name
+    text: str
+
+
 class Gradients(NamedTuple):
     """Gradients in the shapes and dtypes of the inputs; bias has one entry a tensor of the bias."""
 
@@ -56,6 +63,10 @@ class Backend:
 
     def untuned(self) -> str | None:
         """Why PyTorch's own kernel is better on this machine, where it is."""
+        return None
+
+    def measured(self, problem: Problem) -> Advice | None:
+        """Which of it and PyTorch's own kernel was measured faster on this machine, where something was."""
         return None
 
     def tile(self, problem: Problem) -> tuple[int, int]:

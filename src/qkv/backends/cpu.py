@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qkv.backends.base import Backend, Gradients, Prepared, PreparedView, Result
+from qkv.backends import recorded
+from qkv.backends.base import Advice, Backend, Gradients, Prepared, PreparedView, Result
 from qkv.backends.isas import UNMEASURED
 from qkv.call.keys import KVView
 from qkv.call.problem import Inputs, Output, Problem, dense_strides
@@ -83,7 +84,14 @@ class CpuBackend(Backend):
         best = (instruction_sets() or ("",))[0]
         if best == "portable":
             return "no kernel tuned for this processor"
-        return f"nobody has measured the kernel for {best}" if best in UNMEASURED else None
+        if best in UNMEASURED:
+            return f"the kernel for {best} was not measured here (qkv doctor --tune does)"
+        return None
+
+    def measured(self, problem: Problem) -> Advice | None:
+        sets = () if self.isa else instruction_sets()
+        found = recorded.current(sets[0]) if sets else None
+        return None if found is None else found.advice(problem)
 
     def no_backward(self, problem: Problem) -> str | None:
         refused = super().no_backward(problem) or self.supports(problem)

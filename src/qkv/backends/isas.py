@@ -12,7 +12,7 @@ ISAS: dict[str, tuple[str, ...]] = {
     "neon": ("simd",),
     "portable": (),
 }
-UNMEASURED = ("neonbf16", "neon")  # nobody has timed these: PyTorch's own kernel goes first
+UNMEASURED = ("neonbf16", "neon")  # nobody has timed these: PyTorch's own kernel goes first until somebody has
 
 SHARED = "avx2"  # what the peers of `qkv bench` can be held to, too
 TUNED = tuple(name for name, needed in ISAS.items() if needed)  # for some processors, unlike "portable"

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import re
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,37 +14,20 @@ from typing import Any
 
 import torch
 
+from qkv.backends import chip
+from qkv.backends.chip import cpu_name
+
 _CACHES = Path("/sys/devices/system/cpu")
 _DEFAULT_CACHE = 32 << 20
 _FLAGS = ("amx_bf16", "avx512_bf16", "avx512f", "avx2", "asimd")
 
 
-def cpu_name(cpuinfo: str | None = None) -> str:
-    """The processor's name as its system reports it."""
-    cpuinfo = _cpuinfo() if cpuinfo is None else cpuinfo
-    found = re.search(r"^(?:model name|Model|Hardware)\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
-    if found:
-        return found.group(1).strip()
-    if sys.platform == "darwin":
-        command = ["sysctl", "-n", "machdep.cpu.brand_string"]
-        if name := subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip():
-            return name
-    return platform.processor() or platform.machine()
-
-
-def instruction_sets(cpuinfo: str | None = None) -> list[str]:
+def instruction_sets(text: str | None = None) -> list[str]:
     """Those that matter to attention, widest first."""
-    cpuinfo = _cpuinfo() if cpuinfo is None else cpuinfo
-    found = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
+    text = chip.cpuinfo() if text is None else text
+    found = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", text, re.MULTILINE)
     present = set(found.group(1).split()) if found else set()
     return [flag for flag in _FLAGS if flag in present]
-
-
-def _cpuinfo() -> str:
-    try:
-        return Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
 
 
 def last_level_cache(root: Path = _CACHES) -> int:

@@ -13,8 +13,9 @@ import torch
 
 from qkv import __version__
 from qkv.backends import registry
+from qkv.backends.chip import cpu_name
 from qkv.backends.isas import ISAS, TUNED, tuned_for
-from qkv.bench.machine import cpu_name
+from qkv.cli import tuning
 from qkv.errors import QKVError
 from qkv.insight.terminal import paint, table
 from qkv.masks import causal, sliding_window
@@ -44,11 +45,14 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="say what was detected here, and which path calls take",
         description="Say what was detected on this machine, and which backend runs usual calls (from qkv.plan).",
     )
+    parser.add_argument("--tune", action="store_true", help=tuning.HELP)
     parser.set_defaults(run=run)
 
 
-def run(_: argparse.Namespace) -> int:
-    """Print the report; return the exit code."""
+def run(args: argparse.Namespace) -> int:
+    """Print the report, or what --tune measures; return the exit code."""
+    if args.tune:
+        return tuning.tune(_native())
     print(report())
     return 0
 
@@ -81,6 +85,7 @@ def _facts() -> list[list[str]]:
         ["gpu", torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none that this torch can use"],
         ["transformers", _transformers()],
         ["native", _native()],
+        ["recording", tuning.known()],
     ]
 
 
