@@ -48,3 +48,20 @@ def test_pages_name_files_that_there_are() -> None:
     for page in pages:  # foreign_tests names files of PyTorch
         for name in re.findall(r"`((?:csrc|src|tests|tools|docs|benchmarks|examples)/[\w./-]+)`", _text(page)):
             assert (ROOT / name).exists(), f"{page}: {name}"
+
+
+def _sources() -> list[Path]:
+    rooms = ("src", "tests", "tools", "benchmarks", "examples", "docs")
+    return [path for room in rooms for path in sorted((ROOT / room).rglob("*.py")) if "build" not in path.parts]
+
+
+def test_sources_name_files_that_there_are() -> None:
+    for path in _sources():
+        for name in re.findall(r"`((?:csrc|src|tests|tools|docs|benchmarks)/[\w./-]+\.\w+)`", path.read_text("utf-8")):
+            assert (ROOT / name).exists(), f"{path.relative_to(ROOT)}: {name}"
+
+
+def test_sources_count_the_folders_up_to_the_project() -> None:
+    for path in _sources():
+        for n in re.findall(r"Path\(__file__\)(?:\.resolve\(\))?\.parents\[(\d+)\]", path.read_text("utf-8")):
+            assert path.parents[int(n)] == ROOT, path.relative_to(ROOT)

@@ -1,4 +1,4 @@
-"""A pytest plugin that puts qkv in PyTorch's place before the test file is imported; `tests/foreign.py` loads it.
+"""A pytest plugin that puts qkv in PyTorch's place before the test file is imported; `tests/gates/foreign.py` loads it.
 
 FOREIGN_WITH says what is replaced: nothing, "patch_sdpa", or "MultiheadAttention", which is both. FOREIGN_RESULTS is
 the file that gets one JSON line a test, FOREIGN_EVERY runs every n-th test only.

@@ -21,7 +21,7 @@ from typing import Any
 
 EXPECTED = {"5.24": 400}  # types that must be built, or failing builds hide faults
 _PATIENCE = 10  # times the limit of CPU time, where a machine is shared
-_ROOT = Path(__file__).resolve().parents[2]
+_ROOT = Path(__file__).resolve().parents[3]
 
 
 def main() -> int:
@@ -45,6 +45,8 @@ def main() -> int:
     path = _ROOT / "build" / "models" / f"transformers-{transformers.__version__}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     every = build.types()
+    if unknown := set(args.types) - set(every):
+        parser.error(f"no model type of transformers {transformers.__version__}: {', '.join(sorted(unknown))}")
     kept = {} if args.again and not args.table else read(path)
     if args.again and not args.table:
         path.unlink(missing_ok=True)
