@@ -28,22 +28,27 @@ class Hot(NamedTuple):
     loads: int  # for so many products, at most
 
 
-FLOAT, PAIRS = r"<Plain<float> >::", r"<Paired<Pairs> >::"
+FLOAT, PAIRS, HALVES = r"<Plain<float, float> >::", r"<Paired<Pairs> >::", r"<Halves>::"
 HOT = [
-    hot
-    for isa, elements in (("neon", FLOAT), ("neonbf16", PAIRS), ("neonbf16", FLOAT))
-    for hot in (
-        # Many rows: 8 keys, or columns, by 3 vectors of queries.
-        Hot(isa, "forward", f"Lanes{elements}all_scores<3, false, false>", 24, 11),
-        Hot(isa, "forward", f"Lanes{elements}all_scores<3, false, true>", 24, 11),
-        Hot(isa, "forward", f"Lanes{elements}all_scores<3, true, true>", 24, 11),
-        Hot(isa, "forward", f"Lanes{elements}all_values<3, false>", 24, 13),
-        # Few rows: a key, or value, by two rows of queries, or four.
-        Hot(isa, "forward", f"Dots{elements}all_scores<", 2, 3),
-        Hot(isa, "forward", f"Dots{elements}(?:all_values<|add_values)", 16, 10),
-        # Gradients: 4 rows by 4 vectors.
-        Hot(isa, "backward", f"Product{elements}columns<4>", 16, 8),
-    )
+    # Many rows: 8 keys, or columns, by 3 vectors of queries. Gradients: 4 rows by 4 vectors.
+    *(
+        hot
+        for isa, elements in (("neon", FLOAT), ("neonbf16", PAIRS), ("neonbf16", FLOAT))
+        for hot in (
+            Hot(isa, "forward", f"Lanes{elements}all_scores<3, false, false>", 24, 11),
+            Hot(isa, "forward", f"Lanes{elements}all_scores<3, false, true>", 24, 11),
+            Hot(isa, "forward", f"Lanes{elements}all_scores<3, true, true>", 24, 11),
+            Hot(isa, "forward", f"Lanes{elements}all_values<3, false>", 24, 13),
+            Hot(isa, "backward", f"Product{elements}columns<4>", 16, 8),
+        )
+    ),
+    # Few rows: as many keys by rows as there are sums in a vector, and 16 sums of values.
+    Hot("neon", "forward", f"Dots{FLOAT}all_scores", 4, 5),
+    Hot("neon", "forward", f"Dots{HALVES}all_scores", 8, 9),
+    Hot("neonbf16", "forward", f"Dots{PAIRS}all_scores", 4, 5),
+    Hot("neon", "forward", f"walk<8, Dots{FLOAT}run", 16, 11),
+    Hot("neon", "forward", f"walk<8, Dots{HALVES}run", 16, 7),
+    Hot("neonbf16", "forward", f"walk<8, Dots{PAIRS}run", 16, 10),
 ]
 
 
