@@ -55,7 +55,7 @@ MUTANTS = (
     _mutant("last_granule", "lanes: the last 16 keys of a block have no values",
             (LANES, "const int granules = «block.granules»;", "block.granules - 1")),
     _mutant("converted_kept", "a task takes over the converted keys and values of the one before",
-            (FORWARD, "auto& work = *memory.work; «work.converted.clear();» if (c.pairs >= 0)", "")),
+            (FORWARD, "auto& work = *memory.work; «work.converted.clear()»; if (c.pairs >= 0)", "void()")),
     _mutant("converted_lost", "converted granules that a block uses make room for its others",
             (LANES, "while («used >> oldest & 1») oldest", "false")),
     _mutant("halves_shuffled", "dots: sums of widened halves stay in the order in which they were loaded",
