@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,6 +34,7 @@ PACKAGES = {
     "clang++": "clang",
 }
 MODELS = {"max": "neonbf16,neon,portable", "cortex-a72": "neon,portable"}  # what of ours each has to run
+ISAS = ("neonbf16", "neon")  # that mistakes are looked for on
 SEED = 20261126
 # Cases of each mode of the stress program, on each model. Its mode `fork` is left out: qemu-user (7.2) stops with an
 # assertion of its own where the child of a fork starts threads while its parent has some.
@@ -162,12 +164,13 @@ def mutants(jobs: int) -> Iterable[Finding]:
 
     def one(item: tuple[int, str]) -> Finding:
         number, name = item
-        for mode in ("gradients",) if name.startswith("back_") else ("calls", "gradients")[: 1 + (not name)]:
-            options = ("--seed", SEED, "--mode", mode, "--cases", ASKED[mode], "--budget", 2e5, "--isa", "neonbf16")
+        modes = ("gradients",) if name.startswith("back_") else ("calls",) if name else tuple(ASKED)
+        for mode, isa in product(modes, ISAS):
+            options = ("--seed", SEED, "--mode", mode, "--cases", ASKED[mode], "--budget", 2e5, "--isa", isa)
             code, said = emulated("max", "stress_mutants", "--mutant", number, "--failures", 1, *options)
             if code != 0:
                 fault = said.strip().splitlines()[1]
-                return Finding(name, bool(name) and name not in UNSEEN, f"dies: {fault[:100]}")
+                return Finding(name, bool(name) and name not in UNSEEN, f"dies on {isa}: {fault[:100]}")
         return Finding(name, not name or name in UNSEEN, f"lives: {UNSEEN.get(name, 'and nothing says why')}")
 
     names = ("", *(mutant.name for mutant in native_mutants.MUTANTS))
