@@ -14,8 +14,9 @@ struct Product {
     using Single = typename M::Single;
     using Lane = typename M::Lane;
     static constexpr int W = V::W;
-    static constexpr int kRows = 4;
+    // Sums side by side: 8 would just keep two units of 4 cycles busy, 12 and their operands still fit 16 registers.
     static constexpr int kVectors = kRegisters == 32 ? 4 : 2;
+    static constexpr int kRows = kRegisters == 32 ? 4 : 6;
 
     // Strides are in elements.
     struct Factors {
@@ -63,33 +64,39 @@ struct Product {
     }
 
   private:
+    // `Rows` rows of Z vectors, and on to the next rows.
+    template <int Rows, int Z>
+    static QKV_INLINE void block(Factors& p, bool add) {
+        V acc[Rows][Z];
+        QKV_FOR(i, Rows)
+            QKV_FOR(k, Z) acc[i][k] = V::zero();
+        const Single* a = p.a;
+        const Lane* b = p.b;
+        for (int64_t u = 0; u < p.count; ++u, a += p.a_step, b += p.b_step) {
+            typename M::R x[Z];
+            QKV_FOR(k, Z) x[k] = M::load(b + k * W);
+            QKV_FOR(i, Rows) {
+                const typename M::R y = M::broadcast(a + i * p.a_row);
+                QKV_FOR(k, Z) acc[i][k] = M::multiply(acc[i][k], y, x[k]);
+            }
+        }
+        QKV_FOR(i, Rows) {
+            QKV_FOR(k, Z) (add ? V::load(p.c + k * W) + acc[i][k] : acc[i][k]).store(p.c + k * W);
+            p.c += p.c_row;
+        }
+        p.a += Rows * p.a_row;
+    }
+
     // All rows, Z vectors from z on. Apart: among its callers' numbers the inner loop's strides would not stay in
     // registers. One call for all rows: one for each kRows of them costs a twentieth of the time.
     template <int Z>
     static QKV_APART void columns(const Factors& f, int64_t z, bool add) {
-        const int64_t a_row = f.a_row, a_step = f.a_step, b_step = f.b_step, c_row = f.c_row, count = f.count;
-        const Single* rows = f.a;
-        const Lane* const lanes = f.b + z * W;
-        E* to = f.c + z * W;
-        for (int64_t left = f.rows; left > 0; left -= kRows, rows += kRows * a_row) {
-            V acc[kRows][Z];
-            QKV_FOR(i, kRows)
-                QKV_FOR(k, Z) acc[i][k] = V::zero();
-            const Single* a = rows;
-            const Lane* b = lanes;
-            for (int64_t u = 0; u < count; ++u, a += a_step, b += b_step) {
-                typename M::R x[Z];
-                QKV_FOR(k, Z) x[k] = M::load(b + k * W);
-                QKV_FOR(i, kRows) {
-                    const typename M::R y = M::broadcast(a + i * a_row);
-                    QKV_FOR(k, Z) acc[i][k] = M::multiply(acc[i][k], y, x[k]);
-                }
-            }
-            QKV_FOR(i, kRows) {
-                QKV_FOR(k, Z) (add ? V::load(to + k * W) + acc[i][k] : acc[i][k]).store(to + k * W);
-                to += c_row;
-            }
-        }
+        Factors p = f;
+        p.b += z * W, p.c += z * W;
+        int64_t left = f.rows;
+        if constexpr (kRows != 4)
+            for (; left >= kRows && left != 8; left -= kRows) block<kRows, Z>(p, add);
+        for (; left > 0; left -= 4) block<4, Z>(p, add);
     }
 
     static void part(const Factors& f, bool add) {

@@ -162,6 +162,8 @@ MUTANTS = (
              "w.m[r] = static_cast<E>(w.m[r] + std::log(w.inverse[r]) / job_.unit), w.inverse[r] = 1;")),
     _mutant("back_score_order", "backward: scores are summed in another order",
             (PRODUCTS, "n = «score_run(f.count - u)»;", "lower(2, f.count - u)")),
+    _mutant("back_last_rows", "backward: the last four rows of a product are left out",
+            (PRODUCTS, "for (; «left > 0»; left -= 4)", "left > 4")),
     _mutant("back_delta", "backward: the share of the softmax's sum is forgotten",
             (BACKWARD, "delta_[row] = «delta»;", "E(0)")),
     _mutant("back_lse", "backward: the gradient of lse is ignored",
