@@ -37,6 +37,8 @@ class Dots {
     static constexpr int kTileRows = 16;
     static constexpr int kRunGranules = M::kRun / kGranule;
     static constexpr int kStepGranules = 8;  // divides a chunk: all steps of a long call are as long as each other
+    // Keys multiplied side by side: enough for products not to wait for each other, and few requests at once.
+    static constexpr int kSideBySide = 4;
     static constexpr int kStepKeys = kStepGranules * kGranule;
     // How far ahead keys are asked for. Those of 8 bits take half as long.
     static constexpr int kAheadKeys = kGranule * (sizeof(S) == 1 ? 2 : 1);
@@ -156,20 +158,27 @@ class Dots {
     template <int Count, bool Asks>
     static QKV_INLINE void scores(const Products& of) {
         constexpr int kAtOnce = W / Count;  // W sums are reduced together
+        constexpr int kSide = kAtOnce < kSideBySide ? kAtOnce : kSideBySide;
         constexpr int64_t kLine = 64 / sizeof(S) > M::kStep ? 64 / sizeof(S) : M::kStep;
         for (int g = 0; g < kGranule; g += kAtOnce) {
-            const S* keys[kAtOnce];
-            QKV_FOR(k, kAtOnce) keys[k] = of.keys.first + (g + k < of.live ? g + k : 0) * of.keys.stride;
             V acc[W];
-            QKV_FOR(x, W) acc[x] = V::zero();
-            for (int64_t line = 0; line < of.width; line += kLine) {
-                if constexpr (Asks) ask<kAtOnce>(of, g, line);
-                for (int64_t d = line; d < line + kLine && d < of.width; d += M::kStep)
-                    multiply<Count, kAtOnce>(acc, keys, of.queries, of.width, d);
+            QKV_FOR(part, kAtOnce / kSide) {
+                const int first = g + part * kSide;
+                const S* keys[kSide];
+                QKV_FOR(k, kSide) keys[k] = of.keys.first + (first + k < of.live ? first + k : 0) * of.keys.stride;
+                V side[Count * kSide];
+                QKV_FOR(x, Count * kSide) side[x] = V::zero();
+                for (int64_t line = 0; line < of.width; line += kLine) {
+                    if constexpr (Asks) ask<kSide>(of, first, line);
+                    for (int64_t d = line; d < line + kLine && d < of.width; d += M::kStep)
+                        multiply<Count, kSide>(side, keys, of.queries, of.width, d);
+                }
+                if constexpr (Asks)
+                    for (int64_t line = of.width; line * sizeof(S) < of.soon.bytes; line += kLine)
+                        ask<kSide>(of, first, line);
+                QKV_FOR(r, Count)
+                    QKV_FOR(k, kSide) acc[r * kAtOnce + part * kSide + k] = side[r * kSide + k];
             }
-            if constexpr (Asks)
-                for (int64_t line = of.width; line * sizeof(S) < of.soon.bytes; line += kLine)
-                    ask<kAtOnce>(of, g, line);
             if constexpr (Count == 1) {
                 sums(acc).store(of.to + g);
             } else {
