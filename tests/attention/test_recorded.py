@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import warnings
@@ -32,9 +33,9 @@ def own_kernel(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     native = registry.load("cpu")
     if native.missing is None:
         monkeypatch.setattr("qkv.backends.cpu.instruction_sets", lambda: (ISA, "portable"))
-    recorded.current.cache_clear()
+    recorded.forget()
     yield
-    recorded.current.cache_clear()
+    recorded.forget()
 
 
 @pytest.fixture
@@ -119,7 +120,7 @@ def test_a_kernel_that_nobody_measured_goes_second_until_it_is_measured(
     before = problem()
     assert before.backend == "sdpa"
     assert "was not measured here (qkv doctor --tune does)" in before.reason
-    recorded.current.cache_clear()
+    recorded.forget()
     recorded.write(file, recording(point(1.5), isa="neon"))
     after = problem()
     assert after.backend == "cpu"
@@ -171,7 +172,12 @@ MALFORMED = {
     "a ratio of 0": spoiled(lambda f: f["recordings"][0]["points"][0].update(ratio=0)),
     "a ratio of NaN": spoiled(lambda f: f["recordings"][0]["points"][0].update(ratio=float("nan"))),
     "a ratio of text": spoiled(lambda f: f["recordings"][0]["points"][0].update(ratio="1")),
+    "a ratio of 400 digits": spoiled(lambda f: f["recordings"][0]["points"][0].update(ratio=10**400)),
+    "a width of 400 digits": spoiled(lambda f: f["recordings"][0]["points"][0].update(D=10**400)),
+    "keys of 5000 digits": spoiled(lambda f: None).replace('"keys": 256', '"keys": ' + "9" * 5000),
+    "an endless ratio": spoiled(lambda f: None).replace('"ratio": 0.5', '"ratio": Infinity'),
     "deep": "[" * 100_000,
+    "large": " " * (1 << 20) + "{}",
 }
 
 
@@ -192,10 +198,57 @@ def test_a_malformed_file_is_warned_of_once_and_ignored(file: Path, text: str) -
 def test_a_file_that_cannot_be_read_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "bytes.json").write_bytes(b"\xff\xfe\x00")
     for path in (tmp_path, tmp_path / "bytes.json"):
-        recorded.current.cache_clear()
+        recorded.forget()
         monkeypatch.setenv(recorded.VARIABLE, str(path))
         with pytest.warns(RecordingWarning):
-            assert recorded.current(ISA) is None
+            assert recorded.current(ISA, torch.get_num_threads()) is None
+
+
+def test_a_pipe_is_not_waited_for(file: Path) -> None:
+    os.mkfifo(file)
+    with pytest.warns(RecordingWarning, match="it is no file"):
+        assert recorded.current(ISA, torch.get_num_threads()) is None
+
+
+def test_where_the_default_place_is_out_of_reach_there_is_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.delenv(recorded.VARIABLE, raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))  # NotADirectoryError
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert recorded.current(ISA, torch.get_num_threads()) is None
+
+
+def test_the_number_of_threads_chooses_among_recordings(file: Path) -> None:
+    threads = torch.get_num_threads()
+    recorded.write(file, recording(point(0.5), threads=threads))
+    recorded.write(file, recording(point(2.0), threads=threads + 1))
+    first = recorded.current(ISA, torch.get_num_threads())
+    try:
+        torch.set_num_threads(threads + 1)
+        second = recorded.current(ISA, torch.get_num_threads())
+    finally:
+        torch.set_num_threads(threads)
+    assert first is not None
+    assert second is not None
+    assert [first.points[0].ratio, second.points[0].ratio] == [0.5, 2.0]
+
+
+def test_a_file_is_written_whole_or_not_at_all(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorded.write(file, recording(point(0.5)))
+    before = file.read_bytes()
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match="No space left"):
+        recorded.write(file, recording(point(0.25)))
+    recorded.replace(file, None)
+    assert file.read_bytes() == before
+    assert list(file.parent.iterdir()) == [file]
 
 
 def test_a_good_file_is_read(file: Path) -> None:
@@ -218,7 +271,7 @@ def test_importing_reads_nothing_and_calls_read_once(file: Path) -> None:
     code = (
         "import sys, qkv, torch; assert 'qkv.backends.recorded' not in sys.modules\n"
         "x = torch.ones(1, 1, 2, 8); [qkv.attention(x[..., :n], x[..., :n], x) for n in (8, 4)]\n"
-        "from qkv.backends import recorded; print(recorded.current.cache_info().misses)"
+        "from qkv.backends import recorded; print(recorded.kept.cache_info().misses)"
     )
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
     assert int(done.stdout) <= 1

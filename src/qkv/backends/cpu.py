@@ -90,7 +90,7 @@ class CpuBackend(Backend):
 
     def measured(self, problem: Problem) -> Advice | None:
         sets = () if self.isa else instruction_sets()
-        found = recorded.current(sets[0]) if sets else None
+        found = recorded.current(sets[0], torch.get_num_threads()) if sets else None
         return None if found is None else found.advice(problem)
 
     def no_backward(self, problem: Problem) -> str | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import tempfile
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -30,6 +31,8 @@ VARIABLE = "QKV_TUNE"  # another path; empty: no file at all
 _SURE = 1.05  # times as fast: below, nothing is said
 _NEAR_KEYS, _NEAR_WIDTH = 4.0, 2.0  # a call further than so many times from what was timed is not spoken of
 _FEW = 64  # queries from which on a call is prefill
+_LARGEST = 1 << 20  # bytes of a file
+_MOST = 1 << 40  # of a size
 
 
 class Machine(NamedTuple):
@@ -111,27 +114,38 @@ class Recording:
 
 
 def place() -> Path | None:
-    """Where the file is, or would be; None where QKV_TUNE says that there is none."""
+    """Where the file is, or would be; None where QKV_TUNE says that there is none, or there is no home."""
     if (named := os.environ.get(VARIABLE)) is not None:
         return Path(named) if named else None
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return Path(home) / "qkv" / "tune.json"
+    home = Path(os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache"))
+    return home / "qkv" / "tune.json" if home.is_absolute() else None
 
 
 def read(path: Path) -> list[Recording]:
     """Everything in a file; none without one. ValueError for a file that is not one of these, OSError as usual."""
     try:
-        text = path.read_text(encoding="utf-8")
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise ValueError("it is no file")
+        with path.open("rb") as file:
+            text = file.read(_LARGEST + 1)
     except FileNotFoundError:
         return []
-    found = json.loads(text)
+    if len(text) > _LARGEST:
+        raise ValueError(f"it is larger than {_LARGEST:,} bytes")
+    try:
+        found = json.loads(text.decode("utf-8"))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
     if not isinstance(found, dict) or found.get("format") != FORMAT:
         raise ValueError(f"it is not of format {FORMAT}")
     return [_recording(entry) for entry in _list(found, "recordings")]
 
 
 def write(path: Path, recording: Recording) -> None:
-    """Put a recording into a file, in the place of the one of its machine. A file that cannot be read is replaced."""
+    """Put a recording into a file, in the place of the one of its machine. A file that is none of these is replaced.
+
+    Of two processes that write at once, the last one's recording is in the file.
+    """
     try:
         others = [r for r in read(path) if r.machine != recording.machine]
     except ValueError:
@@ -140,26 +154,52 @@ def write(path: Path, recording: Recording) -> None:
         {**r.machine._asdict(), "points": [{**asdict(p.kind), **_without_kind(p)} for p in r.points]}
         for r in (*others, recording)
     ]
+    replace(path, json.dumps({"format": FORMAT, "recordings": entries}, indent=1) + "\n")
+
+
+def replace(path: Path, text: str | None) -> None:
+    """Write a file whole or not at all. None: only find out whether it could be written; OSError if not."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f"{path.name}.{os.getpid()}")
-    new.write_text(json.dumps({"format": FORMAT, "recordings": entries}, indent=1) + "\n", encoding="utf-8")
-    os.replace(new, path)
+    descriptor, new = tempfile.mkstemp(prefix=path.name, dir=path.parent)
+    try:
+        with open(descriptor, "w", encoding="utf-8") as file:
+            file.write(text or "")
+        if text is not None:
+            os.chmod(new, 0o644)
+            os.replace(new, path)
+    finally:
+        Path(new).unlink(missing_ok=True)
 
 
 @cache
-def current(isa: str) -> Recording | None:
-    """This machine's recording, read once; None without one. A file that cannot be read is warned of and left alone."""
+def kept() -> tuple[Recording, ...]:
+    """All recordings, read once a process. A file that cannot be read is warned of and left alone."""
     path = place()
     if path is None:
-        return None
+        return ()
     try:
-        found = read(path)
-    except (ValueError, OSError, RecursionError) as error:
+        return tuple(read(path))
+    except (ValueError, OSError) as error:
+        # Nobody asked for the default place: where it is out of reach (another user's home), there is no file.
+        if isinstance(error, OSError) and VARIABLE not in os.environ:
+            return ()
         told = f"qkv: {path} is no recording of qkv doctor --tune ({error}). It is ignored: write it anew, or remove it"
         warnings.warn(told, RecordingWarning, stacklevel=2)
-        return None
-    here = Machine.here(isa) if found else None
+        return ()
+
+
+@cache
+def current(isa: str, threads: int) -> Recording | None:
+    """This machine's recording for a number of threads: PyTorch's when a kind of call is first planned."""
+    found = kept()
+    here = Machine.here(isa)._replace(threads=threads) if found else None
     return next((recording for recording in found if recording.machine == here), None)
+
+
+def forget() -> None:
+    """Read the file anew when it is next asked for."""
+    kept.cache_clear()
+    current.cache_clear()
 
 
 def _times(a: int, b: int) -> float:
@@ -180,8 +220,8 @@ def _point(entry: Any) -> Point:
     if kind not in ("prefill", "decode") or mask not in ("full", "causal"):
         raise ValueError(f"it has a point of kind {kind!r} and mask {mask!r}")
     ratio = _value(entry, "ratio")
-    if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio < math.inf:
-        raise ValueError(f"ratio is {ratio!r}")
+    if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 1 / _MOST < ratio < _MOST:
+        raise ValueError(f"ratio is {_short(ratio)}")
     of = Kind(kind, mask, _text(entry, "dtype"))  # type: ignore[arg-type]
     return Point(of, _count(entry, "D"), _count(entry, "group"), _count(entry, "keys"), float(ratio))
 
@@ -195,15 +235,23 @@ def _value(entry: Any, name: str) -> Any:
 def _text(entry: Any, name: str) -> str:
     value = _value(entry, name)
     if not isinstance(value, str):
-        raise ValueError(f"{name} is {value!r}")
+        raise ValueError(f"{name} is {_short(value)}")
     return value
 
 
 def _count(entry: Any, name: str) -> int:
     value = _value(entry, name)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} is {value!r}")
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < _MOST:
+        raise ValueError(f"{name} is {_short(value)}")
     return value
+
+
+def _short(value: Any) -> str:
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no int of more than 4,300 digits
+        text = f"an int of {value.bit_length()} bits"
+    return text if len(text) < 40 else text[:40] + "…"
 
 
 def _list(entry: Any, name: str) -> list[Any]:
