@@ -2,6 +2,7 @@
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <utility>
 
 #include "attention.h"
 #include "kernel/kernels.h"
@@ -48,17 +49,11 @@ struct Order {
     const Entry* entries[kCount];
     int count = 0;
     Order() {
-        const bool slow = pairs_are_slow();
-        const Entry* late = nullptr;
-        for (const Entry& entry : kEntries) {
-            if (!entry.supported()) continue;
-            if (late == nullptr && slow && entry.limits().pairs) {
-                late = &entry;
-                continue;
-            }
-            entries[count++] = &entry;
-            if (late != nullptr && count == 1) entries[count++] = late;
-        }
+        for (const Entry& entry : kEntries)
+            if (entry.supported()) entries[count++] = &entry;
+        if (count < 2 || !pairs_are_slow()) return;
+        const Limits first = entries[0]->limits(), second = entries[1]->limits();
+        if (first.pairs && first.tile_rows == second.tile_rows) std::swap(entries[0], entries[1]);  // as wide without
     }
 };
 const Order& order() {
