@@ -219,7 +219,7 @@ class Dots {
         const int64_t width = padded(D);
         const bool straight = source.straight();
         const S* first = straight ? source.row(j) : nullptr;
-        if (source.stride_d == 1 && D == width && j + kGranule <= keys && first != nullptr)
+        if (source.stride_d == 1 && D == width && first != nullptr && (M::kPair == 1 || j + kGranule <= keys))
             return {first, source.stride};
         // Rows past the end are not read, but for the second of a pair.
         const int64_t rows = lower(kGranule, keys - j);

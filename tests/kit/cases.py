@@ -220,6 +220,11 @@ CASES: tuple[Config, ...] = (
     _case("streaming", Hq=2, Lq=80, D=32, mask=_NEAR),
     # Many tiles of a head whose keys have to be converted, and which see different ones.
     _case(
+        "tiles in turns, the first keys kept",
+        **{"Hq": 8, "Hkv": 2, "Lq": 330, "D": 17, "Dv": 16, "dtype": "bf16"},
+        mask=("and", _CAUSAL, ("or", ("prefix", 10), ("sliding_window", 60))),
+    ),
+    _case(
         "tiles in turns",
         **{"Hq": 8, "Hkv": 2, "Lq": 200, "Lk": 420, "D": 17, "Dv": 16, "dtype": "bf16"},
         mask=("or", ("random_blocks", 3, 16, 1), ("sliding_window", 90)),
