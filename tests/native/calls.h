@@ -241,7 +241,7 @@ inline void make_call(Random& random, Call& c, double budget, const std::string&
 // ---------------------------------------------------------------------------------------------------- the definition
 template <class R>
 struct Row {
-    std::vector<R> out, weight;  // and P @ |V|
+    std::vector<R> out, weight, lost;  // out, P @ |V|, and the part of it that may vanish
     R lse, spread, largest;
     bool seen, nan, unspecified;
 };
@@ -285,7 +285,7 @@ Row<R> define(const Call& c, const qkv::Sequence& s, int64_t h, int64_t i, const
     const Sizes& z = c.z;
     const R infinity = INFINITY;
     const std::vector<R> none(static_cast<size_t>(z.Dv));
-    Row<R> row{none, none, -infinity, 0, 0, false, false, false};
+    Row<R> row{none, none, none, -infinity, 0, 0, false, false, false};
     std::vector<R> q(static_cast<size_t>(z.D)), scores;
     std::vector<int64_t> at;
     for (int64_t d = 0; d < z.D; ++d)
@@ -322,14 +322,20 @@ Row<R> define(const Call& c, const qkv::Sequence& s, int64_t h, int64_t i, const
     for (auto& x : scores) total += x = std::exp(x - top);
     total += std::exp(sink - top);
     row.lse = top + std::log(total);
-    for (size_t n = 0; n < at.size(); ++n) scores[n] *= static_cast<R>(kept(c, {s.batch, h, i, p, at[n], s.k_count}));
-    for (size_t n = 0; n < at.size(); ++n)
+    // A weight below the smallest normal number may count as 0 (the largest is 1 before all are divided by their sum).
+    // Twice that number: whether an exponential is just above it is a matter of rounding.
+    const R smallest = static_cast<R>(c.type == Type::f64 ? 0x1p-1022 : 0x1p-126);
+    for (size_t n = 0; n < at.size(); ++n) {
+        const bool may_vanish = scores[n] < 2 * smallest;
+        const R weight = scores[n] / total * static_cast<R>(kept(c, {s.batch, h, i, p, at[n], s.k_count}));
         for (int64_t d = 0; d < z.Dv; ++d) {
             const R v = values[static_cast<size_t>(at[n] * z.Dv + d)];
-            row.out[static_cast<size_t>(d)] += scores[n] / total * v;
-            row.weight[static_cast<size_t>(d)] += scores[n] / total * std::fabs(v);
+            row.out[static_cast<size_t>(d)] += weight * v;
+            row.weight[static_cast<size_t>(d)] += weight * std::fabs(v);
+            if (may_vanish && std::isfinite(v)) row.lost[static_cast<size_t>(d)] += weight * std::fabs(v);
             if (std::isfinite(v)) row.largest = std::max(row.largest, std::fabs(v));
         }
+    }
     return row;
 }
 
@@ -368,7 +374,8 @@ std::string compare_out(const Call& c, const qkv::Sequence& s, int64_t h, int64_
         used[static_cast<size_t>(e)] = true;
         const R got = decode(c.type, c.out.at(e)), want = row.out[static_cast<size_t>(d)];
         const R weight = row.weight[static_cast<size_t>(d)];
-        const R bound = row.seen ? relative * weight + limit.tiny * (1 + row.largest) : 0;
+        const R bound =
+            row.seen ? relative * weight + limit.tiny * (1 + row.largest) + row.lost[static_cast<size_t>(d)] : 0;
         const R error = std::fabs(got - want), keys_seen = static_cast<R>(s.k_count);
         const R sums = std::min<R>(keys_seen, 192) / 8 + std::sqrt(keys_seen) / 2;
         const R longer = bound + limit.eps_acc * sums * weight;
