@@ -91,13 +91,13 @@ class Dots {
             const T* from = static_cast<const T*>(a.q) + rows.batch * a.q_stride[0] + rows.head[r] * a.q_stride[1] +
                             (tile.sequence->q_first + rows.index[r]) * a.q_stride[2];
             Single* to = w.queries + (first + r) * width;
-            for (int64_t d = 0; d < width; ++d) {
-                if constexpr (M::kPair == 2) {
-                    const uint16_t flip = job.negate ? 0x8000u : 0u;
-                    to[d].bits = d < a.D ? static_cast<uint16_t>(from[d * a.q_stride[3]].bits ^ flip) : uint16_t(0);
-                } else {
-                    to[M::place(d)] = d < a.D ? widen(from[d * a.q_stride[3]]) * (job.negate ? E(-1) : E(1)) : E(0);
-                }
+            int64_t d = 0;
+            if (a.q_stride[3] == 1)
+                for (; d + M::kStep <= a.D; d += M::kStep) M::take(from + d, job.negate, to + d);
+            T rest[M::kStep] = {};
+            for (int64_t end = d; end < width; end += M::kStep) {
+                for (int64_t x = 0; x < M::kStep; ++x) rest[x] = end + x < a.D ? from[(end + x) * a.q_stride[3]] : T{};
+                M::take(rest, job.negate, to + end);
             }
         }
     }
@@ -133,22 +133,23 @@ class Dots {
     }
 
   private:
-    // Rows of keys or values that may be loaded whole.
+    // Rows of keys or values whose first `whole` numbers may be loaded kStep at a time, and the rest as a part.
     struct Row16 {
         const S* first;
-        int64_t stride;
+        int64_t stride, whole;
     };
     // Where the values of a block lie.
     struct Laid {
         const S* values[kGranules];
         int64_t strides[kGranules];
         int live[kGranules];  // keys of each granule: fewer than 16 at the end
+        int64_t whole;        // of all of them
     };
 
     // A granule's products with some rows of queries.
     struct Products {
         const Single* queries;
-        int64_t width;  // of a row of queries
+        int64_t D, width;  // width: of a row of queries
         Row16 keys;
         int live;  // past them there are no keys
         Ahead next, soon;
@@ -160,19 +161,26 @@ class Dots {
         constexpr int kAtOnce = W / Count;  // W sums are reduced together
         constexpr int kSide = kAtOnce < kSideBySide ? kAtOnce : kSideBySide;
         constexpr int64_t kLine = 64 / sizeof(S) > M::kStep ? 64 / sizeof(S) : M::kStep;
-        for (int g = 0; g < kGranule; g += kAtOnce) {
+        for (int g = 0; g < of.live; g += kAtOnce) {
             V acc[W];
             QKV_FOR(part, kAtOnce / kSide) {
                 const int first = g + part * kSide;
+                if (part > 0 && first >= of.live) {  // nobody looks at them
+                    QKV_FOR(r, Count)
+                        QKV_FOR(k, kSide) acc[r * kAtOnce + part * kSide + k] = V::zero();
+                    continue;
+                }
                 const S* keys[kSide];
                 QKV_FOR(k, kSide) keys[k] = of.keys.first + (first + k < of.live ? first + k : 0) * of.keys.stride;
                 V side[Count * kSide];
                 QKV_FOR(x, Count * kSide) side[x] = V::zero();
                 for (int64_t line = 0; line < of.width; line += kLine) {
                     if constexpr (Asks) ask<kSide>(of, first, line);
-                    for (int64_t d = line; d < line + kLine && d < of.width; d += M::kStep)
-                        multiply<Count, kSide>(side, keys, of.queries, of.width, d);
+                    for (int64_t d = line; d < line + kLine && d < of.keys.whole; d += M::kStep)
+                        multiply<Count, kSide, false>(side, keys, of, d);
                 }
+                if constexpr (M::kParts)
+                    if (of.keys.whole < of.width) multiply<Count, kSide, true>(side, keys, of, of.keys.whole);
                 if constexpr (Asks)
                     for (int64_t line = of.width; line * sizeof(S) < of.soon.bytes; line += kLine)
                         ask<kSide>(of, first, line);
@@ -195,23 +203,33 @@ class Dots {
         QKV_FOR(k, Keys) of.soon.line(g + k, at);
     }
     // One register of each key with one of each row of queries. The fewer of the two stay in registers.
-    template <int Count, int Keys>
-    static QKV_INLINE void multiply(V* acc, const S* const* keys, const Single* queries, int64_t width, int64_t d) {
+    template <int Count, int Keys, bool Part>
+    static QKV_INLINE void multiply(V* acc, const S* const* keys, const Products& of, int64_t d) {
+        const auto query = [&](int r) { return M::load(of.queries + r * of.width + d); };
+        const auto key = [&](int k) { return load<Part>(keys[k] + d, of.D - d); };
         if constexpr (Count > Keys) {
             typename M::R x[Keys];
-            QKV_FOR(k, Keys) x[k] = M::load(keys[k] + d);
+            QKV_FOR(k, Keys) x[k] = key(k);
             QKV_FOR(r, Count) {
-                const typename M::R q = M::load(queries + r * width + d);
+                const typename M::R q = query(r);
                 QKV_FOR(k, Keys) acc[r * Keys + k] = M::multiply(acc[r * Keys + k], x[k], q);
             }
         } else {
             typename M::R q[Count];
-            QKV_FOR(r, Count) q[r] = M::load(queries + r * width + d);
+            QKV_FOR(r, Count) q[r] = query(r);
             QKV_FOR(k, Keys) {
-                const typename M::R x = M::load(keys[k] + d);
+                const typename M::R x = key(k);
                 QKV_FOR(r, Count) acc[r * Keys + k] = M::multiply(acc[r * Keys + k], x, q[r]);
             }
         }
+    }
+    // A register of numbers; Part: as many as are left, and zeros.
+    template <bool Part>
+    static QKV_INLINE typename M::R load(const S* from, [[maybe_unused]] int64_t left) {
+        if constexpr (Part)
+            return M::load_part(from, static_cast<int>(left));
+        else
+            return M::load(from);
     }
 
     // The granule of keys (or values) from j: where it lies if it can be loaded there, else in `copy`.
@@ -219,8 +237,9 @@ class Dots {
         const int64_t width = padded(D);
         const bool straight = source.straight();
         const S* first = straight ? source.row(j) : nullptr;
-        if (source.stride_d == 1 && D == width && first != nullptr && (M::kPair == 1 || j + kGranule <= keys))
-            return {first, source.stride};
+        if (source.stride_d == 1 && (M::kParts || D == width) && first != nullptr &&
+            (M::kPair == 1 || j + kGranule <= keys))
+            return {first, source.stride, D / M::kStep * M::kStep};
         // Rows past the end are not read, but for the second of a pair.
         const int64_t rows = lower(kGranule, keys - j);
         for (int64_t i = 0; i < rows; ++i) {
@@ -236,7 +255,7 @@ class Dots {
         }
         if (rows % M::kPair != 0)
             std::memset(static_cast<void*>(copy + rows * width), 0, sizeof(S) * static_cast<size_t>(width));
-        return {copy, width};
+        return {copy, width, width};
     }
 
     // What some rows of queries add to their sums of values.
@@ -244,13 +263,13 @@ class Dots {
         const E* weights;       // [rows][kWindowKeys]
         const uint32_t* pairs;  // the same, where products take pairs: [rows][kWindowKeys / 2]
         E* out;                 // [rows][width]
-        int64_t width;
+        int64_t Dv, width;
         const E* keep;  // [rows]: what the sums so far count for
         int row;        // the first
     };
 
-    // Columns [d, d + Vectors W) of the granules [g0, g1).
-    template <int Count, int Vectors, bool Careful>
+    // Columns [d, d + Vectors W) of the granules [g0, g1). Part: those that there are.
+    template <int Count, int Vectors, bool Careful, bool Part = false>
     static QKV_INLINE void values(const Block& block, const Laid& laid, const Weighted& of, int g0, int g1, int64_t d) {
         V acc[Count][Vectors];
         QKV_FOR(r, Count)
@@ -266,8 +285,8 @@ class Dots {
                     const bool next_hidden = Careful && !(block.words[j + 1] >> of.row & 1);
                     QKV_FOR(half, Vectors / 2) {
                         const int c = 2 * half;
-                        const auto x = hidden ? P::zero() : M::load(v + c * W);
-                        const auto y = next_hidden ? P::zero() : M::load(v + stride + c * W);
+                        const auto x = hidden ? P::zero() : load<Part>(v + c * W, of.Dv - d);
+                        const auto y = next_hidden ? P::zero() : load<Part>(v + stride + c * W, of.Dv - d);
                         const auto low = P::zip_low(x, y), high = P::zip_high(x, y);
                         QKV_FOR(r, Count) {
                             const auto w = P::broadcast(of.pairs[r * kWindowKeys / 2 + j / 2]);
@@ -278,7 +297,7 @@ class Dots {
                 } else {
                     constexpr int kParts = M::kStep / W;
                     typename M::R x[Vectors / kParts];
-                    QKV_FOR(c, Vectors / kParts) x[c] = hidden ? M::none() : M::load(v + c * M::kStep);
+                    QKV_FOR(c, Vectors / kParts) x[c] = hidden ? M::none() : load<Part>(v + c * M::kStep, of.Dv - d);
                     QKV_FOR(r, Count) {
                         const V w = V::set1(of.weights[r * kWindowKeys + j]);
                         QKV_FOR(c, Vectors / kParts) M::add(acc[r] + c * kParts, x[c], w);
@@ -296,17 +315,25 @@ class Dots {
     }
 
     template <int Count, int Vectors, bool Careful>
-    static void all_values(const Block& block, const Laid& laid, Work& w, const E* keep, int row, int64_t width) {
-        const Weighted of{
-            w.scores + row * kWindowKeys, w.pairs + row * kWindowKeys / 2, w.out + row * width, width, keep + row, row};
+    static void all_values(const Block& block, const Laid& laid, Work& w, const E* keep, int row, int64_t Dv) {
+        const int64_t width = padded(Dv);
+        const Weighted of{w.scores + row * kWindowKeys,
+                          w.pairs + row * kWindowKeys / 2,
+                          w.out + row * width,
+                          Dv,
+                          width,
+                          keep + row,
+                          row};
         // Runs outside, columns inside: the passes over the columns of a value find it in the first cache.
         for (int g = 0; g < block.granules; g += kRunGranules) {
             const int end = block.granules < g + kRunGranules ? block.granules : g + kRunGranules;
             int64_t d = 0;
-            for (; d + Vectors * W <= width; d += Vectors * W)
+            for (; d + Vectors * W <= laid.whole; d += Vectors * W)
                 values<Count, Vectors, Careful>(block, laid, of, g, end, d);
             constexpr int kFew = M::kStep / W;
-            for (; d < width; d += kFew * W) values<Count, kFew, Careful>(block, laid, of, g, end, d);
+            for (; d < laid.whole; d += kFew * W) values<Count, kFew, Careful>(block, laid, of, g, end, d);
+            if constexpr (M::kParts)
+                if (d < width) values<Count, kFew, Careful, true>(block, laid, of, g, end, d);
         }
     }
 
@@ -316,6 +343,7 @@ class Dots {
         const int n = block.keys();
         const Source<S> k = keys_of<S>(a, sequence, w.tile.kv_head), v = values_of<S>(a, sequence, w.tile.kv_head);
         Laid laid;
+        laid.whole = padded(a.Dv);
         for (int g = 0; g < block.granules; ++g) all_scores(a, w, block, g, k, v, laid);
         if constexpr (kScaled)
             for (int g = 0; g < block.granules; ++g)
@@ -336,10 +364,11 @@ class Dots {
         const int rows = w.tile.rows.count;
         laid.live[g] = static_cast<int>(lower(kGranule, keys - j));
         Products of{};
-        of.width = padded(a.D), of.live = laid.live[g];
+        of.D = a.D, of.width = padded(a.D), of.live = laid.live[g];
         of.keys = resident(k, a.D, j, keys, w.keys);
         const Row16 values = resident(v, a.Dv, j, keys, w.values + g * kGranule * padded(a.Dv));
         laid.values[g] = values.first, laid.strides[g] = values.stride;
+        laid.whole = lower(laid.whole, values.whole);
         of.next = Ahead::of(then < keys ? k.row(then) : nullptr, k.stride, a.D);
         of.soon = Ahead::of(values.first, values.stride, a.Dv);
         if constexpr (kScaled) prefetch_scales(a, *w.tile.sequence, w.tile.kv_head, j);
@@ -406,16 +435,15 @@ class Dots {
     static void add_values(const Attention& a, Work& w, const Block& block, const Laid& laid, const E* keep,
                            bool careful) {
         const int rows = w.tile.rows.count;
-        const int64_t width = padded(a.Dv);
         if (careful) {
-            for (int r = 0; r < rows; ++r) all_values<1, 2, true>(block, laid, w, keep, r, width);
+            for (int r = 0; r < rows; ++r) all_values<1, 2, true>(block, laid, w, keep, r, a.Dv);
             return;
         }
         constexpr bool kWide = kRegisters == 32;
         int r = 0;
-        for (; r + 4 <= rows; r += 4) all_values<4, kWide ? 4 : 2, false>(block, laid, w, keep, r, width);
-        for (; r + 2 <= rows; r += 2) all_values<2, kWide ? 8 : 4, false>(block, laid, w, keep, r, width);
-        for (; r < rows; ++r) all_values<1, kWide ? 8 : 4, false>(block, laid, w, keep, r, width);
+        for (; r + 4 <= rows; r += 4) all_values<4, kWide ? 4 : 2, false>(block, laid, w, keep, r, a.Dv);
+        for (; r + 2 <= rows; r += 2) all_values<2, kWide ? 8 : 4, false>(block, laid, w, keep, r, a.Dv);
+        for (; r < rows; ++r) all_values<1, kWide ? 8 : 4, false>(block, laid, w, keep, r, a.Dv);
     }
 
     static QKV_INLINE E first_lane(V x) {

@@ -33,6 +33,7 @@ struct Plain {
     static constexpr int kRun = 64;  // products of values summed before they are added up: rounding grows with the run
     static constexpr int kStep = V::W;                      // numbers that a register holds
     static constexpr bool kInPlace = std::is_same_v<T, E>;  // keys and values may be multiplied where they lie
+    static constexpr bool kParts = false;                   // whether there is load_part
     template <class X>
     static QKV_INLINE R load(const X* p) {
         return V::load(p);
@@ -44,26 +45,43 @@ struct Plain {
     static QKV_INLINE R hide(const Lane* p, const uint64_t* words, int shift) {
         return choose(static_cast<uint32_t>(words[0] >> shift), V::set1(*p), V::zero());
     }
-    // The place of number d where numbers lie as they are loaded.
-    static int64_t place(int64_t d) { return d; }
+    // kStep numbers of a query, as they are multiplied.
+    static QKV_INLINE void take(const T* from, bool negate, Single* to) {
+        (V::load(from) * V::set1(negate ? E(-1) : E(1))).store(to);
+    }
     static QKV_INLINE R none() { return V::zero(); }
     static QKV_INLINE void add(V* acc, R x, V weight) { *acc = fma(x, weight, *acc); }
 };
 
-// bfloat16 that is widened two registers at a time: the even numbers by a shift, the odd ones by a mask.
+// bfloat16 that is widened two registers at a time: the even numbers by a shift, the odd ones by a mask. F is VF, as a
+// parameter since not every instruction set loads parts of registers.
+template <class F>
 struct Halves : Plain<bf16> {
+    using V = F;
     struct R {
-        VF even, odd;
+        V even, odd;
     };
     static constexpr int kStep = 2 * V::W;
+    static constexpr bool kParts = kPartLoads;
     static QKV_INLINE R load(const bf16* p) {
         R x;
         V::split(p, x.even, x.odd);
         return x;
     }
+    static QKV_INLINE R load_part(const bf16* p, int count) {
+        R x;
+        V::split_part(p, count, x.even, x.odd);
+        return x;
+    }
     static QKV_INLINE R load(const float* p) { return {V::load(p), V::load(p + V::W)}; }
     static QKV_INLINE V multiply(V acc, R a, R b) { return fma(a.odd, b.odd, fma(a.even, b.even, acc)); }
     static int64_t place(int64_t d) { return d / kStep * kStep + d % 2 * V::W + d % kStep / 2; }
+    static QKV_INLINE void take(const bf16* from, bool negate, float* to) {
+        const R x = load(from);
+        const V sign = V::set1(negate ? -1.0f : 1.0f);
+        (x.even * sign).store(to);
+        (x.odd * sign).store(to + V::W);
+    }
     static QKV_INLINE R none() { return {V::zero(), V::zero()}; }
     static QKV_INLINE void add(V* acc, R x, V weight) {
         acc[0] = fma(x.even, weight, acc[0]);
@@ -92,7 +110,9 @@ struct Paired {
     static constexpr int kRun = 1 << 20;  // float's rounding is far below bfloat16's
     static constexpr int kStep = 2 * V::W;
     static constexpr bool kInPlace = true;
+    static constexpr bool kParts = kPartLoads;
     static QKV_INLINE R load(const void* p) { return P::load(p); }
+    static QKV_INLINE R load_part(const T* p, int count) { return P::load_part(p, count); }
     static QKV_INLINE R broadcast(const Single* p) {
         uint32_t both;
         std::memcpy(&both, p, sizeof both);
@@ -102,6 +122,9 @@ struct Paired {
     static QKV_INLINE V multiply(V acc, R a, R b) { return P::dot(acc, a, b); }
     static QKV_INLINE R hide(const Lane* p, const uint64_t* words, int shift) {
         return P::hide(*p, static_cast<uint32_t>(words[0] >> shift), static_cast<uint32_t>(words[1] >> shift));
+    }
+    static QKV_INLINE void take(const T* from, bool negate, Single* to) {
+        for (int d = 0; d < kStep; ++d) to[d].bits = static_cast<uint16_t>(from[d].bits ^ (negate ? 0x8000u : 0u));
     }
     // Pairs of n neighbours of x and y, which is n / kStep kSteps: to[i] holds x[i] below y[i]. Returns how many were
     // made.
@@ -133,7 +156,7 @@ using Elements = std::conditional_t<kPairs && std::is_same_v<T, bf16>, Paired<Pa
 template <class T, class S = T>
 using FewElements = std::conditional_t<
     !std::is_same_v<T, S>, Plain<T, S>,
-    std::conditional_t<std::is_same_v<T, bf16>, std::conditional_t<kPairs, Paired<Pairs>, Halves>, Plain<T>>>;
+    std::conditional_t<std::is_same_v<T, bf16>, std::conditional_t<kPairs, Paired<Pairs>, Halves<VF>>, Plain<T>>>;
 
 }  // namespace QKV_ISA
 }  // namespace qkv

@@ -8,6 +8,7 @@ namespace qkv {
 namespace QKV_ISA {
 
 inline constexpr int kRegisters = 16;
+inline constexpr bool kPartLoads = false;
 
 QKV_INLINE float widen(f16 x) { return _cvtsh_ss(x.bits); }
 QKV_INLINE void narrow(float x, f16& to) {

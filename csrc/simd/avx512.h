@@ -14,6 +14,12 @@ QKV_INLINE void narrow(float x, f16& to) {
     to.bits = static_cast<uint16_t>(_cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 
+// The first `count` numbers at p, fewer than 32, then zeros. What is past them is not read.
+inline constexpr bool kPartLoads = true;
+QKV_INLINE __m512i part_of(const bf16* p, int count) {
+    return _mm512_maskz_loadu_epi16(static_cast<__mmask32>((1u << count) - 1), p);
+}
+
 struct VF {
     using E = float;
     static constexpr int W = 16;
@@ -26,8 +32,11 @@ struct VF {
         return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16))};
     }
     // The even numbers of the 32 at p, and the odd ones.
-    static QKV_INLINE void split(const bf16* p, VF& even, VF& odd) {
-        const __m512i both = _mm512_loadu_si512(p);
+    static QKV_INLINE void split(const bf16* p, VF& even, VF& odd) { split(_mm512_loadu_si512(p), even, odd); }
+    static QKV_INLINE void split_part(const bf16* p, int count, VF& even, VF& odd) {
+        split(part_of(p, count), even, odd);
+    }
+    static QKV_INLINE void split(__m512i both, VF& even, VF& odd) {
         even.r = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
         odd.r = _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(-65536)));
     }
@@ -218,6 +227,7 @@ struct Pairs {
         __m256i r;
     };
     static QKV_INLINE R load(const void* p) { return {_mm512_loadu_si512(p)}; }
+    static QKV_INLINE R load_part(const bf16* p, int count) { return {part_of(p, count)}; }
     static QKV_INLINE Half load_half(const bf16* p) {
         return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))};
     }

@@ -8,6 +8,7 @@ namespace qkv {
 namespace QKV_ISA {
 
 inline constexpr int kRegisters = 32;
+inline constexpr bool kPartLoads = false;
 
 QKV_INLINE float widen(f16 x) { return vgetq_lane_f32(vcvt_f32_f16(vreinterpret_f16_u16(vdup_n_u16(x.bits))), 0); }
 QKV_INLINE void narrow(float x, f16& to) {

@@ -6,6 +6,7 @@ namespace qkv {
 namespace QKV_ISA {
 
 inline constexpr int kRegisters = 16;
+inline constexpr bool kPartLoads = false;
 
 QKV_INLINE float widen(f16 x) {
     const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;

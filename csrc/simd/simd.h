@@ -105,6 +105,7 @@ QKV_INLINE uint64_t draw_mix(uint64_t x) {
 
 // What a set's file defines, besides VF and VD and their functions:
 //   kRegisters: how many vectors are held at a time, 16 or 32;
+//   kPartLoads: whether a part of a register of bfloat16 can be loaded (split_part, Pairs::load_part);
 //   widen and narrow of f16; transpose_tile of kTransposeTile x kTransposeTile words; keep_bits and kDrawLanes;
 //   kPairs, and Pairs where it is true: products of bfloat16 in pairs, two neighbours of a sum in 32 bits.
 struct Pairs;

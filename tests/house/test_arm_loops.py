@@ -28,7 +28,7 @@ class Hot(NamedTuple):
     loads: int  # for so many products, at most
 
 
-FLOAT, PAIRS, HALVES = r"<Plain<float, float> >::", r"<Paired<Pairs> >::", r"<Halves>::"
+FLOAT, PAIRS, HALVES = r"<Plain<float, float> >::", r"<Paired<Pairs> >::", r"<Halves<VF> >::"
 HOT = [
     # Many rows: 8 keys, or columns, by 3 vectors of queries. Gradients: 4 rows by 4 vectors.
     *(

@@ -128,6 +128,8 @@ MUTANTS = (
             (SCORE, "if («capped_») x = cap_", "false")),
     _mutant("dots_rescale", "dots: the sum of weights is not rescaled",
             (DOTS, "state.absorb(«keep», {sum(l)});", "E(1)")),
+    _mutant("dots_live", "dots: a key that begins a group of sums is left out where it is the last of all",
+            (DOTS, "for (int g = 0; g < «of.live»; g += kAtOnce)", "of.live - 1")),
     _mutant("dots_rows", "dots: every second row takes its neighbour's weights",
             (DOTS, "P::broadcast(of.pairs[«r» * kWindowKeys / 2 + j / 2]);", "r & ~1"),
             (DOTS, "V::set1(of.weights[«r» * kWindowKeys + j]);", "r & ~1")),
