@@ -113,7 +113,7 @@ class OnnxRuntime:
         operator: str,
         names: list[str],
         outputs: list[str],
-        attributes: dict[str, int],
+        attributes: dict[str, Any],
         shapes: Mapping[str, tuple[int, ...]],
     ) -> Any:
         from onnx import TensorProto, helper
