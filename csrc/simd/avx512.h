@@ -46,18 +46,12 @@ struct VF {
     static QKV_INLINE VF load(const int8_t* p) {
         return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
     }
-    static QKV_INLINE VF load(const f8* p) {  // as widen(f8)
-        const __m512i x = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-        const __m512i rest = _mm512_and_si512(x, _mm512_set1_epi32(0x7f)), up = _mm512_slli_epi32(rest, 20);
-        const __m512 small = _mm512_sub_ps(_mm512_castsi512_ps(_mm512_or_si512(up, _mm512_set1_epi32(0x3c800000))),
-                                           _mm512_set1_ps(0.015625f));
-        __m512i bits = _mm512_add_epi32(up, _mm512_set1_epi32(0x3c000000));
-        bits = _mm512_mask_mov_epi32(bits, _mm512_cmplt_epi32_mask(rest, _mm512_set1_epi32(8)),
-                                     _mm512_castps_si512(small));
-        bits = _mm512_mask_mov_epi32(bits, _mm512_cmpeq_epi32_mask(rest, _mm512_set1_epi32(0x7f)),
-                                     _mm512_set1_epi32(0x7fc00000));
-        const __m512i sign = _mm512_slli_epi32(_mm512_and_si512(x, _mm512_set1_epi32(0x80)), 24);
-        return {_mm512_castsi512_ps(_mm512_or_si512(bits, sign))};
+    // As widen(f8): by float16, whose exponents begin 8 lower. NaN, all ones but the sign, becomes all ones.
+    static QKV_INLINE VF load(const f8* p) {
+        const __m256i x = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+        const __m256i half = _mm256_and_si256(_mm256_slli_epi16(x, 7), _mm256_set1_epi16(-0x4001));
+        const __m256i nan = _mm256_cmpeq_epi16(_mm256_or_si256(x, _mm256_set1_epi16(-0x80)), _mm256_set1_epi16(-1));
+        return {_mm512_mul_ps(_mm512_cvtph_ps(_mm256_or_si256(half, nan)), _mm512_set1_ps(256.f))};
     }
     QKV_INLINE void store(float* p) const { _mm512_storeu_ps(p, r); }
     QKV_INLINE void store(f16* p) const {
