@@ -9,6 +9,7 @@
 #include <thread>
 #include <vector>
 
+#include "runtime/openmp.h"
 #include "simd/relax.h"
 
 #if defined(__unix__) || defined(__APPLE__)
@@ -127,12 +128,16 @@ Pool& pool() {
 int worker_limit(int threads) { return threads < 1 ? 1 : threads > kMaxThreads ? kMaxThreads : threads; }
 
 void parallel_for(int threads, int64_t count, Task task, void* context) {
+    const int team = threads;
     threads = worker_limit(threads);
     if (count < threads) threads = count < 1 ? 1 : static_cast<int>(count);
     if (threads > 1) {
         Pool& shared = pool();
         if (!shared.owned.test_and_set(std::memory_order_acquire)) {
-            shared.run(threads, count, task, context);
+            if (const StartTeam start = openmp())
+                TeamJob{task, context, count, threads}.run(start, team);
+            else
+                shared.run(threads, count, task, context);
             shared.owned.clear(std::memory_order_release);
             return;
         }

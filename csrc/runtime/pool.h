@@ -1,4 +1,5 @@
-// A small thread pool: threads start on first use, survive fork (a child starts its own), and never nest.
+// Threads for tasks: PyTorch's, where its OpenMP runtime can be found, else a small pool, whose threads start on first
+// use. They never nest, and a child of fork has a pool of its own.
 #pragma once
 #include <cstddef>
 #include <cstdint>

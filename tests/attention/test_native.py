@@ -4,9 +4,14 @@ reach C++.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import re
+import signal
+import subprocess
+import sys
+import textwrap
 import threading
 import time
 from dataclasses import replace
@@ -56,30 +61,66 @@ def test_many_python_threads_get_the_same_bits(native, shape):
     assert wrong == []
 
 
-def test_a_child_forked_after_use_computes(native):
-    q, k, v = _inputs(2, 1, 8, 8, 257, 257, 64)
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
+@pytest.mark.parametrize("first", ["attention", "an operator"])
+def test_a_child_forked_after_use_computes(native, first):
+    """Also where PyTorch alone has used the OpenMP threads, of which the child has none."""
+    run_alone(f"""
+        import os, time, torch, qkv
+        torch.set_num_threads(2)
+        q, k, v = torch.randn(3, 1, 8, 257, 64)
+        call = lambda: qkv.attention(q, k, v, mask=qkv.causal()).numpy().tobytes()
         # Compared as bytes: PyTorch's own parallel operations may hang in a forked child (GNU OpenMP), ours must not.
-        want = qkv.attention(q, k, v, mask=qkv.causal()).numpy().tobytes()
+        want = call() if {first == "attention"} else torch.randn(1000, 1000).add(1) is None
         child = os.fork()
         if child == 0:
-            ok = all(qkv.attention(q, k, v, mask=qkv.causal()).numpy().tobytes() == want for _ in range(20))
-            os._exit(0 if ok else 1)
-        deadline = time.monotonic() + 60
-        done, status = 0, -1
-        while not done and time.monotonic() < deadline:
-            done, status = os.waitpid(child, os.WNOHANG)
-            time.sleep(0.02)
-        if not done:
-            os.kill(child, 9)
-            os.waitpid(child, 0)
-        assert done == child
-        assert status == 0
-        assert qkv.attention(q, k, v, mask=qkv.causal()).numpy().tobytes() == want
+            mine = [call() for _ in range(20)]
+            os._exit(0 if all(x == (want or mine[0]) for x in mine) else 1)
+        assert os.waitpid(child, 0)[1] == 0
+        assert not want or call() == want
+    """)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the file that says so is Linux's")
+def test_a_child_that_loads_the_library_first_computes(native):
+    run_alone("""
+        import os, torch
+        torch.set_num_threads(2)
+        q, k, v = torch.randn(3, 1, 8, 257, 64)
+        torch.randn(1000, 1000).add(1)
+        child = os.fork()
+        if child == 0:
+            import qkv
+            qkv.attention(q, k, v)
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+    """)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads are listed in Linux's /proc")
+@pytest.mark.skipif("backend: OpenMP" not in torch.__config__.parallel_info(), reason="PyTorch has other threads")
+def test_calls_run_on_the_threads_of_pytorch(native):
+    """None is started beside them; and none of them ends because a call has fewer tasks than there are threads."""
+    run_alone("""
+        import os, torch, qkv
+        torch.set_num_threads(4)
+        torch.randn(2000, 2000).add(1)
+        threads = sorted(os.listdir("/proc/self/task"))
+        for keys, heads in ((2048, 8), (700, 1), (1500, 1)):     # (700, 1): two tasks, (1500, 1): three
+            q, k, v = torch.randn(1, heads, 8, 256), *torch.randn(2, 1, heads, keys, 256)
+            assert qkv.plan(q, k, v).backend == "cpu"
+            qkv.attention(q, k, v)
+            assert sorted(os.listdir("/proc/self/task")) == threads
+    """)
+
+
+def run_alone(script: str) -> None:
+    """In a process of its own, which has a minute, and takes its children along."""
+    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(script)], start_new_session=True)
+    try:
+        assert process.wait(timeout=60) == 0
     finally:
-        torch.set_num_threads(before)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def test_the_interpreter_runs_while_the_kernel_does(native):

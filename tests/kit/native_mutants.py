@@ -137,7 +137,7 @@ MUTANTS = (
             (SCORE, "negate = !transform && «scale < 0»;", "false")),
     _mutant("stride_ignored", "a last dimension with a stride is read as if it had none",
             (LANES, "of_k.first != nullptr && «a.k_stride[2] == 1» &&", "true"),
-            (DOTS, "if («source.stride_d == 1» && D == width", "true")),
+            (DOTS, "if («source.stride_d == 1» && (M::kParts", "true")),
     _mutant("page_next", "a key is read from the page after its own",
             (KEYS, "const int64_t number = «pages[j / page_size]»;", "pages[j / page_size] + 1")),
     _mutant("page_slot", "all keys of a page are read from its first slot",
