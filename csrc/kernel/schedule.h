@@ -12,7 +12,8 @@
 namespace qkv {
 namespace QKV_ISA {
 
-inline constexpr int64_t kShortTiles = 4;      // up to here, keys are cut into chunks
+// Up to so many tiles, 192 rows where a vector holds 8 or 16 numbers, keys are cut into chunks.
+inline constexpr int64_t kShortTiles = VF::W == 8 ? 8 : 4;
 inline constexpr int64_t kTogether = 4;        // tiles of a task, at most, where keys and values have to be converted
 inline constexpr int64_t kTasksPerThread = 4;  // at least, if there are as many tiles
 inline constexpr int64_t kMostStates = kShortTiles > kTogether ? kShortTiles : kTogether;
