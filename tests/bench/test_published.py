@@ -31,11 +31,11 @@ def test_the_page_is_what_the_script_writes() -> None:
     assert (ROOT / "docs" / "speed.md").read_text(encoding="utf-8") == SCRIPT.page()
 
 
-def test_the_table_and_the_chart_are_of_one_file() -> None:
-    run = results.read(ROOT / "benchmarks" / "results" / f"{SCRIPT.SHOWN}.jsonl")["calls"]
+def test_the_table_and_the_chart_are_of_these_files() -> None:
+    runs = SCRIPT.shown()
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert text.partition(f"{readme.START}\n")[2].partition(readme.END)[0] == readme.table(run)
-    assert (ROOT / "docs" / "pictures" / "bench.svg").read_text(encoding="utf-8") == readme.svg(run)
+    assert text.partition(f"{readme.START}\n")[2].partition(readme.END)[0] == readme.table(runs)
+    assert (ROOT / "docs" / "pictures" / "bench.svg").read_text(encoding="utf-8") == readme.svg(runs[0])
 
 
 @pytest.mark.parametrize("path", SCRIPT.FILES, ids=lambda path: path.stem)

@@ -117,7 +117,7 @@ def test_the_readme_table_goes_between_its_marks(tmp_path):
     path = tmp_path / "README.md"
     path.write_text(f"before\n{readme.START}\nold\n{readme.END}\nafter\n", encoding="utf-8")
     for _ in range(2):
-        readme.write(path, written())
+        readme.write(path, [written()])
     text = path.read_text(encoding="utf-8")
     assert text.startswith(f"before\n{readme.START}\n")
     assert text.endswith(f"{readme.END}\nafter\n")

@@ -109,6 +109,4 @@ class Row:
     own: dict[str, Case] = field(default_factory=dict, hash=False)  # other calls of ours to compare with
     limit: str = ""  # "gemm", "read" or nothing
     quick: bool = False
-    held: tuple[Target, ...] | None = (
-        None  # targets when everybody is held to isas.SHARED; None: not a row of that mode
-    )
+    held: tuple[Target, ...] = ()  # targets when everybody is held to isas.SHARED

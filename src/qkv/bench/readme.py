@@ -25,12 +25,10 @@ START, END = "<!-- bench:start -->", "<!-- bench:end -->"
 ROWS = {
     "full 2048 d128 {}": ("full, 2,048 tokens, D 128", ("bf16", "f32")),
     "causal 2048 d128 {}": ("causal, 2,048 tokens, D 128", ("bf16", "f32")),
-    "causal 512 d64 {}": ("causal, 512 tokens, D 64", ("bf16",)),
     "window 256 of 2048 d128 {}": ("sliding window of 256, 2,048 tokens, D 128", ("bf16",)),
     "documents 256 of 4096 d64 {}": ("documents of 256 in 4,096 tokens, D 64", ("bf16",)),
-    "decode 32/32 {} cold": ("one token, 4,096 keys, 32/32 heads", ("bf16", "f32")),
+    "decode 32/32 {} cold": ("one token, 4,096 keys, 32/32 heads", ("bf16",)),
     "decode 32/8 {} cold": ("one token, 4,096 keys, 32/8 heads", ("bf16",)),
-    "mla 128 heads 4096 {}": ("MLA decode, 4,096 keys, 128 heads", ("bf16",)),
 }
 HEAD = """\
 | call | qkv, ms | PyTorch SDPA, ms | fastest other, ms | it takes | of `torch.mm`, or of reading |
@@ -59,29 +57,26 @@ _STYLE = """
 """.strip()
 
 
-def table(document: Mapping[str, Any]) -> str:
-    """Ours against PyTorch's attention and the fastest other library, as medians of one run."""
-    rows = {row["name"]: row for row in document["rows"]}
-    lines = [_introduction(document), ""]
-    lines += [HEAD]
-    for name, (title, types) in ROWS.items():
-        for short in types:
-            row = rows.get(name.format(short))
-            if row and row["contenders"]["qkv"].get("seconds"):
-                lines.append(line(row, f"{title}, {_TYPES[short]}"))
+def table(documents: Sequence[Mapping[str, Any]]) -> str:
+    """Ours against PyTorch's attention and the fastest other library: medians of one run for each processor."""
+    lines = [HEAD]
+    for document in documents:
+        rows = {row["name"]: row for row in document["rows"]}
+        measured = [
+            line(rows[name.format(short)], f"{title}, {_TYPES[short]}")
+            for name, (title, types) in ROWS.items()
+            for short in types
+            if name.format(short) in rows and rows[name.format(short)]["contenders"]["qkv"].get("seconds")
+        ]
+        lines += [f"| **{made_on(document)}, {document['date'][:10]}** | | | | | |", *measured]
     return "\n".join(lines) + "\n"
 
 
-def _introduction(document: Mapping[str, Any]) -> str:
-    machine, versions = document["machine"], document["versions"]
-    others = [
-        f"{NAMES[key]} {versions[key]}" for key in ("openvino", "onnxruntime", "jax", "ggml") if versions.get(key)
-    ]
-    known = ", ".join([f"torch {versions['torch'].partition('+')[0]}", *others])
-    return (
-        f"{machine['cpu']}, {machine['threads']} threads, {known}; {document['date'][:10]}. "
-        "Last column: the part of the rate of `torch.mm` (mm), or of reading K and V (read), in the same run."
-    )
+def made_on(document: Mapping[str, Any]) -> str:
+    """The processor of a run, its threads, and what everybody was held to."""
+    machine, isa = document["machine"], document["settings"].get("isa")
+    held = f", everybody held to {isa}" if isa and len(machine["instruction_sets"]) > 1 else ""
+    return f"{machine['cpu']}, {machine['threads']} threads{held}"
 
 
 def line(row: Mapping[str, Any], title: str) -> str:
@@ -108,15 +103,15 @@ def milliseconds_of(contender: Mapping[str, Any]) -> str:
     return milliseconds(seconds["median"]) if seconds else "–"
 
 
-def write(path: Path, document: Mapping[str, Any]) -> None:
+def write(path: Path, documents: Sequence[Mapping[str, Any]]) -> None:
     """Replace what stands between the markers of a file that has them, else write a file of its own."""
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     if START in text and END in text:
         before, _, rest = text.partition(START)
         after = rest.partition(END)[2]
-        text = f"{before}{START}\n{table(document)}{END}{after}"
+        text = f"{before}{START}\n{table(documents)}{END}{after}"
     else:
-        text = table(document)
+        text = table(documents)
     path.write_text(text, encoding="utf-8")
 
 

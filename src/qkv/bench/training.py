@@ -40,7 +40,6 @@ def training_rows() -> list[Row]:
                 {},
                 row.limit,
                 quick=needed is not None and row.case.D == 128,
-                held=(),  # a row of that mode, without a promise
             )
     return list(rows.values())
 

@@ -93,7 +93,7 @@ def _peers(args: argparse.Namespace) -> set[str] | None:
 def _choose(args: argparse.Namespace, cache_bytes: int) -> list[Row]:
     rows = training_rows() if args.training else all_rows(cache_bytes, more_mla=args.mla)
     if args.isa == SHARED:
-        rows = [replace(row, targets=row.held) for row in rows if row.held is not None]
+        rows = [replace(row, targets=row.held) for row in rows]
     if args.quick:
         absent = set() if args.peers else Roster.KNOWN.keys() - set(QUICK_PEERS)
         quick = [row for row in rows if row.quick]
@@ -112,5 +112,5 @@ def _tell(args: argparse.Namespace, whole: dict[str, Any]) -> None:
         args.chart.write_text(readme.svg(whole), encoding="utf-8")
         print(f"drew {args.chart}")
     if args.markdown:
-        readme.write(args.markdown, whole)
+        readme.write(args.markdown, [whole])
         print(f"wrote {args.markdown}")
