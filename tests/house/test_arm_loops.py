@@ -46,9 +46,9 @@ HOT = [
     Hot("neon", "forward", f"Dots{FLOAT}all_scores", 4, 5),
     Hot("neon", "forward", f"Dots{HALVES}all_scores", 8, 9),
     Hot("neonbf16", "forward", f"Dots{PAIRS}all_scores", 4, 5),
-    Hot("neon", "forward", f"walk<8, Dots{FLOAT}run", 16, 11),
-    Hot("neon", "forward", f"walk<8, Dots{HALVES}run", 16, 7),
-    Hot("neonbf16", "forward", f"walk<8, Dots{PAIRS}run", 16, 10),
+    Hot("neon", "forward", f"Dots{FLOAT}all_values<4, 4, false>", 16, 8),
+    Hot("neon", "forward", f"Dots{HALVES}all_values<4, 4, false>", 16, 6),
+    Hot("neonbf16", "forward", f"Dots{PAIRS}all_values<4, 4, false>", 16, 8),
 ]
 
 
