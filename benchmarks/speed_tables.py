@@ -48,7 +48,7 @@ def page() -> str:
 def processor(path: Path) -> str:
     """All tables of one file."""
     runs = results.read(path)
-    parts = [f"## {readme.made_on(next(iter(runs.values())))}, {path.stem.rpartition('-')[2]}\n"]
+    parts = [f"## {readme.made_on(next(iter(runs.values())))}\n"]
     for part, (title, table) in TABLES.items():
         if part in runs:
             parts += [f"### {title}\n", f"{_made_with(runs[part])}.\n", table(runs[part])]

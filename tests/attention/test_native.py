@@ -25,6 +25,7 @@ from qkv.backends.cpu import CpuBackend, instruction_sets
 from qkv.call.problem import Options
 from qkv.call.validate import validate
 from qkv.call.view import longest, problem_of
+from tests.kit import skips
 
 
 @pytest.fixture(scope="module")
@@ -80,8 +81,8 @@ def test_a_child_forked_after_use_computes(native, first):
     """)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the file that says so is Linux's")
 def test_a_child_that_loads_the_library_first_computes(native):
+    skips.on_linux_only()
     run_alone("""
         import os, torch
         torch.set_num_threads(2)
@@ -96,10 +97,9 @@ def test_a_child_that_loads_the_library_first_computes(native):
     """)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="threads are listed in Linux's /proc")
-@pytest.mark.skipif("backend: OpenMP" not in torch.__config__.parallel_info(), reason="PyTorch has other threads")
 def test_calls_run_on_the_threads_of_pytorch(native):
     """None is started beside them; and none of them ends because a call has fewer tasks than there are threads."""
+    skips.on_linux_only()
     run_alone("""
         import os, torch, qkv
         torch.set_num_threads(4)

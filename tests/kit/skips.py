@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 NO_MUTANTS = "the mutants of the kernels are not built here: make gate builds them and asks them more"
-NOT_LINUX = "memory that kills who touches it, and a process's peak in kilobytes, are asked of Linux"
+NOT_LINUX = "memory that kills who touches it, a process's peak in kilobytes, and its threads are asked of Linux"
 NO_TUNED_KERNEL = "no kernel here is tuned for its processor, so none can be emulated as untuned"
 NO_OBJECTS = "no objects of these sources are in build/, or there is no nm: building the extension makes them"
 NO_ARM_OBJECTS = "no objects for ARM of these sources are in build/arm: make test-arm makes and counts them"

@@ -73,10 +73,12 @@ def table(documents: Sequence[Mapping[str, Any]]) -> str:
 
 
 def made_on(document: Mapping[str, Any]) -> str:
-    """The processor of a run, its threads, and what everybody was held to."""
+    """The processor of a run, its threads, and the instruction set that ours took or that everybody was held to."""
     machine, isa = document["machine"], document["settings"].get("isa")
-    held = f", everybody held to {isa}" if isa and len(machine["instruction_sets"]) > 1 else ""
-    return f"{machine['cpu']}, {machine['threads']} threads{held}"
+    paths = (row["contenders"]["qkv"].get("path", "") for row in document["rows"])
+    taken = next((path.rpartition(", ")[2] for path in paths if "instruction set" in path), "")
+    parts = [machine["cpu"], f"{machine['threads']} threads", f"everybody held to {isa}" if isa else taken]
+    return ", ".join(part for part in parts if part)
 
 
 def line(row: Mapping[str, Any], title: str) -> str:
