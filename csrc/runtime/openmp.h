@@ -12,7 +12,6 @@
 
 #if defined(__linux__)
 #include <dlfcn.h>
-#include <pthread.h>
 #endif
 
 namespace qkv {
@@ -21,12 +20,12 @@ namespace qkv {
 // point LLVM's and Intel's runtimes have as well).
 using StartTeam = void (*)(void (*)(void*), void*, unsigned, unsigned);
 
-#if defined(__linux__)
-// A child process has the runtime's books and none of its threads: a team would never come together there.
+// Whether this is a child process (pool.cpp is told). It has the runtime's books and none of its threads: a team would
+// never come together there.
 inline std::atomic<bool> is_child{false};
-inline const int child_is_told = pthread_atfork(nullptr, nullptr, [] { is_child.store(true); });
 
-// Whether this process is one already where this library is loaded: the kernel's flag PF_FORKNOEXEC.
+#if defined(__linux__)
+// Whether it was one already when this library was loaded: the kernel's flag PF_FORKNOEXEC.
 inline bool began_as_child() {
     std::FILE* file = std::fopen("/proc/self/stat", "r");
     if (file == nullptr) return false;

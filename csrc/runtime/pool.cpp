@@ -108,16 +108,20 @@ struct Pool {
 
 std::atomic<Pool*> the_pool{nullptr};
 
+#ifdef QKV_HAS_FORK
+// Told when the library is loaded: a process may be forked before its first call.
+[[maybe_unused]] const int child_is_told = pthread_atfork(nullptr, nullptr, [] {
+    the_pool.store(nullptr);
+    is_child.store(true);
+});
+#endif
+
 // The pool is never destroyed: its threads may outlive static destruction.
 Pool& pool() {
     Pool* found = the_pool.load(std::memory_order_acquire);
     if (found != nullptr) return *found;
     auto made = std::make_unique<Pool>();
     if (the_pool.compare_exchange_strong(found, made.get(), std::memory_order_acq_rel)) {
-#ifdef QKV_HAS_FORK
-        static const int registered = pthread_atfork(nullptr, nullptr, [] { the_pool.store(nullptr); });
-        (void)registered;
-#endif
         return *made.release();
     }
     return *found;
