@@ -9,6 +9,7 @@ from torch import Tensor
 
 from qkv.call.keys import KVView
 from qkv.call.problem import Inputs, Output, Problem
+from qkv.call.statistics import Statistics, Wanted
 from qkv.scores import ScoreTerm
 
 Result: TypeAlias = tuple[Tensor, "Tensor | None", "Tensor | None"]
@@ -80,6 +81,10 @@ class Backend:
     def run(self, problem: Problem, inputs: Inputs) -> Output:
         """Compute. lse may be None unless `needs_lse` or `needs_grad`; a state is for the own backward pass alone."""
         raise NotImplementedError
+
+    def observe(self, problem: Problem, inputs: Inputs, wanted: Wanted) -> tuple[Tensor, Statistics] | None:
+        """What `run` computes, to the bit, and the statistics of its weights; None where it has none of its own."""
+        return None
 
     def backward(self, problem: Problem, inputs: Inputs, output: Output, d_out: Tensor, d_lse: Tensor) -> Gradients:
         """Gradients of sum(out * d_out) + sum(lse * d_lse); `output` is what `run` returned."""
