@@ -14,7 +14,7 @@ CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp tests/native/*.h t
 NATIVE := CMakeLists.txt pyproject.toml $(wildcard cmake/* csrc/* csrc/*/*)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test quick check gate soak sanitize test-arm bench models foreign format lock compatibility clean
+.PHONY: demo test quick check gate gpu-test soak sanitize test-arm bench models foreign format lock compatibility clean
 
 demo: $(VENV)/.installed
 	@$(BIN)/qkv demo
@@ -45,6 +45,11 @@ gate: $(VENV)/.installed-dev $(VENV)/.mutants
 	$(BIN)/python -m tests.gates.cache_model --operations 100000
 	$(BIN)/python -m tests.gates.cache_mutants
 	PYTHONPATH=build/mutants $(BIN)/python -m tests.gates.mutants
+
+# On a GPU: calls on every backend that takes its tensors and the rest of the library, some six minutes. ARGS="--device
+# cpu" asks the same of a CPU.
+gpu-test: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.gates.gpu $(ARGS)
 
 # A million operations, in two processes: some ten minutes.
 soak: $(VENV)/.installed-dev

@@ -113,19 +113,19 @@ def uses_position(spec: Spec | None) -> bool:
     return spec[0] not in ("documents", "segments") or spec[2] is None
 
 
-def qkv_mask(spec: Spec | None) -> qkv.Mask | torch.Tensor | None:
-    """The mask of the library that the description names."""
+def qkv_mask(spec: Spec | None, device: str = "cpu") -> qkv.Mask | torch.Tensor | None:
+    """The mask of the library that the description names; a tensor that it holds by reference is on the device."""
     if spec is None:
         return None
     kind, *args = spec
     if kind in ("and", "or", "not", "per_head"):
-        parts: list[Any] = [qkv_mask(part) for part in args]
+        parts: list[Any] = [qkv_mask(part, device) for part in args]
         parts = [qkv.dense(part) if isinstance(part, torch.Tensor) else part for part in parts]
         if kind == "per_head":
             return qkv.per_head(parts)
         return ~parts[0] if kind == "not" else parts[0] & parts[1] if kind == "and" else parts[0] | parts[1]
     if kind == "dense":
-        return torch.from_numpy(args[0].copy())
+        return torch.from_numpy(args[0].copy()).to(device)
     if kind == "segments":
         ids, k_ids = (None if x is None else torch.from_numpy(x) for x in args)
         return qkv.documents(segment_ids=ids, k_segment_ids=k_ids)

@@ -48,8 +48,8 @@ class Verdict:
 
 
 def numbers(x: torch.Tensor) -> Array:
-    """A tensor of any dtype as float64, exactly."""
-    return x.detach().to(torch.float64).numpy()
+    """A tensor of any dtype and device as float64, exactly."""
+    return x.detach().to(torch.float64).cpu().numpy()
 
 
 def compare(quantity: str, got: torch.Tensor, want: Array, bound: Array, dtype: torch.dtype) -> Verdict:
