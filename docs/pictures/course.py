@@ -1,0 +1,36 @@
+"""Draws the pictures of the course, docs/intuition, for both themes. Run: python docs/pictures/course.py"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import heads
+import machines
+import matrices
+from draw import THEMES
+
+PICTURES = {
+    "self": matrices.self_attention,
+    "cross": matrices.cross_attention,
+    "multi-head": heads.multi_head,
+    "multi-query": heads.multi_query,
+    "grouped-query": heads.grouped_query,
+    "latent": heads.latent,
+    "masked": matrices.masked,
+    "sparse": matrices.sparse,
+    "flash": machines.flash,
+    "paged": machines.paged,
+}
+PLACE = Path(__file__).parent / "course"
+
+
+def main() -> None:
+    """Write all pictures to the folder course beside this file."""
+    PLACE.mkdir(exist_ok=True)
+    for name, draw in PICTURES.items():
+        for theme in THEMES:
+            (PLACE / f"{name}-{theme}.svg").write_text(draw(theme), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

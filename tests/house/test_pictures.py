@@ -1,0 +1,81 @@
+"""The course's pictures are what their code draws, in both themes, legible where a phone shows them."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import sys
+import xml.etree.ElementTree as ET
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PLACE = ROOT / "docs" / "pictures"
+PHONE, LETTER = 340, 9.0  # pixels: the width of a phone's column, and the smallest letter that can be read there
+THEMES = ("light", "dark")
+NAMES = [
+    "self", "cross", "multi-head", "multi-query", "grouped-query", "latent", "masked", "sparse", "flash", "paged",
+]  # fmt: skip
+SVG = "{http://www.w3.org/2000/svg}"
+
+pytestmark = pytest.mark.filterwarnings("ignore:qkv:UserWarning")
+
+
+@pytest.fixture(scope="module")
+def course() -> Iterator[ModuleType]:
+    """The module that draws; it and those beside it are forgotten again."""
+    names = {path.stem for path in PLACE.glob("*.py")}
+    sys.path.insert(0, str(PLACE))
+    try:
+        yield importlib.import_module("course")
+    finally:
+        sys.path.remove(str(PLACE))
+        for name in names:
+            sys.modules.pop(name, None)
+
+
+def _file(name: str, theme: str) -> Path:
+    return PLACE / "course" / f"{name}-{theme}.svg"
+
+
+@pytest.mark.parametrize("theme", THEMES)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_picture_is_what_the_code_draws(course: ModuleType, name: str, theme: str) -> None:
+    assert course.PICTURES[name](theme) == _file(name, theme).read_text(encoding="utf-8")
+
+
+def test_every_picture_is_drawn_and_none_is_left_over(course: ModuleType) -> None:
+    assert list(course.PICTURES)[: len(NAMES)] == NAMES
+    drawn = {f"{name}-{theme}.svg" for name in course.PICTURES for theme in THEMES}
+    assert {path.name for path in (PLACE / "course").iterdir()} == drawn
+
+
+def _svgs() -> list[Path]:
+    return sorted((PLACE / "course").glob("*.svg"))
+
+
+@pytest.mark.parametrize("path", _svgs(), ids=lambda path: path.stem)
+def test_letters_can_be_read_on_a_phone_and_stay_inside(path: Path) -> None:
+    root = ET.fromstring(path.read_text(encoding="utf-8"))
+    width, height = map(float, root.attrib["viewBox"].split()[2:])
+    assert root.find(f"{SVG}title") is not None, "what a screen reader says"
+    for text in root.iter(f"{SVG}text"):
+        size, x, y = (float(text.attrib[name]) for name in ("font-size", "x", "y"))
+        words = "".join(text.itertext())
+        assert size * PHONE / width >= LETTER, words
+        long = 0.52 * size * len(words)  # a sans-serif's letter is about that wide
+        left = x - {"start": 0.0, "middle": long / 2, "end": long}[text.get("text-anchor", "start")]
+        assert left >= -1, words
+        assert left + long <= width + 8, words
+        assert 0 < y <= height, words
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_themes_differ_in_colours_alone(name: str) -> None:
+    light, dark = (_file(name, theme).read_text(encoding="utf-8") for theme in THEMES)
+    assert light != dark
+    plain = [re.sub(r'(fill|stroke)="[^"]*"', "", svg) for svg in (light, dark)]
+    assert plain[0] == plain[1]
