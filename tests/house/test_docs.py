@@ -19,7 +19,7 @@ import torch
 import qkv
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 JUDGED_APART = {"generate"}  # run by tests/lm/test_generate_example.py, which knows what it has to print
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
@@ -77,7 +77,16 @@ def test_links_lead_somewhere(page: Path) -> None:
     links = re.findall(r"\]\(([^)]+)\)", text) + re.findall(r'(?:src|srcset)="([^"]+)"', text)
     for link in links:
         if not link.startswith("https://"):
-            assert (page.parent / link.partition("#")[0]).exists(), f"{page.name}: {link}"
+            file, _, heading = link.partition("#")
+            target = page.parent / file if file else page
+            assert target.exists(), f"{page.name}: {link}"
+            assert not heading or heading in _headings(target), f"{page.name}: {link}"
+
+
+def _headings(page: Path) -> set[str]:
+    """Return the names by which a link finds a page's headings."""
+    titles = re.findall(r"^#+ (.*)$", FENCE.sub("", page.read_text(encoding="utf-8")), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)

@@ -79,3 +79,33 @@ def test_themes_differ_in_colours_alone(name: str) -> None:
     assert light != dark
     plain = [re.sub(r'(fill|stroke)="[^"]*"', "", svg) for svg in (light, dark)]
     assert plain[0] == plain[1]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_page_shows_its_picture_and_leads_on(name: str) -> None:
+    page = (ROOT / "docs" / "intuition" / f"{name}.md").read_text(encoding="utf-8")
+    assert all(f"../pictures/course/{name}-{theme}.svg" in page for theme in THEMES)
+    at = NAMES.index(name)
+    before = NAMES[at - 1] if at else "../intuition"
+    after = NAMES[at + 1] if at + 1 < len(NAMES) else "../intuition"
+    for lead in (page[:400], page[-400:]):
+        assert f"]({before}.md)" in lead
+        assert f"]({after}.md" in lead
+    for part in ("**The question it answers:", "## What it costs, what it saves", "## Exercises", "onfusion"):
+        assert part in page, part
+    assert 2 <= page.count("<details><summary>Answer</summary>") <= 3
+    answers = re.findall(r"<details>.*?</details>", page, re.DOTALL)
+    assert all("```python" in answer for answer in answers), "an answer is checked by code"
+
+
+def test_the_course_is_in_the_readmes_order() -> None:
+    table = (ROOT / "docs" / "intuition.md").read_text(encoding="utf-8")
+    assert re.findall(r"\]\(intuition/([\w-]+)\.md\)", table) == NAMES
+    said = {
+        "self": "self-attention", "cross": "cross-attention", "multi-head": "multi-head (MHA)",
+        "multi-query": "multi-query", "grouped-query": "grouped-query", "latent": "multi-head latent",
+        "masked": "masked", "sparse": "sparse", "flash": "Flash", "paged": "paged",
+    }  # fmt: skip
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = [line for line in readme.splitlines() if line.startswith("| ") and "arxiv.org" in line]
+    assert [row.startswith(f"| {said[name]}") for name, row in zip(NAMES, rows, strict=True)] == [True] * len(NAMES)
