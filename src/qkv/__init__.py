@@ -38,12 +38,14 @@ if TYPE_CHECKING:  # what `__getattr__` below gives, so that type checkers and e
         nn as nn,
         rotary as rotary,
     )
+    from qkv.insight.see import see as see
     from qkv.insight.why import why as why
 
 __version__ = "0.1.0"
 
 # Sub-packages and functions that are not needed to compute attention load on first use.
 _LAZY = {
+    "see": ("qkv.insight.see", "see"),
     "why": ("qkv.insight.why", "why"),
     "cache": ("qkv.cache", None),
     "nn": ("qkv.nn", None),
@@ -61,6 +63,7 @@ if not TYPE_CHECKING:  # a checker takes what is written "as" above, and would t
             "relative",
             "rotary",
             "score_mod",
+            "see",
             "weights",
             "why",
             *(name for name in vars(_constructors) if not name.startswith("_")),

@@ -1,6 +1,10 @@
-"""Ways to understand attention: experiments that answer a question, and drawings for a terminal.
+"""Ways to understand attention: what a call looks at, experiments that answer a question, drawings for a terminal.
 
-`qkv.why(topic)` runs an experiment; the pieces here are what it and the command line are made of.
+`qkv.see(...)` returns a `Trace`; `qkv.why(topic)` runs an experiment. The other pieces here are what they are made of.
 """
 
 from __future__ import annotations
+
+from qkv.insight.trace import Trace as Trace
+
+__all__ = ["Trace"]
