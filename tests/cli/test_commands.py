@@ -19,7 +19,7 @@ from qkv.cli import doctor
 from qkv.cli.expression import CONSTRUCTORS, parse
 from qkv.cli.main import COMMANDS, main
 from qkv.insight import terminal
-from qkv.insight.why import TOPICS
+from qkv.insight.topics import GROUPS, TOPICS
 
 pytestmark = pytest.mark.filterwarnings("ignore:qkv:UserWarning")
 
@@ -84,7 +84,7 @@ def test_a_program_run_as_a_module_writes_no_colour_into_a_pipe() -> None:
     assert done.returncode == 0
     assert done.stderr == ""
     assert "\x1b" not in done.stdout
-    assert done.stdout.startswith("names: Which one is Q, which is K, which is V?")
+    assert done.stdout.splitlines()[1] == "names: Which one is Q, which is K, which is V? (seed 0)"
     assert max(map(terminal.cells, done.stdout.splitlines())) <= 80
 
 
@@ -121,12 +121,21 @@ def test_interruption_is_quiet(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
 def test_why_alone_lists_the_topics(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["why"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[2] for line in lines] == list(TOPICS)
+    assert [line.split()[0] for line in lines if line.startswith("  ")] == list(TOPICS)
+    assert [line for line in lines[1:] if not line.startswith("  ")] == list(GROUPS)
+    assert max(map(terminal.cells, lines)) <= 80
 
 
 def test_why_prints_the_answer(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["why", "lookup", "--seed", "3"]) == 0
     assert capsys.readouterr().out.rstrip("\n") == str(qkv.why("lookup", seed=3))
+
+
+def test_why_prints_every_number_or_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["why", "lookup", "--seed", "3", "--full"]) == 0
+    assert capsys.readouterr().out.rstrip("\n") == qkv.why("lookup", seed=3).full()
+    assert main(["why", "lookup", "--seed", "3", "--json"]) == 0
+    assert capsys.readouterr().out.rstrip("\n") == qkv.why("lookup", seed=3).json()
 
 
 def test_why_refuses_an_unknown_topic(capsys: pytest.CaptureFixture[str]) -> None:

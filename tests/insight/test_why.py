@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 import math
 import pickle
+import re
 
 import numpy as np
 import pytest
 import torch
 
 import qkv
-from qkv.insight.answer import Answer
+from qkv.insight.answer import UNITS, Answer
 from qkv.insight.terminal import cells, number
-from qkv.insight.why import TOPICS
+from qkv.insight.topics import GROUPS, TOPICS, meant
 
 pytestmark = pytest.mark.filterwarnings("ignore:qkv:UserWarning")
 
@@ -24,25 +26,79 @@ def answers() -> dict[str, Answer]:
     return {topic: qkv.why(topic) for topic in TOPICS}
 
 
-def test_the_topics_are_the_five() -> None:
-    assert list(TOPICS) == ["lookup", "names", "scale", "same-qk", "projections"]
+def test_the_topics_come_in_the_order_in_which_a_learner_meets_them() -> None:
+    assert list(TOPICS) == [
+        *("lookup", "names", "cross", "shapes", "softmax-axis", "order", "same-qk", "reformer", "projections"),
+        *("scale", "gradient", "causal", "mask-polarity", "mask-alignment", "dead-rows", "heads", "thin-heads"),
+        *("split-heads", "kv-cache", "gqa", "latent", "long-context", "sink", "sparse", "flash", "paged"),
+        "explanation",
+    ]
+    assert [name for group in GROUPS.values() for name in group] == list(TOPICS)
+    assert list(GROUPS) == [
+        *("the lookup", "shapes", "which is which", "scale", "masks", "heads", "sharing keys", "long inputs"),
+        *("speed and memory", "reading weights"),
+    ]
+
+
+def test_the_docstring_tells_every_topic_in_its_group_and_which_take_tensors() -> None:
+    assert qkv.why.__doc__ is not None
+    lines = {line.strip() for line in qkv.why.__doc__.splitlines()}
+    for group, topics in GROUPS.items():
+        told = ", ".join(f"{name}*" if topic.needs else name for name, topic in topics.items())
+        assert f"{group:<16}  {told}" in lines
 
 
 @pytest.mark.parametrize("topic", TOPICS)
-def test_an_answer_has_every_part_and_fits_the_screen(topic: str, answers: dict[str, Answer]) -> None:
+@pytest.mark.parametrize("seed", range(5))
+def test_an_answer_fits_the_screen(topic: str, seed: int) -> None:
+    answer = qkv.why(topic, seed=seed)
+    text = str(answer)
+    lines = text.splitlines()
+    assert lines[0] == answer.short, "the answer is the first line, whole"
+    assert lines[1] == f"{topic}: {answer.question} (seed {seed})"
+    assert len(lines) <= (30 if topic in ("names", "shapes") else 28)
+    assert max(map(cells, text.splitlines())) <= 80
+    assert max(map(cells, answer.full().splitlines())) <= 80
+    assert "\x1b" not in text
+
+
+@pytest.mark.parametrize("topic", TOPICS)
+def test_an_answer_has_every_part(topic: str, answers: dict[str, Answer]) -> None:
     answer = answers[topic]
     assert answer.topic == topic
     assert answer.question.endswith("?")
+    assert answer.short
     assert answer.numbers
     assert answer.sources
-    text = str(answer)
+    text = answer.full()
     for part in (answer.question, answer.picture, *answer.numbers):
         assert part in text
-    flat = " ".join(text.split())
-    for part in (answer.verdict, *answer.sources):
-        assert part in flat.replace("- ", "-") or " ".join(part.split()) in flat
-    assert "\x1b" not in text
-    assert max(cells(line) for line in text.splitlines()) <= 80
+    for printed, parts in ((text, (answer.verdict, *answer.sources)), (str(answer), (answer.picture, answer.verdict))):
+        flat = " ".join(printed.split())
+        for part in parts:
+            assert " ".join(part.split()) in flat or part in flat.replace("- ", "-")
+
+
+@pytest.mark.parametrize("topic", TOPICS)
+def test_every_unit_that_is_used_is_defined(topic: str, answers: dict[str, Answer]) -> None:
+    answer = answers[topic]
+    text = " ".join(str(answer).split())
+    for term, meaning in UNITS.items():
+        used = re.search(rf"\b{term}\b", f"{answer.short} {answer.question} {answer.picture} {answer.verdict}")
+        assert (f"{term}: {meaning}." in text) >= bool(used)
+
+
+@pytest.mark.parametrize("topic", TOPICS)
+def test_an_answer_is_json(topic: str, answers: dict[str, Answer]) -> None:
+    found = json.loads(answers[topic].json(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert found["short"] == answers[topic].short
+    for name, value in answers[topic].numbers.items():
+        for got, want in zip(
+            found["numbers"][name] if isinstance(value, tuple) else [found["numbers"][name]],
+            value if isinstance(value, tuple) else [value],
+            strict=True,
+        ):
+            assert got is None if not math.isfinite(want) else got == want
 
 
 @pytest.mark.parametrize("topic", TOPICS)
@@ -64,14 +120,34 @@ def test_experiments_are_seeded_and_leave_the_global_generator_alone(topic: str,
     again = qkv.why(topic, seed=0)
     assert torch.equal(torch.get_rng_state(), before)
     assert again.numbers == answers[topic].numbers
+    assert again == answers[topic]
     assert qkv.why(topic, seed=1).numbers != answers[topic].numbers
 
 
 def test_unknown_topics_are_named_in_the_error() -> None:
-    with pytest.raises(qkv.ArgumentError, match='Use one of "lookup", "names", "scale"'):
-        qkv.why("tie")
+    with pytest.raises(qkv.ArgumentError, match='Use one of "lookup", "names", "cross"'):
+        qkv.why("zzz")
     with pytest.raises(qkv.ArgumentTypeError, match="topic must be a string"):
         qkv.why(3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("asked", "found"),
+    [
+        *(("rope", "order"), ("MLA", "latent"), ("mqa", "gqa"), ("softmax", "softmax-axis"), ("sinks", "sink")),
+        *(("dead rows", "dead-rows"), ("split_heads", "split-heads"), ("grdient", "gradient"), ("pages", "paged")),
+    ],
+)
+def test_a_near_name_is_asked_back(asked: str, found: str) -> None:
+    assert meant(asked)[0] == found
+    with pytest.raises(qkv.ArgumentError, match=f'no such topic.*Did you mean "{found}"'):
+        qkv.why(asked)
+
+
+def test_a_name_near_nothing_lists_the_topics_only() -> None:
+    assert meant("xyzzy") == []
+    with pytest.raises(qkv.ArgumentError, match=r"Got 'xyzzy'\. Use one of"):
+        qkv.why("xyzzy")
 
 
 @pytest.mark.parametrize("seed", [True, 1.5, "0", None])
@@ -149,7 +225,7 @@ def test_scale_is_honest_about_d_64(answers: dict[str, Answer]) -> None:
     at, last = answer.numbers["d"].index(64), -1
     raw, scaled = answer.numbers["median gradient, no scale"], answer.numbers["median gradient, 1/√d"]
     assert raw[at] > scaled[at]
-    assert "does not vanish" in answer.verdict
+    assert "does not vanish" in " ".join(answer.verdict.split())
     assert number(raw[at]) in answer.verdict
     assert raw[last] < 0.01 * scaled[last]
     assert "At d = 1024 it does vanish" in answer.verdict

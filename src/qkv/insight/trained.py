@@ -25,7 +25,9 @@ def results() -> dict[str, Any]:
 
 
 def trained(topic: str) -> str:
-    """What changing this cost trained models, in held-out bits per byte; a difference within the seeds' is said so."""
+    """What changing this cost trained models, in held-out bits per byte; "" for a topic that no ablation bears on."""
+    if topic not in TOPICS:
+        return ""
     found = results()
     parts = []
     for name in TOPICS[topic]:
@@ -34,6 +36,6 @@ def trained(topic: str) -> str:
         certain = "" if low > 0 or high < 0 else ", no difference beyond the seeds'"
         parts.append(f"{row['what']} {row['cost'][0]:+.3f} ({low:+.3f} to {high:+.3f}{certain})")
     return (
-        f"In trained models ({found['budget']}; {len(found['seeds'])} seeds; unchanged: {found['bits']:.3f} bits per "
-        f"byte held out), the cost in bits per byte, mean and range: {'; '.join(parts)}."
+        f"Small models trained with this changed (docs/training.md), over {found['bits']:.3f} bits per byte, mean and "
+        f"range of {len(found['seeds'])} seeds: {'; '.join(parts)}."
     )

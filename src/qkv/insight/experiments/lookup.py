@@ -49,23 +49,23 @@ def run(seed: int) -> Answer:
     lines = [f"sharpness {number(s):>5}  {bar(w, 40)} {number(w)}" for s, w in zip(SHARPNESS, hit, strict=True)]
     best = max(range(len(SHARPNESS)), key=slope.__getitem__)
     verdict = prose(f"""
-        Attention is a dictionary lookup with a soft ==. The query is compared with every key;
-        softmax turns the {ENTRIES} scores into weights that sum to 1; out is the weighted mean of the values.
-        At sharpness 0 the weights are equal and out is the plain mean (distance {number(spread[0])});
-        at {number(SHARPNESS[-1])} out is the stored value to within {number(error[-1])}, as d[key] would give.
-        A query that equals no key still finds the nearest one
-        (weight {number(hit_misspelt[-1])} at {number(SHARPNESS[-1])}), where a dictionary has nothing to say.
-        What softness buys is a slope to learn from: it is largest at sharpness {number(SHARPNESS[best])}
-        ({number(slope[best])}), and is {number(slope[0])} for the mean
-        and {number(slope[-1])} for the almost exact lookup, so neither extreme can be trained.
+        The query is compared with every key; softmax turns the {ENTRIES} scores into weights that sum to 1;
+        out is the weighted mean of the values.
+        At sharpness 0 it is the plain mean (off by {number(spread[0])}),
+        at {number(SHARPNESS[-1])} the stored value to within {number(error[-1])}, as d[key] gives.
+        A query that equals no key finds the nearest one
+        (weight {number(hit_misspelt[-1])}) where a dictionary raises KeyError.
+        Softness buys a slope to learn from, largest at sharpness {number(SHARPNESS[best])} ({number(slope[best])});
+        the mean has {number(slope[0])}, the almost exact lookup {number(slope[-1])}: neither can be trained.
         """)
+    short = "A soft dictionary: the nearer a key is to the query, the more its value counts."
     sources = (
-        "Vaswani et al. 2017, Attention Is All You Need, section 3.2: an output is a weighted sum of values, "
-        "arxiv.org/abs/1706.03762",
-        "Where the three words come from: stats.stackexchange.com/questions/421935",
-        "Zhang et al., Dive into Deep Learning, chapter 11: queries, keys, values and kernel regression, d2l.ai",
+        "Vaswani et al. 2017, section 3.2, arxiv.org/abs/1706.03762",
+        "stats.stackexchange.com/questions/421935; Dive into Deep Learning, ch. 11, d2l.ai",
     )
-    return Answer("lookup", "What do queries, keys and values do?", numbers, "\n".join(lines), verdict, sources)
+    return Answer(
+        "lookup", "What do queries, keys and values do?", numbers, "\n".join(lines), verdict, sources, short=short
+    )
 
 
 def _sensitivity(out: torch.Tensor, q: torch.Tensor) -> float:

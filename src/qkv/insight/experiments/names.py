@@ -16,9 +16,7 @@ FRENCH = (("le", 0), ("chat", 1), ("noir", 2), ("dort", 3))
 SIZE, SHARP = 16, 8.0
 QUESTION = "Which one is Q, which is K, which is V?"
 SOURCES = (
-    "Bahdanau, Cho, Bengio 2014, Neural Machine Translation by Jointly Learning to Align and Translate, "
-    "arxiv.org/abs/1409.0473",
-    "Vaswani et al. 2017, section 3.2.3 (self- and cross-attention), arxiv.org/abs/1706.03762",
+    "Bahdanau, Cho, Bengio 2014, arxiv.org/abs/1409.0473",
     "The question itself: stats.stackexchange.com/questions/421935",
 )
 
@@ -42,7 +40,6 @@ def run(seed: int) -> Answer:
     values = torch.randn(1, 1, len(FRENCH), 3, generator=rng, dtype=torch.float64)  # Dv = 3, unlike D = 16
 
     written = weights(english, french, scale=SHARP)[0, 0]  # English is being written: it asks the French
-    swapped = weights(french, english, scale=SHARP)[0, 0]
     out = attention(english, french, values, scale=SHARP)
     itself = attention(english, english, english, scale=SHARP)
     back = attention(french, english, english, scale=SHARP)
@@ -61,7 +58,10 @@ def run(seed: int) -> Answer:
         **moved,
     }
     verdict = _verdict(out.shape[2], back.shape[2], values.shape[3], [*moved.values()][1:], right, rest)
-    return Answer("names", QUESTION, numbers, _picture(written, swapped), verdict, SOURCES)
+    short = "Q asks and gives out its rows; K is what Q is compared with, V what comes back."
+    if out.shape[2] != len(ENGLISH) or back.shape[2] != len(FRENCH):
+        short = "The rows of out are not those of Q here: the numbers contradict the story."
+    return Answer("names", QUESTION, numbers, _picture(written), verdict, SOURCES, short=short)
 
 
 def _reordered(english: Tensor, french: Tensor, values: Tensor, out: Tensor, rng: torch.Generator) -> dict[str, float]:
@@ -78,11 +78,9 @@ def _reordered(english: Tensor, french: Tensor, values: Tensor, out: Tensor, rng
     }
 
 
-def _picture(written: Tensor, swapped: Tensor) -> str:
+def _picture(written: Tensor) -> str:
     english, french = [word for word, _ in ENGLISH], [word for word, _ in FRENCH]
-    asks = f"English asks French (rows ask, columns are K and V):\n{heatmap(written.tolist(), english, french)}"
-    back = f"roles swapped, French asks English:\n{heatmap(swapped.tolist(), french, english)}"
-    return f"{table(WORDS)}\n\n{asks}\n\n{back}"
+    return f"{table(WORDS)}\n\n{heatmap(written.tolist(), english, french)}"
 
 
 def _verdict(rows: int, back: int, width: int, moved: list[float], right: list[bool], rest: float) -> str:
@@ -90,21 +88,15 @@ def _verdict(rows: int, back: int, width: int, moved: list[float], right: list[b
     paired = "Reordering k and v together changed out, which must not happen."
     if together < 1e-9 < alone:
         paired = f"""
-            K and V are two faces of the same entries: reorder both and nothing changes ({number(together)}),
-            reorder V alone and out changes by {number(alone)}."""
+            K and V are two faces of one entry: reorder both and nothing changes ({number(together)}),
+            V alone and out changes by {number(alone)}."""
     return prose(f"""
-        Q is the side that asks: out has one row for each query ({rows} English words ask {len(FRENCH)} French ones,
-        out has {rows} rows; swapped, {back}), in the queries' order.
+        {len(ENGLISH)} English words ask {len(FRENCH)} French ones (drawn): out has {rows} rows; swapped, {back}.
         {paired}
-        q and k are compared, so they share a width ({SIZE});
-        v is only averaged, so its width ({width}) is free and becomes out's.
-        Self-attention is the case where one sequence plays all three parts;
-        cross-attention takes K and V from another.
-        Bahdanau's translation of 2014 is cross-attention with K = V: c_i = Σ_j a_ij h_j,
-        the query is the state of the writer, the h_j are both keys and values.
-        {sum(right)} of {len(right)} words with a translation found it; "now" has none, yet its weights must sum to 1,
-        so {number(rest)} goes to a word that is merely nearest.
-        The words' vectors share concepts by construction; nothing here was learned.
+        q and k share a width ({SIZE}), they are compared; v's is free ({width}).
+        In Bahdanau's translation K = V: c_i = Σ_j a_ij h_j.
+        {sum(right)} of {len(right)} words found their translation; "now" has none, yet weights sum to 1:
+        {number(rest)} goes to the merely nearest.
         """)
 
 

@@ -15,9 +15,8 @@ PART, TOKENS = 32, 24  # a token is [wants | is | carries], three parts of 32 nu
 WIDTH, HEAD, HEADS = 512, 64, 8  # the layer whose folding is priced
 RANKS = (8, 32, 64, 128)
 SOURCES = (
-    "Vaswani et al. 2017, section 3.2.2, arxiv.org/abs/1706.03762",
-    "DeepSeek-AI 2024, DeepSeek-V2 (latent attention absorbs its projections), arxiv.org/abs/2405.04434",
-    "Karbevski, Mijoski 2025 (abstract): W_Q can be left out under stated assumptions, arxiv.org/abs/2510.23912",
+    "Vaswani et al. 2017, 3.2.2, arxiv.org/abs/1706.03762; "
+    "Karbevski, Mijoski 2025 (abstract): W_Q can be left out, arxiv.org/abs/2510.23912",
 )
 
 
@@ -35,8 +34,11 @@ def run(seed: int) -> Answer:
     wide = max(map(len, found.hits))
     lines = [f"  {name:<{wide}}  {bar(value, 30)} {value:.0%}" for name, value in found.hits.items()]
     picture = "\n".join(["tokens that found their partner", *lines])
-    question = "What do W_Q, W_K and W_V each buy, and what does folding them cost?"
-    return Answer("projections", question, numbers, picture, _verdict(found, fold), SOURCES)
+    question = "What do W_Q, W_K and W_V buy, and what does folding cost?"
+    short = "W_Q reads what a token wants, W_K what it is, W_V what it carries."
+    if found.hits["all three"] < 1 or found.hits["no W_Q, W_K refitted"] < 1:
+        short = "The projections did not do here what is told of them: see the bars."
+    return Answer("projections", question, numbers, picture, _verdict(found, fold), SOURCES, short=short)
 
 
 @dataclass
@@ -84,26 +86,16 @@ def _verdict(found: _Found, fold: dict[str, float]) -> str:
     hits, widths = found.hits, found.widths
     cost = {name: number(value) for name, value in fold.items()}
     return prose(f"""
-        Each token wants something, is something and carries something.
-        W_Q reads what it wants, W_K what it is, W_V what it carries;
-        with all three {hits["all three"]:.0%} of the tokens find their partner
-        and out is the partner's load (error {number(found.error)}).
-        With neither W_Q nor W_K {hits["neither"]:.0%} do, and {found.itself:.0%} find themselves.
-        Dropping one alone leaves {hits["no W_Q"]:.0%} and {hits["no W_K"]:.0%}, but refit W_K and W_Q is not missed
-        ({hits["no W_Q, W_K refitted"]:.0%}): only the product W_Q W_Kᵀ matters
-        (for W_V and the output projection it is the same).
-        Without W_V {hits["no W_V"]:.0%} are found but out is all of the partner: {widths["no W_V"]} numbers
-        instead of {widths["all three"]}, {found.loads["no W_V"]:.0%} of it load.
-        So why two matrices and not their product?
-        Folding is exact (weights differ by {cost["fold: largest difference of the weights"]}), but the product
-        is {WIDTH} wide and of rank {HEAD}: {cost["parameters, folded"]} parameters
-        instead of {cost["parameters, two thin matrices"]} for {HEADS} heads,
-        {cost["FLOPs a score, folded"]} operations a score instead of {cost["FLOPs a score, thin"]}.
-        What it saves is cache: x itself ({cost["cached numbers a token, folded"]} numbers a token)
-        instead of every head's k and v ({cost["cached numbers a token, thin"]});
-        latent attention (MLA) folds into a narrow latent to have both.
-        A rotation between the two (RoPE) stops it: the product then depends on the distance,
-        and changes by {fold["fold under a rotation: the product changes by"]:.0%} from one step to the next.
+        With all three {hits["all three"]:.0%} of the tokens find their partner and out is its load
+        (error {number(found.error)}); with neither W_Q nor W_K {found.itself:.0%} find themselves.
+        Refit W_K and W_Q is not missed: only the product W_Q W_Kᵀ matters (so do W_V and W_O).
+        Without W_V out is all of the partner: {widths["no W_V"]} numbers, {found.loads["no W_V"]:.0%} of it load.
+        Folding is exact (weights differ by {cost["fold: largest difference of the weights"]})
+        but {WIDTH} wide and of rank {HEAD}: {cost["parameters, folded"]} parameters instead of
+        {cost["parameters, two thin matrices"]}, {cost["FLOPs a score, folded"]} FLOPs a score instead of
+        {cost["FLOPs a score, thin"]}. It saves cache: {cost["cached numbers a token, folded"]} numbers a token
+        instead of {cost["cached numbers a token, thin"]}. A rotation between the two (RoPE) stops it: the product
+        changes by {fold["fold under a rotation: the product changes by"]:.0%} from one step to the next.
         """)
 
 
