@@ -46,7 +46,9 @@ class Answers:
     @cached_property
     def cannot(self) -> str | None:
         """Why the native backend cannot run the call."""
-        return self.native if isinstance(self.native, str) else _refusal(self.native, self.every)
+        if not isinstance(self.native, str):
+            return _refusal(self.native, self.every)
+        return self.native if self.problem.device in ("cpu", "meta") else f"tensors are on {self.problem.device}"
 
     @cached_property
     def measured(self) -> base.Advice | None:

@@ -14,9 +14,17 @@ import qkv
 import qkv.compat
 import qkv.nn
 from qkv.cache import DenseCache, LatentCache, PagedCache, RingCache
+from qkv.call.problem import Options
+from qkv.call.statistics import Wanted
 from qkv.lm.decoder import KINDS, Config, Decoder
+from qkv.observation import observe
 from qkv.rotary import Rotary
+from tests.kit.cases import DTYPES
+from tests.kit.device import moved
+from tests.kit.generator import random_config
+from tests.kit.inputs import materialise
 from tests.kit.layers import LAYERS, built
+from tests.kit.statistics_truth import Truth, faults
 
 Found = Iterator[tuple[str, str]]
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -75,7 +83,7 @@ def plans(device: str) -> Found:
         plan = qkv.plan(q, q, q, **options)
         refused = dict(plan.refused)
         fault = "" if str(plan) and plan.backend in ("tiled", "sdpa", "cpu") else f"it names {plan.backend}"
-        if not fault and torch.device(device).type != "cpu" and device not in refused.get("cpu", ""):
+        if not fault and device != "cpu" and f"tensors are on {q.device.type}" != refused["cpu"]:
             fault = f"it does not say why the CPU kernels do not run: {refused}"
         yield f"plan {name}: {plan.backend}", fault
 
@@ -227,6 +235,27 @@ def models(device: str) -> Found:
         yield f"transformers {name}", _off(found, want, 1e-5)
 
 
+def observing(device: str) -> Found:
+    """Statistics of generated calls against the oracle, and the bits of the call that is looked at."""
+    wanted = Wanted(top=3, mass=True, bins=(3, 4), distance=True)
+    names = ("positions", "bias", "scale", "softcap", "sinks", "dropout_p")
+    for seed in range(60):
+        config = random_config(seed)
+        here = materialise(config)
+        given = moved(here, device).call() | {"dropout_p": 0.0}  # statistics are those before dropout
+        options = Options(**{name: given[name] for name in names if name in given})
+        wanted = wanted._replace(bins=(min(3, config.Lq), min(4, config.Lk)))
+        for backend in (None, "tiled"):
+            torch.manual_seed(seed)
+            plain = qkv.attention(**given, backend=backend)
+            torch.manual_seed(seed)
+            found = observe("qkv.see()", *(given.get(n) for n in ("q", "k", "v", "mask")), options, backend, wanted)
+            wrong = faults(Truth.of(here.oracle), found.statistics, wanted, DTYPES[config.dtype])
+            if not torch.equal(plain.nan_to_num(7.0), found.out.nan_to_num(7.0)):
+                wrong = ["looking has changed the output"]
+            yield f"observe {seed} {backend or 'by default'}", "; ".join(wrong)
+
+
 def large(device: str) -> Found:
     """Keys past the 2**31st element of a tensor, against a blockwise float64."""
     Lk, D = (1 << 25) + 1000, 64
@@ -256,5 +285,5 @@ def large(device: str) -> Found:
 
 PARTS: dict[str, Callable[[str], Found]] = {
     "merge": merging, "weights": weights, "plan": plans, "layers": layers, "caches": caches, "drop-ins": drop_ins,
-    "derivatives": derivatives, "compile": compiled, "models": models,
+    "derivatives": derivatives, "compile": compiled, "models": models, "observe": observing,
 }  # fmt: skip

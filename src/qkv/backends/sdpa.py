@@ -33,8 +33,12 @@ class SdpaBackend(Backend):
             "score terms": bool(p.bias),
             "dropout that is the same for every tiling": p.dropout_p > 0,
             "empty dimensions": 0 in (p.B, p.Hq, p.Lq, p.Lk, p.Dv),
-            # Its CPU kernel scales the -inf of hidden scores too: negative makes them +inf (torch 2.13).
-            "causal mask with a scale that is not positive": causal_kernel is True and p.scale <= 0,
+            # Its CPU kernel scales the -inf of hidden scores too: negative makes them +inf (torch 2.13). Those of CUDA
+            # take the maximum before they scale, and find NaN without a mask as well (torch 2.11).
+            "causal mask with a scale that is not positive": p.device == "cpu"
+            and causal_kernel is True
+            and p.scale <= 0,
+            "scale that is not positive": p.device != "cpu" and p.scale <= 0,
             "masks other than causal() from position 0, without reading what they hide": causal_kernel is None,
         }
         missing = [name for name, wanted in lacks.items() if wanted]
@@ -42,6 +46,8 @@ class SdpaBackend(Backend):
 
     def run(self, problem: Problem, inputs: Inputs) -> Output:
         out = _computed(problem, inputs.q, inputs.k, inputs.v)
+        if out.requires_grad and problem.device != "cpu":
+            out.register_hook(_aligned)
         return Output(empty_output(inputs.q, problem.Dv).copy_(out), None)
 
     def backward(self, problem: Problem, inputs: Inputs, output: Output, d_out: Tensor, d_lse: Tensor) -> Gradients:
@@ -49,27 +55,41 @@ class SdpaBackend(Backend):
         leaves = [t.detach().requires_grad_() for t in (inputs.q, inputs.k, inputs.v)]
         with with_autograd():
             out = _computed(problem, *leaves)
-        q, k, v = torch.autograd.grad(out, leaves, d_out)
+        q, k, v = torch.autograd.grad(out, leaves, d_out if problem.device == "cpu" else _aligned(d_out))
         return Gradients(q, k, v, None, ())
 
     def tile(self, problem: Problem) -> tuple[int, int]:
         return 64, 64
 
     def note(self, problem: Problem) -> str:
+        further = "" if problem.device == "cpu" else "scores of any magnitude, "
         return (
-            "PyTorch's kernel: not promised are the error bound, the same bits for any thread count and batch "
-            "neighbour, and that a NaN in a hidden key or value stays unread"
+            f"PyTorch's kernel: not promised are the error bound, {further}the same bits for any thread count and "
+            "batch neighbour, and that a NaN in a hidden key or value stays unread"
         )
 
 
 def _computed(problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     # Some of its CPU kernels read a last dimension whose stride is not 1 wrongly (pytorch#187506, 2026).
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    on_cpu = problem.device == "cpu"
+    q, k, v = ((x if x.stride(-1) == 1 else x.contiguous()) if on_cpu else _aligned(x) for x in (q, k, v))
     options: dict[str, Any] = {"is_causal": _is_causal(problem) is True, "scale": problem.scale}
     if problem.group > 1:
         options["enable_gqa"] = True
     with torch.autocast(device_type=problem.device, enabled=False):
         return scaled_dot_product_attention(q, k, v, **options)
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """x, or a dense copy where its rows do not all begin at multiples of 16 bytes.
+
+    The fused kernels of CUDA read 16 bytes at a time, of an incoming gradient as well, and check neither: half types
+    end in "misaligned address", after which the process can use the device no more (torch 2.11, H100).
+    """
+    steps = [n * x.element_size() for n, size in zip(x.stride()[:-1], x.shape, strict=False) if size > 1]
+    if x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and (x.is_contiguous() or not any(n % 16 for n in steps)):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def _is_causal(problem: Problem) -> bool | None:

@@ -48,6 +48,8 @@ def real_device(call: str, value: Any) -> torch.device:
         raise ArgumentError.of(call, "device must be one that torch knows", f"device={value!r}", 'Pass "cpu"') from None
     if device.type == "meta":
         raise ArgumentError.of(call, "a cache needs memory", "device='meta'", "Pass a device that holds data")
+    if device.type != "cpu" and device.index is None:  # "cuda" is the current one, and its tensors say which that is
+        return torch.empty(0, device=device).device
     return device
 
 
