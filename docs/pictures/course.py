@@ -1,9 +1,10 @@
-"""Draws the pictures of the course, docs/intuition, for both themes. Run: python docs/pictures/course.py"""
+"""Draws the pictures of the course and the gallery, for both themes. Run: python docs/pictures/course.py"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import gallery
 import heads
 import machines
 import matrices
@@ -20,6 +21,9 @@ PICTURES = {
     "sparse": matrices.sparse,
     "flash": machines.flash,
     "paged": machines.paged,
+    "gallery-heads": gallery.heads,
+    "gallery-text": gallery.text,
+    "gallery-scores": gallery.scores,
 }
 PLACE = Path(__file__).parent / "course"
 

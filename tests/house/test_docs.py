@@ -89,6 +89,13 @@ def _headings(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
+def test_recipes_are_short() -> None:
+    recipes = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    blocks = [code for language, code in FENCE.findall(recipes) if language == "python"]
+    assert len(blocks) >= 12
+    assert max(len(code.splitlines()) for code in blocks) <= 20
+
+
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
 def test_examples_are_short(example: Path) -> None:
     assert len(example.read_text(encoding="utf-8").splitlines()) <= 30
