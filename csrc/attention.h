@@ -91,6 +91,8 @@ struct Attention {
     double dropout_scale;     // what weights that are kept grow by: 1 / (1 - p)
     void* state;              // row states for `backward`, laid out like lse, or null: not wanted
     int64_t state_step;       // from a row's m to its l: p_ij = exp(s_ij - m) / l
+    void* observed;           // of each row its largest score (-inf: it sees nothing), its largest weight, its entropy,
+    int64_t observed_step;    // so far apart; laid out like lse. Null: not wanted
     int32_t threads;
 };
 
@@ -121,6 +123,23 @@ struct Backward {
     double* d_sinks;             // (Hq,), or null
 };
 
+// What the weights p_ij of a call come to, dropout aside, one head after another: a second pass over its scores. A row
+// that is NaN is NaN in what it has of its own, has keys of -1 and adds nothing to columns and map.
+struct Observation {
+    uint64_t size;      // sizeof(Observation) of the caller
+    Attention call;     // as it was run, with its state, or null: states are found anew. Values are not read
+    int64_t top;        // keys of a row, up to kMostTop
+    int64_t* top_keys;  // (row, top): those of the largest scores, of equal ones the lower key first; -1: no more seen
+    void* top_weights;  // (row, top): theirs. Rows are counted as those of lse; null: not wanted, as all that follow
+    void* distance;     // laid out like lse: sum_j p_ij |p_i - j| / sum_j p_ij, in tokens
+    double* mass;       // b h j: sum_i p_ij. Zeroed by the caller, as the map
+    int64_t mass_stride[2];  // b h
+    double* map;             // b h r c: p summed over bins: of query i bin i rows / Lq, of key j bin j columns / Lk,
+    int64_t map_stride[3];   // b h r
+    int64_t rows, columns;   // at most as many of each as a sequence has queries and keys
+};
+inline constexpr int64_t kMostTop = 64;
+
 // The instruction sets of this build that this machine can run, best first, as a comma-separated list.
 const char* instruction_sets();
 
@@ -139,5 +158,6 @@ bool program_fits(const int64_t* words, int64_t length, int64_t operands);
 // Runs on the named instruction set (null or "": the best).
 Status attention(const Attention& call, const char* instruction_set);
 Status backward(const Backward& call, const char* instruction_set);
+Status observe(const Observation& call, const char* instruction_set);
 
 }  // namespace qkv

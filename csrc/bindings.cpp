@@ -26,6 +26,10 @@ using Addresses = std::vector<uintptr_t>;
 using Strides = std::array<int64_t, 4>;
 using BiasNumbers = std::array<int64_t, 7>;      // kind, type, strides of b h i j, reach
 using GradientNumbers = std::array<int64_t, 6>;  // address, strides of b h i j, whether it is in double
+using RowAddresses = std::array<uintptr_t, 3>;   // of lse, states, and largest scores, weights and entropies; or 0
+// Keys of a row and the addresses of those, of their weights and of distances; of what keys receive, and how many have
+// a place there; of the map, and its rows and columns. 0: not wanted.
+using Wanted = std::array<int64_t, 9>;
 
 void require(bool ok, const char* what) {
     if (!ok) throw std::invalid_argument(what);
@@ -52,7 +56,7 @@ void copy(const Strides& from, int64_t (&to)[4]) { std::copy(from.begin(), from.
 
 // The addresses of one call, 0 where there is none, and what else may differ from call to call.
 struct Given {
-    uintptr_t q, k, v, out, lse, sinks, positions, state;
+    uintptr_t q, k, v, out, lse, sinks, positions, state, observed;
     int64_t position_rows, seed;
     int threads;
 };
@@ -97,7 +101,7 @@ class Prepared {
         a_.scale = scale, a_.softcap = softcap;
         a_.dropout_below = static_cast<uint64_t>(std::nearbyint(dropout_p * 9007199254740992.0));
         a_.dropout_scale = 1 / (1 - dropout_p);
-        a_.state_step = B * Hq * Lq;
+        a_.state_step = a_.observed_step = B * Hq * Lq;
         for (const auto& [address, count] : operands) operands_.push_back({pointer(address), count});
         a_.program = program_.data(), a_.program_length = static_cast<int64_t>(program_.size());
         a_.operands = operands_.data(), a_.operand_count = static_cast<int64_t>(operands_.size());
@@ -125,41 +129,36 @@ class Prepared {
     void run_full(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t out, uintptr_t lse, int threads, uintptr_t sinks,
                   uintptr_t positions, int64_t position_rows, const Addresses& bias, uintptr_t state,
                   int64_t seed) const {
-        const Given given{q, k, v, out, lse, sinks, positions, state, position_rows, seed, threads};
+        const Given given{q, k, v, out, lse, sinks, positions, state, 0, position_rows, seed, threads};
         forward(given, bias_at(given, bias));
     }
 
-    // Keys and values on pages. `which`: the sequences that run, or none for all. Their tables are checked here: a
-    // wrong number would be a wrong address.
+    // The call, and what its weights come to. rows: where they are wanted.
+    void observe(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t out, int threads, uintptr_t sinks,
+                 uintptr_t positions, int64_t position_rows, const Addresses& bias, int64_t seed,
+                 const RowAddresses& rows, const Wanted& wanted) const {
+        const auto& [lse, state, observed] = rows;
+        const Given given{q, k, v, out, lse, sinks, positions, state, observed, position_rows, seed, threads};
+        with_call(given, bias_at(given, bias), [&](const Attention& call) { return observed_call(call, wanted); });
+    }
+
+    // Keys and values on pages.
     void run_pages(const std::array<uintptr_t, 7>& tensors, int threads, uintptr_t sinks, const Addresses& bias,
                    const std::array<uintptr_t, 4>& layout, const Strides& counts, const Integers& which) const {
-        const auto& [q, k, v, k_scale, v_scale, out, lse] = tensors;
-        const auto& [tables, starts, lengths, queries] = counts;
-        require(starts == lengths + 1 && (layout[3] == 0 || queries == lengths),
-                "a layout has n lengths, n + 1 starts and n queries");
-        require(page_size_ > 0 && a_.dropout_below == 0, "the call was prepared without pages, or with dropout");
-        require(layout[3] != 0 || lengths == B_, "sequences must be one a batch row");
-        Given given{};
-        given.sinks = sinks;
-        const std::vector<Bias> terms = bias_at(given, bias);
-        const Layout at{array_at<int32_t>(layout[0]),
-                        array_at<int64_t>(layout[1]),
-                        array_at<int64_t>(layout[2]),
-                        array_at<int64_t>(layout[3]),
-                        tables,
-                        lengths};
-        const std::vector<Sequence> sequences = sequences_of(at, pointer(k), pointer(v), which);
-        Attention call = a_;
-        if (at.queries != nullptr) call.q_stride[0] = call.out_stride[0] = call.lse_stride[0] = 0;
-        call.q = pointer(q);
-        call.k_scale = array_at<float>(k_scale), call.v_scale = array_at<float>(v_scale);
-        call.out = pointer(out), call.lse = pointer(lse);
-        call.sequences = sequences.data();
-        call.sequence_count = static_cast<int64_t>(sequences.size());
-        call.sinks = pointer(sinks);
-        call.bias = terms.data();
-        call.threads = threads;
-        check(attention(call, isa_.c_str()));
+        with_pages(tensors, threads, sinks, bias, layout, counts, which,
+                   [&](const Attention& call) { return attention(call, isa_.c_str()); });
+    }
+
+    // The same, and what its weights come to. rows: without lse, which is of the tensors.
+    void observe_pages(const std::array<uintptr_t, 7>& tensors, int threads, uintptr_t sinks, const Addresses& bias,
+                       const std::array<uintptr_t, 4>& layout, const Strides& counts, const Integers& which,
+                       const RowAddresses& rows, const Wanted& wanted) const {
+        with_pages(tensors, threads, sinks, bias, layout, counts, which, [&](const Attention& given) {
+            Attention call = given;
+            call.state = pointer(rows[1]), call.observed = pointer(rows[2]);
+            if (layout[3] != 0) call.state_step = call.observed_step = call.Hq * Lq_;
+            return observed_call(call, wanted);
+        });
     }
 
     // Addresses of what the call was given and gave, its gradients' addresses (of q, k, v) and strides; state (it is
@@ -169,7 +168,7 @@ class Prepared {
                   const Strides& d_out_stride, uintptr_t d_lse, const std::array<uintptr_t, 3>& to,
                   const std::array<Strides, 3>& strides, const std::vector<GradientNumbers>& d_bias,
                   uintptr_t d_sinks) const {
-        const Given given{q, k, v, out, 0, sinks, positions, state, position_rows, seed, threads};
+        const Given given{q, k, v, out, 0, sinks, positions, state, 0, position_rows, seed, threads};
         const std::vector<Bias> terms = bias_at(given, bias);
         require(d_bias.size() == terms.size(), "bias was prepared otherwise");
         std::vector<BiasGradient> gradients;
@@ -291,6 +290,7 @@ class Prepared {
         call.out = pointer(given.out);
         call.lse = pointer(given.lse);
         call.state = pointer(given.state);
+        call.observed = pointer(given.observed);
         call.dropout_seed = static_cast<uint64_t>(given.seed);
         call.sequences = sequences;
         call.sequence_count = Lq_ > 0 ? B_ : 0;
@@ -298,6 +298,58 @@ class Prepared {
         call.bias = bias.data();
         call.threads = given.threads;
         check(run(call));
+    }
+
+    // The same on keys and values that lie on pages. `which`: the sequences that run, or none for all. Their tables are
+    // checked here: a wrong number would be a wrong address.
+    template <class Run>
+    void with_pages(const std::array<uintptr_t, 7>& tensors, int threads, uintptr_t sinks, const Addresses& bias,
+                    const std::array<uintptr_t, 4>& layout, const Strides& counts, const Integers& which,
+                    Run run) const {
+        const auto& [q, k, v, k_scale, v_scale, out, lse] = tensors;
+        const auto& [tables, starts, lengths, queries] = counts;
+        require(starts == lengths + 1 && (layout[3] == 0 || queries == lengths),
+                "a layout has n lengths, n + 1 starts and n queries");
+        require(page_size_ > 0 && a_.dropout_below == 0, "the call was prepared without pages, or with dropout");
+        require(layout[3] != 0 || lengths == B_, "sequences must be one a batch row");
+        Given given{};
+        given.sinks = sinks;
+        const std::vector<Bias> terms = bias_at(given, bias);
+        const Layout at{array_at<int32_t>(layout[0]),
+                        array_at<int64_t>(layout[1]),
+                        array_at<int64_t>(layout[2]),
+                        array_at<int64_t>(layout[3]),
+                        tables,
+                        lengths};
+        const std::vector<Sequence> sequences = sequences_of(at, pointer(k), pointer(v), which);
+        Attention call = a_;
+        if (at.queries != nullptr) call.q_stride[0] = call.out_stride[0] = call.lse_stride[0] = 0;
+        call.q = pointer(q);
+        call.k_scale = array_at<float>(k_scale), call.v_scale = array_at<float>(v_scale);
+        call.out = pointer(out), call.lse = pointer(lse);
+        call.sequences = sequences.data();
+        call.sequence_count = static_cast<int64_t>(sequences.size());
+        call.sinks = pointer(sinks);
+        call.bias = terms.data();
+        call.threads = threads;
+        check(run(call));
+    }
+
+    Status observed_call(const Attention& call, const Wanted& wanted) const {
+        const Status status = attention(call, isa_.c_str());
+        const auto& [top, keys, weights, distance, mass, length, map, rows, columns] = wanted;
+        if (status != Status::ok || (top == 0 && distance == 0 && mass == 0 && map == 0)) return status;
+        const auto at = [](int64_t address) { return pointer(static_cast<uintptr_t>(address)); };
+        Observation of{};
+        of.size = sizeof(Observation);
+        of.call = call;
+        of.top = top, of.top_keys = static_cast<int64_t*>(at(keys)), of.top_weights = at(weights);
+        of.distance = at(distance);
+        of.mass = static_cast<double*>(at(mass)), of.map = static_cast<double*>(at(map));
+        of.mass_stride[0] = call.Hq * length, of.mass_stride[1] = length;
+        of.rows = rows, of.columns = columns;
+        of.map_stride[0] = call.Hq * rows * columns, of.map_stride[1] = rows * columns, of.map_stride[2] = columns;
+        return qkv::observe(of, isa_.c_str());
     }
 
     static constexpr float kOne = 1;
@@ -351,6 +403,10 @@ NB_MODULE(QKV_MODULE, m) {
              "positions"_a, "position_rows"_a, "bias"_a, "state"_a, "seed"_a)
         .def("run_pages", &Prepared::run_pages, free, "tensors"_a, "threads"_a, "sinks"_a, "bias"_a, "layout"_a,
              "counts"_a, "which"_a)
+        .def("observe", &Prepared::observe, free, "q"_a, "k"_a, "v"_a, "out"_a, "threads"_a, "sinks"_a, "positions"_a,
+             "position_rows"_a, "bias"_a, "seed"_a, "rows"_a, "wanted"_a)
+        .def("observe_pages", &Prepared::observe_pages, free, "tensors"_a, "threads"_a, "sinks"_a, "bias"_a, "layout"_a,
+             "counts"_a, "which"_a, "rows"_a, "wanted"_a)
         .def("backward", &Prepared::backward, free, "q"_a, "k"_a, "v"_a, "out"_a, "state"_a, "threads"_a, "sinks"_a,
              "positions"_a, "position_rows"_a, "bias"_a, "seed"_a, "d_out"_a, "d_out_stride"_a, "d_lse"_a, "to"_a,
              "strides"_a, "d_bias"_a, "d_sinks"_a);

@@ -21,13 +21,15 @@ struct Entry {
     const char* name;
     Status (*run)(const Attention&);
     Status (*run_backward)(const Backward&);
+    Status (*run_observation)(const Observation&);
     Limits (*limits)();
     bool (*supported)();
 };
 
 // Best first, for most processors.
 const Entry kEntries[] = {
-#define QKV_ISA(name, runs) {#name, name::run, name::run_backward, name::limits, [] { return runs; }},
+#define QKV_ISA(name, runs) \
+    {#name, name::run, name::run_backward, name::run_observation, name::limits, [] { return runs; }},
 #include "isas.inc"
 #undef QKV_ISA
 };
@@ -135,6 +137,20 @@ Status backward(const Backward& call, const char* instruction_set) {
     if (empty(call.call)) return Status::ok;
     if (call.call.bias_count > entry->limits().terms) return Status::unsupported;
     return program_runs(call.call) ? entry->run_backward(call) : Status::bad_program;
+}
+
+Status observe(const Observation& call, const char* instruction_set) {
+    if (call.size != sizeof(Observation)) return Status::bad_struct;
+    const Status status = acceptable(call.call);
+    if (status != Status::ok) return status;
+    if (call.top < 0 || call.top > kMostTop ||
+        (call.top > 0 && (call.top_keys == nullptr || call.top_weights == nullptr)))
+        return Status::unsupported;
+    if (call.map != nullptr && (call.rows < 1 || call.columns < 1)) return Status::unsupported;
+    const Entry* entry = find(instruction_set);
+    if (entry == nullptr) return Status::unsupported;
+    if (empty(call.call)) return Status::ok;
+    return program_runs(call.call) ? entry->run_observation(call) : Status::bad_program;
 }
 
 }  // namespace qkv

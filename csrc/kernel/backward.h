@@ -322,7 +322,7 @@ class Gradients {
             RowState<V> rows = states.template rows<V>(z);
             const Shift<V> shift = rows.template raise<M::kDegree>(top, factor);
             for (int j = 0; j < kGranule; ++j) sum = sum + weight<M::kDegree>(s[j], shift.from, factor);
-            rows.absorb(shift.keep, {sum});
+            rows.absorb(shift.keep, shift.by, {sum});
             states.set_rows(z, rows);
         }
     }

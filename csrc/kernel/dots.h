@@ -57,7 +57,7 @@ class Dots {
         S* values;        // likewise [kStepKeys][padded Dv]
         E* k_scales;      // [kWindowKeys], of stored keys that have them
         E* v_scales;
-        RowStates<E, kTileRows> softmax;
+        RowStates<E, kTileRows, 2> softmax;
         uint64_t draws[kWindowKeys];  // dropout's numbers of a step's keys
         bool masked;
     };
@@ -398,16 +398,15 @@ class Dots {
         V top = V::set1(-static_cast<E>(INFINITY));
         for (int j = 0; j < n; j += W) top = maximum(top, V::load(s + j));
         const V factor = V::set1(static_cast<E>(job.factor));
-        RowState<E> state = w.softmax.row(r);
+        RowState<E, 2> state = w.softmax.row(r);
         const Shift<V> shift = state.template raise<6>(largest(top), factor);
         const E keep = first_lane(shift.keep);
-        V l = V::zero();
-        for (int j = 0; j < n; j += W) {
-            const V e = weight<M::kDegree>(V::load(s + j), shift.from, factor);
-            l = l + e;
-            e.store(s + j);
-        }
-        state.absorb(keep, {sum(l)});
+        V l = V::zero(), t = V::zero();
+        if (a.observed != nullptr)
+            exponentials<true>(s, n, shift.from, factor, l, t);
+        else
+            exponentials<false>(s, n, shift.from, factor, l, t);
+        state.absorb(keep, first_lane(shift.by), {sum(l), sum(t)});
         w.softmax.set(r, state);
         if constexpr (kScaled) {
             for (int j = 0; j < n; j += W) (V::load(s + j) * V::load(w.v_scales + j)).store(s + j);
@@ -420,6 +419,17 @@ class Dots {
             for (int j = 0; j < n; j += W) M::Pairs::store(M::Pairs::narrow(V::load(s + j)), to + j);
         }
         return keep;
+    }
+
+    // Weights from scores, in place, and what they add to a row's sums.
+    template <bool Observed>
+    static QKV_INLINE void exponentials(E* s, int n, V from, V factor, V& l, [[maybe_unused]] V& t) {
+        for (int j = 0; j < n; j += W) {
+            const V x = exponent(V::load(s + j), from, factor), e = exp2_poly<M::kDegree>(x);
+            l = l + e;
+            if constexpr (Observed) t = fma(e, there(x), t);
+            e.store(s + j);
+        }
     }
 
     static void drop(const Attention& a, const Work& w, int r, int n, E* weights) {

@@ -68,7 +68,7 @@ class Run {
         schedule.cuts = memory.template take<Cut>(a.sequence_count);
         workers = memory.template take<char>(worker_bytes * threads);
         partial_out = memory.template take<E>(schedule.partial_rows * a.Dv);
-        partial_states = memory.template take<RowState<E>>(schedule.partial_rows);
+        partial_states = memory.template take<RowState<E, 2>>(schedule.partial_rows);
         remaining = memory.template take<int32_t>(schedule.counters);
         pairs = memory.template take<Lane>(schedule.pair_words);
         if (candidates == 0) return;
@@ -332,7 +332,7 @@ class Run {
     int64_t partial(const Cut& c, int64_t kv_head, int64_t chunk, int64_t row) const {
         return c.first_row + (kv_head * c.chunks + chunk) * c.rows + row;
     }
-    void keep(int64_t at, const E* o, const RowState<E>& state) {
+    void keep(int64_t at, const E* o, const RowState<E, 2>& state) {
         partial_states[at] = state;
         std::memcpy(partial_out + at * a.Dv, o, sizeof(E) * static_cast<size_t>(a.Dv));
     }
@@ -352,7 +352,7 @@ class Run {
             schedule.rows_of(s, c, kv_head, t, tile);
             for (int r = 0; r < tile.rows.count; ++r) {
                 const int64_t row = t * c.tile_rows + r;
-                RowState<E> state = RowState<E>::none();
+                RowState<E, 2> state = RowState<E, 2>::none();
                 for (int64_t x = 0; x < c.chunks; ++x) state.cover(partial_states[partial(c, kv_head, x, row)]);
                 bool first = true;
                 for (int64_t x = 0; x < c.chunks; ++x) {
@@ -379,7 +379,7 @@ class Run {
     int64_t worker_bytes = 0;
     char* workers = nullptr;
     E* partial_out = nullptr;
-    RowState<E>* partial_states = nullptr;
+    RowState<E, 2>* partial_states = nullptr;
     int32_t* remaining = nullptr;  // chunks of each sequence and key/value head
     Lane* pairs = nullptr;
 };

@@ -2,9 +2,10 @@
 #pragma once
 #include "attention.h"
 
-#define QKV_DECLARE_KERNELS(isa)               \
-    namespace isa {                            \
-    Status run(const Attention& call);         \
-    Status run_backward(const Backward& call); \
-    Limits limits();                           \
+#define QKV_DECLARE_KERNELS(isa)                     \
+    namespace isa {                                  \
+    Status run(const Attention& call);               \
+    Status run_backward(const Backward& call);       \
+    Status run_observation(const Observation& call); \
+    Limits limits();                                 \
     }

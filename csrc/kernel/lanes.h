@@ -38,7 +38,7 @@ class Lanes {
         bool any, masked;
         Lane* queries;  // [units][vectors * W]
         E* out;         // [Dv][vectors * W]
-        RowStates<E, kTileRows> softmax;
+        RowStates<E, kTileRows, 2> softmax;
         uint64_t draws[kTileRows];  // dropout's numbers, but for the key
     };
     // The granules whose converted keys and values a worker holds: tiles that take turns use them one after another.
@@ -219,6 +219,13 @@ class Lanes {
                 }
             }
         }
+    }
+
+    // The scores of the block that work holds, in work.scores: the same as those of `run`, to the bit. -inf: hidden.
+    template <int Z>
+    static void only_scores(const Job& job, State& s, Work& work, V* top) {
+        Laid laid;
+        scores_of<Z>(job, s, work, work.block, laid, top);
     }
 
   private:
@@ -517,30 +524,14 @@ class Lanes {
             default: step<3>(job, s, work, work.block, careful);
         }
     }
-    template <int Z>
-    static void step(const Job& job, State& s, Work& work, Block& block, bool careful) {
-        if constexpr (sizeof(E) == 4) {
-            if (is_scaled(*job.call)) {
-                if (job.call->kv_type == Type::i8)
-                    step_from<Z, int8_t>(job, s, work, block, careful);
-                else
-                    step_from<Z, f8>(job, s, work, block, careful);
-                return;
-            }
-        }
-        step_from<Z, T>(job, s, work, block, careful);
-    }
 
-    // S: what keys and values are stored as.
+    // The scores of a block, in work.scores, and the largest of each row. S: what keys and values are stored as.
     template <int Z, class S>
-    static void step_from(const Job& job, State& s, Work& work, Block& block, bool careful) {
+    static void scores_from(const Job& job, State& s, Work& work, Block& block, Laid& laid, V* top) {
         constexpr bool kScaled = !std::is_same_v<S, T>;
-        const Attention& a = *job.call;
-        Laid laid;
         gather<S>(job, s, work, block, laid);
-        V top[Z];
         QKV_FOR(z, Z) top[z] = V::set1(-static_cast<E>(INFINITY));
-        const int64_t u = units(a.D);
+        const int64_t u = units(job.call->D);
         if (job.transform) {
             all_scores<Z, false, false>(s, block, laid, u, work.scores, top);
             transform<Z, kScaled>(job, s, work, block, top);
@@ -549,26 +540,54 @@ class Lanes {
         } else {
             all_scores<Z, false, true>(s, block, laid, u, work.scores, top);
         }
+    }
+    template <int Z>
+    static void scores_of(const Job& job, State& s, Work& work, Block& block, Laid& laid, V* top) {
+        if constexpr (sizeof(E) == 4) {
+            if (is_scaled(*job.call)) {
+                if (job.call->kv_type == Type::i8)
+                    scores_from<Z, int8_t>(job, s, work, block, laid, top);
+                else
+                    scores_from<Z, f8>(job, s, work, block, laid, top);
+                return;
+            }
+        }
+        scores_from<Z, T>(job, s, work, block, laid, top);
+    }
+
+    template <int Z>
+    static void step(const Job& job, State& s, Work& work, Block& block, bool careful) {
+        const Attention& a = *job.call;
+        Laid laid;
+        V top[Z];
+        scores_of<Z>(job, s, work, block, laid, top);
         s.masked |= block.masked;
 
         const V factor = V::set1(static_cast<E>(job.factor));
-        RowState<V> rows[Z];
-        V from[Z], keep[Z], sums[Z];
+        RowState<V, 2> rows[Z];
+        V from[Z], keep[Z], by[Z], sums[Z], moments[Z];
         QKV_FOR(z, Z) {
             rows[z] = s.softmax.template rows<V>(z * W);
             const Shift<V> shift = rows[z].template raise<6>(top[z], factor);
             from[z] = shift.from;
             keep[z] = shift.keep;
-            sums[z] = V::zero();
+            by[z] = shift.by;
+            sums[z] = moments[z] = V::zero();
         }
-        if (kScaled || a.dropout_below > 0) {
+        const bool observed = a.observed != nullptr;
+        if (is_scaled(a) || a.dropout_below > 0) {
             if (a.dropout_below > 0) draw<Z>(a, s, work, block);
-            exponentials<Z, true>(job, work, block, factor, from, sums);
+            if (observed)
+                exponentials<Z, true, true>(job, work, block, factor, from, sums, moments);
+            else
+                exponentials<Z, true, false>(job, work, block, factor, from, sums, moments);
+        } else if (observed) {
+            exponentials<Z, false, true>(job, work, block, factor, from, sums, moments);
         } else {
-            exponentials<Z, false>(job, work, block, factor, from, sums);
+            exponentials<Z, false, false>(job, work, block, factor, from, sums, moments);
         }
         QKV_FOR(z, Z) {
-            rows[z].absorb(keep[z], {sums[z]});
+            rows[z].absorb(keep[z], by[z], {sums[z], moments[z]});
             s.softmax.set_rows(z * W, rows[z]);
         }
 
@@ -591,11 +610,11 @@ class Lanes {
         }
     }
 
-    // Weights from scores, in place. With `Changed`, what values are multiplied by differs from what is summed: it is
-    // times the value's scale, or dropped.
-    template <int Z, bool Changed>
-    static QKV_APART void exponentials(const Job& job, Work& work, const Block& block, V factor, const V* from,
-                                       V* sums) {
+    // Weights from scores, in place, and their sums; moments: the second ones of rows, of `Observed`. With `Changed`,
+    // what values are multiplied by differs from what is summed: it is times the value's scale, or dropped.
+    template <int Z, bool Changed, bool Observed>
+    static QKV_APART void exponentials(const Job& job, Work& work, const Block& block, V factor, const V* from, V* sums,
+                                       [[maybe_unused]] V* moments) {
         constexpr int n = Z * W;
         E* scores_at = work.scores;
         const int keys = block.keys();
@@ -609,10 +628,14 @@ class Lanes {
             }
             return x;
         };
-        const auto e = [&](const E* at, int z) { return weight<M::kDegree>(V::load(at + z * W), from[z], factor); };
         for (int first = 0; first < keys; first += kGranule) {
-            V part[Z];
-            QKV_FOR(z, Z) part[z] = V::zero();
+            V part[Z], moment[Z];
+            QKV_FOR(z, Z) part[z] = moment[z] = V::zero();
+            const auto e = [&](const E* at, int z) {
+                const V x = exponent(V::load(at + z * W), from[z], factor), y = exp2_poly<M::kDegree>(x);
+                if constexpr (Observed) moment[z] = fma(y, there(x), moment[z]);
+                return y;
+            };
             for (int j = first; j < first + kGranule; j += M::kPair)
                 QKV_FOR(z, Z) {
                     const V even = e(scores_at + j * n, z);
@@ -627,6 +650,8 @@ class Lanes {
                     }
                 }
             QKV_FOR(z, Z) sums[z] = sums[z] + part[z];
+            if constexpr (Observed)
+                QKV_FOR(z, Z) moments[z] = moments[z] + moment[z];
         }
     }
 };

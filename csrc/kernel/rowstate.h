@@ -10,17 +10,29 @@ template <class E>
 inline constexpr E kLargest =
     sizeof(E) == 8 ? static_cast<E>(1.7976931348623157e308) : static_cast<E>(3.4028234663852886e38f);
 
-// exp2((score - m) factor), where m is at least the score. -inf gives 0, NaN and +inf NaN.
+// A weight's exponent of 2, where m is at least the score.
+template <class V>
+QKV_INLINE V exponent(V score, V m, V factor) {
+    return (score - m) * factor;
+}
+// The weight. -inf gives 0, NaN and +inf NaN.
 template <int Degree, class V>
 QKV_INLINE V weight(V score, V m, V factor) {
-    return exp2_poly<Degree>((score - m) * factor);
+    return exp2_poly<Degree>(exponent(score, m, factor));
+}
+// Exponents far below every dtype's least power of 2 count as this one: 0 times it is 0, which 0 times -inf is not.
+inline constexpr float kGone = -2048;
+template <class V>
+QKV_INLINE V there(V x) {
+    return maximum(V::set1(kGone), x);
 }
 
 // What a row's state is worth once a block's largest score is known.
 template <class V>
 struct Shift {
     V from;  // what the block's scores are taken from: the new maximum, but finite where nothing is seen
-    V keep;  // what the sums so far count for
+    V keep;  // what the sums so far count for: 2^by
+    V by;
 };
 
 // What a row's state comes to once all keys are in: out = o times factor. Sinks join here.
@@ -33,6 +45,7 @@ struct Closing {
 
 QKV_INLINE float larger(float a, float b) { return a > b ? a : b; }  // as maximum() of vectors
 QKV_INLINE double larger(double a, double b) { return a > b ? a : b; }
+QKV_INLINE long double larger(long double a, long double b) { return a > b ? a : b; }
 QKV_INLINE VF larger(VF a, VF b) { return maximum(a, b); }
 QKV_INLINE VD larger(VD a, VD b) { return maximum(a, b); }
 QKV_INLINE float scaled_sum(float a, float by, float b) { return a * by + b; }
@@ -48,8 +61,16 @@ QKV_INLINE V spread(V x) {
     return x;
 }
 
-// The largest score m so far, and sums over the keys of exp(score - m) times a number of the key. Of the first sum, l,
-// this number is 1; with Sums = 2 there is a further one. N is a number, or a vector: then each lane is a row.
+// What the weights of a row come to.
+template <class E>
+struct Outcome {
+    E score, weight;  // the largest of each, of keys
+    E entropy;        // in nats; a sink is one more outcome
+};
+
+// The largest score m so far, and sums over the keys: l of weights exp(score - m), and with Sums = 2 also t of 2^x x
+// with x the exponent of such a weight: the entropy is log l - log 2 t / l. N is a number, or a vector: then each lane
+// is a row.
 template <class N, int Sums = 1>
 struct RowState {
     N m;
@@ -61,11 +82,13 @@ struct RowState {
         const V old = spread<V>(m);
         m = larger(m, top);
         const V from = maximum(V::set1(-kLargest<typename V::E>), spread<V>(m));
-        return {from, weight<Degree>(old, from, factor)};
+        const V by = exponent(old, from, factor);
+        return {from, exp2_poly<Degree>(by), there(by)};
     }
-    // Takes the block's sums in; keep: of its shift.
-    QKV_INLINE void absorb(N keep, const N (&block)[Sums]) {
-        for (int i = 0; i < Sums; ++i) sums[i] = scaled_sum(sums[i], keep, block[i]);
+    // Takes the block's sums in; keep, by: of its shift.
+    QKV_INLINE void absorb(N keep, [[maybe_unused]] N by, const N (&block)[Sums]) {
+        if constexpr (Sums == 2) sums[1] = scaled_sum(scaled_sum(sums[0], by, sums[1]), keep, block[1]);
+        sums[0] = scaled_sum(sums[0], keep, block[0]);
     }
 
     // Whether no key was seen.
@@ -75,8 +98,10 @@ struct RowState {
     // part counts for.
     void cover(const RowState& part) { m = m > part.m || m != m ? m : part.m; }
     N merge(const RowState& part, N factor) {
-        const N w = std::exp2((part.m - m) * factor);
-        for (int i = 0; i < Sums; ++i) sums[i] += w * part.sums[i];
+        const N x = (part.m - m) * factor;
+        const N w = std::exp2(x);
+        if constexpr (Sums == 2) sums[1] += w * (part.sums[1] + part.sums[0] * larger(N(kGone), x));
+        sums[0] += w * part.sums[0];
         return w;
     }
 
@@ -96,6 +121,27 @@ struct RowState {
         const Wide unit = static_cast<Wide>(job.unit);
         end.lse = static_cast<N>(static_cast<Wide>(end.m) * unit + std::log(static_cast<Wide>(end.l)));
         return end;
+    }
+
+    // Once all keys are in, beside `close`.
+    Outcome<N> outcome(const Job& job, bool has_sink, N sink) const {
+        using Wide = std::conditional_t<sizeof(N) == 8, long double, double>;
+        const N infinity = static_cast<N>(INFINITY), l = sums[0];
+        if (empty()) return {-infinity, N(0), N(0)};
+        has_sink = has_sink && sink != -infinity;
+        const Wide far = kGone;
+        Wide total = l, moment = static_cast<Wide>(sums[1]) / static_cast<Wide>(kLog2e), w = 1;
+        if (has_sink) {  // scores are held as the definition has them
+            const Wide top = m < sink ? sink : m, down = larger(far, static_cast<Wide>(m) - top),
+                       e_down = larger(far, static_cast<Wide>(sink) - top), e = std::exp(e_down);
+            w = std::exp(down);
+            moment = w * (moment + total * down) + e * e_down;
+            total = total * w + e;
+        }
+        if (total != total) return {static_cast<N>(NAN), static_cast<N>(NAN), static_cast<N>(NAN)};
+        const Wide entropy = larger(Wide(0), std::log(total) - moment / total);
+        return {static_cast<N>(static_cast<Wide>(m) * static_cast<Wide>(job.unit)), static_cast<N>(w / total),
+                static_cast<N>(entropy)};
     }
 
     static RowState none() {
@@ -145,7 +191,7 @@ inline bool sink_of(const Attention& call, int64_t head, E& sink) {
 
 // Writes row r of the tile: o (contiguous, unnormalised) times factor, its lse and its state.
 template <class T, class E, class V>
-inline void write_row(const Job& job, const Tile& tile, int r, const E* o, const RowState<E>& held) {
+inline void write_row(const Job& job, const Tile& tile, int r, const E* o, const RowState<E, 2>& held) {
     const Attention& call = *job.call;
     const Rows& rows = tile.rows;
     E sink = 0;
@@ -167,6 +213,11 @@ inline void write_row(const Job& job, const Tile& tile, int r, const E* o, const
     if (call.state != nullptr) {
         E* state = static_cast<E*>(call.state) + at;
         state[0] = end.m, state[call.state_step] = end.l;
+    }
+    if (call.observed != nullptr) {
+        const Outcome<E> of = held.outcome(job, has_sink, sink);
+        E* to = static_cast<E*>(call.observed) + at;
+        to[0] = of.score, to[call.observed_step] = of.weight, to[2 * call.observed_step] = of.entropy;
     }
 }
 

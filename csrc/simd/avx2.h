@@ -74,6 +74,9 @@ QKV_INLINE VF choose(uint32_t bits, VF yes, VF no) {
     const __m256i on = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(static_cast<int>(bits)), lane), lane);
     return {_mm256_blendv_ps(no.r, yes.r, _mm256_castsi256_ps(on))};
 }
+QKV_INLINE uint32_t above(VF a, VF b) {
+    return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a.r, b.r, _CMP_GT_OQ)));
+}
 QKV_INLINE VF less_then(VF a, VF b, VF yes, VF no) {
     return {_mm256_blendv_ps(no.r, yes.r, _mm256_cmp_ps(a.r, b.r, _CMP_LT_OQ))};
 }
@@ -146,6 +149,9 @@ QKV_INLINE VD fused(VD a, VD b, VD c) { return fma(a, b, c); }
 QKV_INLINE VD maximum(VD a, VD b) { return {_mm256_max_pd(a.r, b.r)}; }
 QKV_INLINE VD minimum(VD a, VD b) { return {_mm256_min_pd(a.r, b.r)}; }
 QKV_INLINE VD absolute(VD a) { return {_mm256_andnot_pd(_mm256_set1_pd(-0.), a.r)}; }
+QKV_INLINE uint32_t above(VD a, VD b) {
+    return static_cast<uint32_t>(_mm256_movemask_pd(_mm256_cmp_pd(a.r, b.r, _CMP_GT_OQ)));
+}
 QKV_INLINE VD choose(uint32_t bits, VD yes, VD no) {
     const __m256i lane = _mm256_setr_epi64x(1, 2, 4, 8);
     const __m256i on = _mm256_cmpeq_epi64(_mm256_and_si256(_mm256_set1_epi64x(static_cast<int64_t>(bits)), lane), lane);

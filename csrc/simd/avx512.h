@@ -83,6 +83,7 @@ QKV_INLINE VF copy_sign(VF a, VF sign) {
 QKV_INLINE VF choose(uint32_t bits, VF yes, VF no) {
     return {_mm512_mask_mov_ps(no.r, static_cast<__mmask16>(bits), yes.r)};
 }
+QKV_INLINE uint32_t above(VF a, VF b) { return _mm512_cmp_ps_mask(a.r, b.r, _CMP_GT_OQ); }
 QKV_INLINE VF less_then(VF a, VF b, VF yes, VF no) {
     return {_mm512_mask_mov_ps(no.r, _mm512_cmp_ps_mask(a.r, b.r, _CMP_LT_OQ), yes.r)};
 }
@@ -171,6 +172,7 @@ QKV_INLINE VD fused(VD a, VD b, VD c) { return fma(a, b, c); }
 QKV_INLINE VD maximum(VD a, VD b) { return {_mm512_max_pd(a.r, b.r)}; }
 QKV_INLINE VD minimum(VD a, VD b) { return {_mm512_min_pd(a.r, b.r)}; }
 QKV_INLINE VD absolute(VD a) { return {_mm512_abs_pd(a.r)}; }
+QKV_INLINE uint32_t above(VD a, VD b) { return _mm512_cmp_pd_mask(a.r, b.r, _CMP_GT_OQ); }
 QKV_INLINE VD choose(uint32_t bits, VD yes, VD no) {
     return {_mm512_mask_mov_pd(no.r, static_cast<__mmask8>(bits), yes.r)};
 }

@@ -84,6 +84,10 @@ QKV_INLINE VF minimum(VF a, VF b) { return {vbslq_f32(vcltq_f32(a.r, b.r), a.r, 
 QKV_INLINE VF absolute(VF a) { return {vabsq_f32(a.r)}; }
 QKV_INLINE VF copy_sign(VF a, VF sign) { return {vbslq_f32(vdupq_n_u32(0x80000000u), sign.r, a.r)}; }
 QKV_INLINE VF choose(uint32_t bits, VF yes, VF no) { return {vbslq_f32(lanes_of(bits), yes.r, no.r)}; }
+QKV_INLINE uint32_t above(VF a, VF b) {
+    const uint32x4_t lane = {1, 2, 4, 8};
+    return vaddvq_u32(vandq_u32(vcgtq_f32(a.r, b.r), lane));
+}
 QKV_INLINE VF less_then(VF a, VF b, VF yes, VF no) { return {vbslq_f32(vcltq_f32(a.r, b.r), yes.r, no.r)}; }
 // Also right for NaN (stays: as an integer it is 0) and -inf (0). Results below 2^-126 are 0.
 template <int Degree>
@@ -140,6 +144,10 @@ QKV_INLINE VD fused(VD a, VD b, VD c) { return fma(a, b, c); }
 QKV_INLINE VD maximum(VD a, VD b) { return {vbslq_f64(vcgtq_f64(a.r, b.r), a.r, b.r)}; }
 QKV_INLINE VD minimum(VD a, VD b) { return {vbslq_f64(vcltq_f64(a.r, b.r), a.r, b.r)}; }
 QKV_INLINE VD absolute(VD a) { return {vabsq_f64(a.r)}; }
+QKV_INLINE uint32_t above(VD a, VD b) {
+    const uint64x2_t lane = {1, 2};
+    return static_cast<uint32_t>(vaddvq_u64(vandq_u64(vcgtq_f64(a.r, b.r), lane)));
+}
 QKV_INLINE VD choose(uint32_t bits, VD yes, VD no) {
     const uint64x2_t lane = {1, 2};
     return {vbslq_f64(vtstq_u64(vdupq_n_u64(bits), lane), yes.r, no.r)};

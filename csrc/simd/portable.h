@@ -104,6 +104,11 @@ struct Numbers {
         for (int i = 0; i < N; ++i) no.r[i] = (bits >> i & 1u) ? yes.r[i] : no.r[i];
         return no;
     }
+    friend QKV_INLINE uint32_t above(Numbers a, Numbers b) {
+        uint32_t bits = 0;
+        for (int i = 0; i < N; ++i) bits |= static_cast<uint32_t>(a.r[i] > b.r[i]) << i;
+        return bits;
+    }
     friend QKV_INLINE Numbers less_then(Numbers a, Numbers b, Numbers yes, Numbers no) {
         for (int i = 0; i < N; ++i) no.r[i] = a.r[i] < b.r[i] ? yes.r[i] : no.r[i];
         return no;

@@ -2,7 +2,7 @@
 // translation units, or the linker could keep an AVX-512 copy of a function for a machine without it.
 //
 // maximum(a, b) returns b when either is NaN (the x86 rule): put the value whose NaN must survive second.
-// `bits` arguments choose lanes: bit l set takes `yes`.
+// `bits` arguments choose lanes: bit l set takes `yes`. above(a, b) makes such bits: where a > b, and neither is NaN.
 #pragma once
 #include <cmath>
 #include <cstdint>
