@@ -14,7 +14,7 @@ from qkv.call.problem import Inputs, Options, Problem
 from qkv.call.statistics import Statistics, Wanted
 from qkv.call.validate import validate
 from qkv.call.view import Group, check_view, gathered, groups, joined, problem_of
-from qkv.execute import on_view, prepare
+from qkv.execute import draw_seed, on_view, prepare
 from qkv.plans import Plan, check_backend, choose, over_view
 
 
@@ -54,6 +54,8 @@ def observe(
         problem, inputs = validate(call, q, k, v, mask, options)
         wanted = _fitting(wanted, problem.Lq, problem.Lk)
         plan = choose(problem, backend)
+        if problem.dropout_p > 0:  # as `attention` draws it
+            inputs = inputs._replace(seed=int(draw_seed()))
         found = plan.chosen.observe(problem, inputs, wanted)
         if found is None:
             out = prepare(problem, inputs, options, backend).run(*inputs)[0]
@@ -72,9 +74,13 @@ def _of_view(
     call: str, q: Tensor, view: KVView, v: Tensor | None, mask: Any, options: Options, backend: Any, wanted: Wanted
 ) -> Observed:
     check_view(call, q, view, v, options)
-    out = on_view(call, q, view, v, mask, options, backend).out
     known = joined(call, mask, view.held)
-    plan = over_view(call, q, view, known, options, backend)[0]
+    plan, in_place, placed = over_view(call, q, view, known, options, backend)
+    native = None
+    if in_place:
+        parts_in_place = [(group.sequences, problem, inputs) for group, problem, inputs in placed]
+        native = plan.chosen.observe_view(q.resolve_neg(), view, parts_in_place, wanted)
+    out = on_view(call, q, view, v, mask, options, backend).out if native is None else native[0]
     wide = view.k_scale is not None and q.dtype in (torch.bfloat16, torch.float16)
     if wide:  # what is stored has more digits than q's dtype
         q, view = q.float(), view._replace(dtype=torch.float32)
@@ -86,6 +92,8 @@ def _of_view(
         rows = _rows_of(q, queries, group)
         inputs = inputs._replace(q=rows, k=keys[:, :, : group.Lk], v=values[:, :, : group.Lk])
         parts.append(Part(group.sequences, replace(problem, needs_grad=False), inputs))
+    if native is not None:
+        return Observed(out, native[1], plan, tuple(parts))
     found = [
         statistics(part.problem, part.inputs, _fitting(wanted, part.problem.Lq, part.problem.Lk)) for part in parts
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, NamedTuple, TypeAlias
 
@@ -84,6 +85,14 @@ class Backend:
 
     def observe(self, problem: Problem, inputs: Inputs, wanted: Wanted) -> tuple[Tensor, Statistics] | None:
         """What `run` computes, to the bit, and the statistics of its weights; None where it has none of its own."""
+        return None
+
+    def observe_view(
+        self, q: Tensor, view: KVView, parts: Sequence[tuple[Sequence[int], Problem, Inputs]], wanted: Wanted
+    ) -> tuple[Tensor, Statistics] | None:
+        """The same for keys on pages, which it reads; parts: some sequences, or all, and what they are prepared with.
+
+        What sequences of unequal lengths have stands side by side, as in `qkv.observation.Observed`."""
         return None
 
     def backward(self, problem: Problem, inputs: Inputs, output: Output, d_out: Tensor, d_lse: Tensor) -> Gradients:

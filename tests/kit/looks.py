@@ -1,0 +1,81 @@
+"""Calls that are looked at: statistics by a backend's own passes, on tensors and on views, and the judge of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qkv import observation
+from qkv.call.problem import Options
+from qkv.call.statistics import Statistics, Wanted
+from qkv.observation import Observed, observe
+from tests.kit.cases import DTYPES, Config
+from tests.kit.inputs import Inputs
+from tests.kit.statistics_truth import Truth, faults
+from tests.kit.views import ViewInputs
+
+_OPTIONS = ("positions", "bias", "scale", "softcap", "sinks", "dropout_p")
+
+
+def look(given: dict[str, Any], backend: str | None, wanted: Wanted) -> Observed:
+    """`attention`'s keyword arguments, looked at."""
+    options = Options(**{name: given[name] for name in _OPTIONS if name in given})
+    return observe("qkv.see()", given["q"], given["k"], given.get("v"), given.get("mask"), options, backend, wanted)
+
+
+@contextmanager
+def no_fallback() -> Iterator[None]:
+    """An error where the backend has no statistics of its own for a call."""
+    real = observation.statistics
+
+    def refuse(*_: Any) -> Any:
+        raise AssertionError("the backend left the statistics to `tiled`")
+
+    observation.statistics = refuse
+    try:
+        yield
+    finally:
+        observation.statistics = real
+
+
+def everything(config: Config) -> Wanted:
+    return Wanted(top=5, mass=True, bins=(min(7, config.Lq), min(9, config.Lk)), distance=True)
+
+
+def wrong(inputs: Inputs, truth: Truth, backend: str) -> list[str]:
+    """What is wrong with a call's statistics."""
+    wanted = everything(inputs.config)
+    found = look(inputs.call(), backend, wanted).statistics
+    return faults(truth, found, wanted, DTYPES[inputs.config.dtype])
+
+
+def wrong_on_pages(inputs: ViewInputs, truths: list[Truth], backend: str) -> list[str]:
+    """The same for a view, sequence by sequence, and what stands past a sequence's rows and keys."""
+    wanted = Wanted(top=5, mass=True, bins=(7, 9), distance=True)
+    found = look(inputs.call(), backend, wanted).statistics
+    c = inputs.config
+    bad: list[str] = []
+    for i, (Lq, Lk, truth) in enumerate(zip(c.queries, c.lengths, truths, strict=True)):
+        bins = min(7, Lq), min(9, Lk)
+        mine = {}
+        for name, t in zip(Statistics._fields, found, strict=True):
+            assert t is not None
+            own = (Lk,) if name == "mass" else bins if name == "map" else (Lq,)
+            mine[name] = t[(slice(i, i + 1), slice(None), *map(slice, own))]
+            if not _nothing_past(t[i], own, -1 if name == "top_keys" else 0 if name in ("mass", "map") else None):
+                bad.append(f"sequence {i}: {name} past its own rows and keys")
+        slack = 4 if c.storage != "plain" else 1  # the scale of a key multiplies its scores: more roundings
+        judged = faults(truth, Statistics(**mine), wanted._replace(bins=bins), DTYPES[c.dtype], slack)
+        bad += [f"sequence {i}: {fault}" for fault in judged]
+    return bad
+
+
+def _nothing_past(t: Tensor, own: tuple[int, ...], nothing: int | None) -> bool:
+    """Whether all but the first `own` of (H, ...) is `nothing`, or NaN."""
+    rest = t.clone()
+    rest[(slice(None), *map(slice, own))] = torch.nan if nothing is None else nothing
+    return bool((rest.isnan() if nothing is None else rest == nothing).all())
