@@ -149,7 +149,7 @@ def latent(theme: str) -> str:
         s.text(x + 12, 256, f"Hkv = {heads}; a pair: {2 * sum(sizes):,} FLOPs", SMALL)
     s.text(8, 296, f"The same result; Hq = {n['heads']}, scale 1/√{expanded} in both.", bold=True)
     rows = (
-        ("MHA, 128", per_token(n["heads"], n["nope"] + n["value"])),
+        ("128 heads", per_token(n["heads"], expanded + n["value"])),
         ("GQA, 8", per_token(8)),
         ("latent", kept * BYTES),
     )

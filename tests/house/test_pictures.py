@@ -12,6 +12,8 @@ from types import ModuleType
 
 import pytest
 
+from qkv.insight.topics import TOPICS
+
 ROOT = Path(__file__).resolve().parents[2]
 PLACE = ROOT / "docs" / "pictures"
 PHONE, LETTER = 340, 9.0  # pixels: the width of a phone's column, and the smallest letter that can be read there
@@ -109,3 +111,10 @@ def test_the_course_is_in_the_readmes_order() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     rows = [line for line in readme.splitlines() if line.startswith("| ") and "arxiv.org" in line]
     assert [row.startswith(f"| {said[name]}") for name, row in zip(NAMES, rows, strict=True)] == [True] * len(NAMES)
+
+
+def test_topics_of_why_are_named_where_they_belong() -> None:
+    """None that does not exist, and each somewhere in the course."""
+    pages = [*(ROOT / "docs").glob("*.md"), *(ROOT / "docs" / "intuition").glob("*.md")]
+    named = {topic for page in pages for topic in re.findall(r'qkv\.why\("([\w-]+)"', page.read_text(encoding="utf-8"))}
+    assert named == set(TOPICS)
