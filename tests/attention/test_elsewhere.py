@@ -72,6 +72,14 @@ def test_gradients_of_kernels_elsewhere_are_aligned(monkeypatch: pytest.MonkeyPa
         assert len(seen) == expected
 
 
+def test_a_hook_may_be_called_without_a_gradient() -> None:
+    assert sdpa._aligned_gradient(None) is None
+    x = torch.arange(81, dtype=HALF)[1:].view(1, 2, 5, 8)
+    found = sdpa._aligned_gradient(x)
+    assert found is not None
+    assert found.data_ptr() % 16 == 0
+
+
 @pytest.mark.parametrize("mask", [None, qkv.causal()])
 def test_scales_that_are_not_positive_stay_off_its_kernels_elsewhere(mask: qkv.Mask | None) -> None:
     q = torch.randn(1, 2, 5, 8)

@@ -47,7 +47,7 @@ class SdpaBackend(Backend):
     def run(self, problem: Problem, inputs: Inputs) -> Output:
         out = _computed(problem, inputs.q, inputs.k, inputs.v)
         if out.requires_grad and problem.device != "cpu":
-            out.register_hook(_aligned)
+            out.register_hook(_aligned_gradient)
         return Output(empty_output(inputs.q, problem.Dv).copy_(out), None)
 
     def backward(self, problem: Problem, inputs: Inputs, output: Output, d_out: Tensor, d_lse: Tensor) -> Gradients:
@@ -90,6 +90,11 @@ def _aligned(x: Tensor) -> Tensor:
     if x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and (x.is_contiguous() or not any(n % 16 for n in steps)):
         return x
     return x.clone(memory_format=torch.contiguous_format)
+
+
+def _aligned_gradient(gradient: Tensor | None) -> Tensor | None:
+    """The same for a hook, which autograd calls without a gradient where there is none."""
+    return None if gradient is None else _aligned(gradient)
 
 
 def _is_causal(problem: Problem) -> bool | None:
