@@ -39,12 +39,14 @@ if TYPE_CHECKING:  # what `__getattr__` below gives, so that type checkers and e
         rotary as rotary,
     )
     from qkv.insight.see import see as see
+    from qkv.insight.watch import watch as watch
     from qkv.insight.why import why as why
 
 __version__ = "0.1.0"
 
 # Sub-packages and functions that are not needed to compute attention load on first use.
 _LAZY = {
+    "watch": ("qkv.insight.watch", "watch"),
     "see": ("qkv.insight.see", "see"),
     "why": ("qkv.insight.why", "why"),
     "cache": ("qkv.cache", None),
@@ -65,6 +67,7 @@ if not TYPE_CHECKING:  # a checker takes what is written "as" above, and would t
             "score_mod",
             "see",
             "weights",
+            "watch",
             "why",
             *(name for name in vars(_constructors) if not name.startswith("_")),
         ),

@@ -75,6 +75,8 @@ below_autograd = torch._C._AutoDispatchBelowAutograd
 keys_below_autograd = torch._C._after_autograd_keyset
 builtin_sdpa: Callable[..., Tensor] = torch._C._nn.scaled_dot_product_attention
 """PyTorch's function itself: the attribute of torch.nn.functional may be patched."""
+FUSED = {"layer": "_transformer_encoder_layer_fwd", "attention": "_native_multi_head_attention"}
+"""Attributes of torch that hold the fused functions of its Transformer layers in evaluation."""
 without_modes = torch.utils._python_dispatch._disable_current_modes
 jit_tracing = torch.jit._trace.is_tracing
 """torch.jit.is_tracing, under a name that type checkers know."""

@@ -16,6 +16,7 @@ from qkv.call import keywords
 from qkv.call.keys import KVView
 from qkv.call.problem import CALL, Inputs, Options, Output
 from qkv.call.validate import validate
+from qkv.call.watchers import WATCHERS, tell
 from qkv.execute import PLAIN_POSITIONS, PREPARED, key_of, now, on_view, prepare
 from qkv.masks import Mask
 from qkv.merging import OutputWithLse
@@ -152,6 +153,9 @@ def attention(
         options = Options(positions, bias, scale, softcap, sinks, dropout_p, return_lse)
         found = graph.traced(q, k, v, mask, options, backend)
         return OutputWithLse(*found) if return_lse else found[0]
+    if WATCHERS:
+        options = Options(positions, bias, scale, softcap, sinks, dropout_p, return_lse)
+        tell(CALL, q, k, v, mask, options, backend)
     key: Any = None
     learns = False
     if (
@@ -190,6 +194,8 @@ def _over_view(q: Any, view: KVView, v: Any, mask: Any, options: Options, backen
     else:
         if recording() or onnx_loaded():
             graph.refuse_recording()
+        if WATCHERS:
+            tell(CALL, q, view, v, mask, options, backend)
         output = on_view(CALL, q, view, v, mask, options, backend)
     return OutputWithLse(output.out, output.lse) if options.return_lse else output.out  # type: ignore[arg-type]
 

@@ -27,6 +27,7 @@ from qkv._torch import SingleLevel, below_autograd, keys_below_autograd, older_v
 from qkv.backends.base import Prepared
 from qkv.call.problem import CALL, Inputs, Options, Output, empty_output, join_batch, one_by_one
 from qkv.call.validate import check_metadata, check_sinks, drawn_positions, refuse_positions, validate
+from qkv.call.watchers import WATCHERS, tell
 from qkv.errors import UnsupportedError
 from qkv.masks import Mask, Sizes
 from qkv.masks.portable import decode, depends_on_position
@@ -116,8 +117,12 @@ def _prepared(given: _Given, static: dict[str, Any], learns: bool) -> tuple[Prep
 
 
 def _forward(*args: Any, state: bool = False, **static: Any) -> tuple[Tensor, Tensor, Tensor]:
+    given = _Given(*args)
     with torch.no_grad():
-        prepared, inputs = _prepared(_Given(*args), static, state)
+        if WATCHERS:
+            mask, options = _unpack(given, static, contents=True)
+            tell("torch.ops.qkv.attention", given.q, given.k, given.v, mask, options, static["backend"])
+        prepared, inputs = _prepared(given, static, state)
         out, lse, kept = prepared.run(*inputs)
     if lse is None:  # as the state below
         lse = out.new_full(out.shape[:3], torch.nan, dtype=_accumulate(out))
