@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +17,7 @@ from qkv.errors import ArgumentError, ArgumentTypeError
 from qkv.insight.compare import Comparison, compared
 from qkv.insight.held import Held
 from qkv.insight.look import look
+from qkv.insight.page import document, framed
 from qkv.insight.record import Record
 from qkv.insight.rectangle import rectangle
 from qkv.insight.row import Row, row_of
@@ -30,9 +32,9 @@ LARGEST = 4096
 class Trace(Record):
     """Statistics of the weights of one call: small, whatever the length. Made by `qkv.see`.
 
-    `print` it, save it with `save`. Statistics are exact; of the weights themselves there are the
-    largest of every row. Any others are computed on demand, by `row` and `weights`, as long as the trace holds the
-    tensors of its call.
+    `print` it, save it with `save`, write it as a page with `html`. Statistics are exact; of the weights themselves
+    there are the largest of every row. Any others are computed on demand, by `row` and `weights`, as long as the trace
+    holds the tensors of its call.
     """
 
     # ------------------------------------------------------------------------------------------- what it can look up
@@ -221,6 +223,42 @@ class Trace(Record):
         str
         """
         return text_of(self, width=width, ascii=ascii)
+
+    def html(self, path: str | os.PathLike[str], *, rows: Sequence[int] = ()) -> None:
+        """Write it as a page: one file of HTML, opened from disk, which loads nothing and sends nothing.
+
+        Parameters
+        ----------
+        path : str or PathLike
+        rows : sequence of int
+            Queries to show in full, number by number, besides the first, the last, the sharpest and the flattest.
+
+        Raises
+        ------
+        ArgumentError
+            A row that there is not; tensors that were changed in place since `see`.
+
+        Notes
+        -----
+        Under 5 MB at any length: maps are pooled, and weights computed exactly in windows. A trace that holds no
+        tensors (`load`, `without_tensors`) has a page without single queries and tiles, which says so.
+
+        Examples
+        --------
+        >>> import tempfile, torch, qkv
+        >>> q = torch.randn(1, 2, 8, 4)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     qkv.see(q, q, q, tokens=list("abcdefgh")).html(f"{folder}/page.html", rows=[3])
+        """
+        call, Lq = "Trace.html()", self.shapes.Lq
+        wanted = [integer(call, "rows", i, -Lq, Lq - 1) for i in rows]
+        page = document(self, wanted)
+        with open(path, "w", encoding="utf-8", newline="\n") as file:
+            file.write(page)
+
+    def _repr_html_(self) -> str:
+        """The page in a frame of its own, for notebooks."""
+        return framed(self)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write it to a file: .json or .npz, by the name's ending. Tensors of the call are not written.
