@@ -40,9 +40,9 @@ SCORES = (
 )
 LENGTH, CELL = 8, 13
 FONT = "font-family=\"ui-sans-serif, system-ui, 'Segoe UI', Helvetica, Arial, sans-serif\""
-WIDTH, HEIGHT, TOP, STEP = 880, 336, 92, 44
-QUERY_X, KEY_X, BAR_X, VALUE_X, OUT_X = 20, 256, 470, 648, 762
-BAR = 110
+WIDTH, HEIGHT, TOP, STEP = 556, 330, 84, 40  # narrow, so that a phone leaves letters of nine pixels
+QUERY_X, KEY_X, BAR_X, VALUE_X, OUT_X = 8, 146, 292, 422, 496
+BAR = 68
 
 
 def lookup() -> tuple[list[float], list[float]]:
@@ -88,45 +88,49 @@ def picture(theme: str) -> str:
     weights, out = lookup()
     middle = TOP + STEP * (len(ENTRIES) - 1) / 2
     mixed = f"rgb({','.join(str(round(part)) for part in out)})"
-    told = "A dictionary would raise KeyError: 'strawberry'. Attention compares it with every key and mixes the values."
+    told = (
+        "A dictionary would raise KeyError: 'strawberry'.",
+        "Attention compares it with every key, and mixes the values.",
+    )
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" {FONT} role="img">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="680" {FONT} role="img">',
         "<title>A query is compared with every key; the weights say how much of each value comes back</title>",
         *_heads(pen),
         *_query(pen, middle),
         *_entries(pen, middle, weights),
-        pen.box(OUT_X, middle - 48, 96, 96, 12, mixed),
-        pen.text(QUERY_X, HEIGHT - 14, told, 13, "muted"),
+        pen.box(OUT_X, middle - 26, 52, 52, 10, mixed),
+        *(pen.text(QUERY_X, HEIGHT - 30 + 20 * n, line, 15, "muted") for n, line in enumerate(told)),
         "</svg>",
     ]
     return "\n".join(parts) + "\n"
 
 
 def _heads(pen: Pen) -> list[str]:
+    bold = 'font-weight="700"'
     return [
-        pen.text(QUERY_X, 34, "Q", 22, "accent", 'font-weight="700"'),
-        pen.text(QUERY_X + 24, 34, "what I look for", 14, "muted"),
-        pen.text(KEY_X, 34, "K", 22, "accent", 'font-weight="700"'),
-        pen.text(KEY_X + 24, 34, "what each entry is like", 14, "muted"),
-        pen.text(BAR_X, 34, f"softmax({SCALE:g} q·k)", 15, "text", 'font-weight="600"'),
-        pen.text(BAR_X, 52, "weights, sum 1", 12, "muted"),
-        pen.text(VALUE_X - 8, 34, "V", 22, "accent", 'font-weight="700"'),
-        pen.text(VALUE_X + 14, 34, "its colour", 14, "muted"),
-        pen.text(OUT_X + 6, 34, "out", 18, "accent", 'font-weight="700"'),
-        pen.text(OUT_X + 42, 34, "= Σ w·v", 14, "muted"),
+        pen.text(QUERY_X, 28, "Q", 20, "accent", bold),
+        pen.text(QUERY_X + 20, 28, "what I look for", 15, "muted"),
+        pen.text(KEY_X, 28, "K", 20, "accent", bold),
+        pen.text(KEY_X + 20, 28, "what it is like", 15, "muted"),
+        pen.text(BAR_X, 28, f"softmax({SCALE:g} q·k)", 14.5, "text", 'font-weight="600"'),
+        pen.text(BAR_X, 48, "weights, sum 1", 15, "muted"),
+        pen.text(VALUE_X, 28, "V", 20, "accent", bold),
+        pen.text(VALUE_X, 48, "colour", 15, "muted"),
+        pen.text(OUT_X, 28, "out", 18, "accent", bold),
+        pen.text(OUT_X, 48, "Σ w·v", 15, "muted"),
     ]
 
 
 def _query(pen: Pen, middle: float) -> list[str]:
     parts = [
-        pen.box(QUERY_X, middle - 50, 150, 112, 10, pen.c["panel"]),
-        pen.text(QUERY_X + 16, middle - 22, QUERY[0], 17, "text", 'font-weight="600"'),
-        pen.vector(QUERY_X + 16, middle + 4, QUERY[1]),
+        pen.box(QUERY_X, middle - 50, 114, 112, 10, pen.c["panel"]),
+        pen.text(QUERY_X + 12, middle - 24, QUERY[0], 16, "text", 'font-weight="600"'),
+        pen.vector(QUERY_X + 12, middle, QUERY[1]),
     ]
     for n, word in enumerate(LIKE):
-        x, y = QUERY_X + 24 + 17 * n, middle + 20
-        turned = f'text-anchor="start" transform="rotate(42 {x:g} {y:g})"'
-        parts.append(pen.text(x - 2, y + 2, word, 11, "muted", turned))
+        x, y = QUERY_X + 20 + 17 * n, middle + 18
+        turned = f'text-anchor="start" transform="rotate(50 {x:g} {y:g})"'
+        parts.append(pen.text(x - 2, y + 2, word, 14, "muted", turned))
     return parts
 
 
@@ -136,14 +140,14 @@ def _entries(pen: Pen, middle: float, weights: list[float]) -> list[str]:
         y = TOP + STEP * n
         colour = f"rgb{value}".replace(" ", "")
         parts += [
-            pen.curve(QUERY_X + 150, middle, KEY_X - 10, y, pen.c["accent"], 1.5, 0.25 + 0.75 * weight),
+            pen.curve(QUERY_X + 114, middle, KEY_X - 4, y, pen.c["accent"], 1.5, 0.25 + 0.75 * weight),
             pen.vector(KEY_X, y, key),
-            pen.text(KEY_X + 96, y + 5, name, 15),
+            pen.text(KEY_X + 88, y + 5, name, 15),
             pen.box(BAR_X, y - 9, BAR, 18, 4, pen.c["panel"]),
             pen.box(BAR_X, y - 9, round(max(2.0, BAR * weight), 1), 18, 4, pen.c["accent"], line=False),
-            pen.text(BAR_X + BAR + 10, y + 5, f"{weight:.2f}", 14, "text" if weight > 0.05 else "muted"),
-            pen.curve(VALUE_X + 44, y, OUT_X, middle, colour, 1 + 22 * weight, 0.75),
-            pen.box(VALUE_X, y - 14, 44, 28, 6, colour),
+            pen.text(BAR_X + BAR + 7, y + 5, f"{weight:.2f}", 15, "text" if weight > 0.05 else "muted"),
+            pen.curve(VALUE_X + 36, y, OUT_X, middle, colour, 1 + 22 * weight, 0.75),
+            pen.box(VALUE_X, y - 13, 36, 26, 6, colour),
         ]
     return parts
 
