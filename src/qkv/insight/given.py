@@ -16,8 +16,8 @@ from qkv.errors import ArgumentError, ArgumentTypeError
 from qkv.masks import Mask
 from qkv.probabilities import weights
 
-MOST_ROWS = 256  # rows of a head that are looked at; evenly spaced where there are more
-MOST_PAIRS = 1 << 22  # probabilities held at a time
+MOST_ROWS, FEWEST_ROWS = 256, 16  # of a head that are looked at; evenly spaced where there are more
+MOST_PAIRS = 1 << 22  # of query and key, in all heads that are looked at: about a second
 _NAMES = ("q", "k", "v", "mask", "positions", "scale", "head")
 
 
@@ -46,9 +46,9 @@ class Given:
 
     @property
     def rows(self) -> Tensor:
-        """The query rows that are looked at: all up to MOST_ROWS and MOST_PAIRS, otherwise evenly spaced ones."""
-        count = self.q.shape[2]
-        most = max(1, min(count, MOST_ROWS, MOST_PAIRS // max(1, self.q.shape[0] * self.k.shape[2])))
+        """The query rows that are looked at: all, or evenly spaced ones with the first and last of them."""
+        count, row = self.q.shape[2], self.q.shape[0] * self.k.shape[2] * len(self.heads)
+        most = min(count, MOST_ROWS, max(FEWEST_ROWS, MOST_PAIRS // row))
         return torch.linspace(0, count - 1, most, dtype=torch.float64, device="cpu").round().long()
 
     def queries(self, head: int) -> Tensor:

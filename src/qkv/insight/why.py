@@ -87,7 +87,8 @@ def why(
 
     Notes
     -----
-    Of your tensors at most 256 rows of a head are looked at, evenly spaced, one head at a time.
+    Of your tensors at most 256 rows of a head are looked at, evenly spaced, and fewer (16 at least) of long inputs, one
+    head at a time.
 
     Examples
     --------

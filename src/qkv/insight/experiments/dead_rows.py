@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from qkv.functional import attention
-from qkv.insight.answer import Answer, Measured, one, prose
+from qkv.insight.answer import Answer, Measured, bars, one, prose
 from qkv.insight.given import Given
 from qkv.insight.terminal import number, table
 from qkv.probabilities import weights
@@ -77,9 +77,11 @@ def run(seed: int) -> Answer:
 
 def on(given: Given) -> Answer:
     """Count the caller's rows that see no key, and what a plain softmax would make of them."""
-    dead = {head: (p.sum(-1) == 0) for head, p in given.each()}
+    dead, nan = {}, 0
+    for head, p in given.each():
+        dead[head] = p.sum(-1) == 0
+        nan += int(p.isnan().any(-1).sum())
     total, looked = sum(int(x.sum()) for x in dead.values()), sum(len(x) for x in dead.values())
-    nan = sum(int((given.weights(h).isnan().any(-1)).sum()) for h in given.heads)
     worst = max(dead, key=lambda head: int(dead[head].sum()))
     numbers: dict[str, Measured] = {
         "rows that see no key": float(total),
@@ -89,7 +91,8 @@ def on(given: Given) -> Answer:
     }
     first = [int(given.rows[i]) for i in dead[worst].nonzero().flatten().tolist()[:8]]
     text = f"{total:,} of {looked:,} rows see no key"
-    picture = text + (f"; of head {worst} rows {', '.join(map(str, first))} are the first" if first else "")
+    picture = bars({"rows that see no key": float(total), "rows that see some": float(looked - total)}, 30, looked)
+    picture += f"\nof head {worst}, rows {', '.join(map(str, first))} are the first" if first else ""
     verdict = prose(f"""
         {text} ({nan:,} rows are NaN for another reason: their inputs are).
         qkv gives such rows 0, with lse -inf and gradient 0. A plain softmax of -inf would make them NaN, and through

@@ -39,8 +39,8 @@ def run(seed: int) -> Answer:
     pooled, kin = _pooled(q, k, v, None), _pooled(q, alike[0], alike[1], None)
     numbers |= {f"mean-pooled to {n}, unlike heads: out is off by": e for n, e in pooled.items()}
     numbers |= {f"mean-pooled to {n}, heads alike: out is off by": e for n, e in kin.items()}
-    drawn = {f"{n} heads of 8, unlike": e for n, e in pooled.items()} | {
-        f"{n}, heads 95 % alike": e for n, e in kin.items()
+    drawn = {f"{n} of 8, unlike heads": e for n, e in pooled.items()} | {
+        f"{n} of 8, 95 % alike": e for n, e in kin.items()
     }
     picture = f"{_fan(HEADS, 2)}\n\nout is off (relative) when k and v heads are averaged into\n{bars(drawn, 24)}"
     same, turned = _apart(right, shared), _apart(wrong, shared)
@@ -72,7 +72,7 @@ def on(given: Given) -> Answer:
     numbers: dict[str, Measured] = {"key/value heads": heads, "bytes a token": heads * size}
     numbers |= {f"mean-pooled to {n}: out is off by": e for n, e in found.items()}
     numbers |= {f"mean-pooled to {n}: bytes a token": n * size for n in found}
-    names = {f"{n} heads, {number(n * size)} bytes a token": e for n, e in found.items()}
+    names = {f"{n} of {heads}, {number(n * size)} bytes a token": e for n, e in found.items()}
     fewest = min(found, default=heads)
     told = f"with {fewest} out is off by {found[fewest]:.0%}, for {heads // fewest} times fewer bytes" if found else ""
     verdict = prose(f"""

@@ -80,8 +80,8 @@ def on(given: Given) -> Answer:
     verdict = prose(f"""
         The largest weight of your rows is {number(mean[0])} on average (rows that see one key left out). Ten times as
         many other keys like those would leave {number(mean[1])}, a hundred times {number(mean[2])}.
-        The weights spread over {number(min(spread))} to {number(max(spread))} effective tokens, by head
-        {"(12 of them drawn)" if len(heads) > 12 else ""}.
+        The weights spread over {number(min(spread))} to {number(max(spread))} effective tokens, by
+        head{" (12 of them are drawn)" if len(heads) > 12 else ""}.
         """)
     short = f"Your best keys hold {number(mean[0])}; among ten times the keys it would be {number(mean[1])}."
     return Answer("long-context", QUESTION, numbers, table(cells, "<>>>>"), verdict, SOURCES, short=short)

@@ -83,7 +83,7 @@ def on(given: Given) -> Answer:
         if same
         else (f"The last query sees {first_last['start'][1]} keys of {lk:,} by start, {first_last['end'][1]} by end.")
     )
-    return Answer("mask-alignment", QUESTION, numbers, _picture(min(lq, 8), min(lk, 16)), verdict, SOURCES, short=short)
+    return Answer("mask-alignment", QUESTION, numbers, _small(lq, lk), verdict, SOURCES, short=short)
 
 
 def _seen(queries: int, keys: int, at: str) -> tuple[float, ...]:
@@ -99,7 +99,17 @@ def _told(numbers: dict[str, Measured], at: str) -> str:
     return " and ".join(map(number, seen)) if isinstance(seen, tuple) else number(seen)
 
 
+def _small(lq: int, lk: int) -> str:
+    """Both readings of the caller's sizes, or of smaller ones with the same kind of difference."""
+    if lq == lk:
+        return causal().picture(min(lq, 12), min(lk, 12))
+    queries = min(lq, 6)
+    keys = min(lk, 16) if lk > queries else lk
+    drawn = "" if (queries, keys) == (lq, lk) else f"drawn smaller: {queries} queries and {keys} keys\n"
+    return drawn + _picture(queries, keys)
+
+
 def _picture(queries: int, keys: int) -> str:
-    """Both readings, one below the other, of at most 8 queries and 16 keys."""
+    """Both readings, one below the other, for sizes that a screen holds."""
     parts = [f'positions="{at}"\n{causal().picture(queries, keys, positions=at)}' for at in ("start", "end")]
     return "\n".join(parts)
