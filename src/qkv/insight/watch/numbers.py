@@ -1,7 +1,7 @@
 """The numbers of one watched call, head by head: from every row what the softmax gives away, from a few rows more.
 
-Of every row: lse, largest score and weight, entropy, the share of a learned sink. Of at most 16 rows of each head, in
-float64: the share of the first keys, how far the weights are from the mean of all visible keys, and which heads agree.
+Of every row: lse, largest score and weight, entropy, the share of a learned sink. Of at most 16 rows of each head and
+of the first 4 batch rows, in float64: the share of the first keys, how far the weights are from the mean of all visible keys, and which heads agree.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from qkv.observation import observe
 from qkv.plans import choose
 
 ROWS = 16
-"""Rows of each head that are looked at one weight at a time."""
+"""Rows of each head that are looked at one weight at a time, in the first batch rows."""
+_BATCH = 4
 _NUMBERS = 1 << 22  # of keys at a time in float64
 _FEW_KEYS = 4  # a row that sees fewer says little about its head
 _ENOUGH = 64  # weights over which two heads are compared, at least
@@ -122,7 +123,7 @@ class Few(NamedTuple):
 def few_rows(looked: Looked) -> Few:
     """Rows evenly spread, of as many batch rows as stay small; the last row is one of them."""
     p, inputs = looked.problem, looked.inputs
-    batch = max(1, min(p.B, _NUMBERS // max(1, p.Lk * p.D)))
+    batch = max(1, min(p.B, _BATCH, _NUMBERS // max(1, p.Lk * p.D)))
     if batch < p.B:
         starts = p.positions[:batch] if isinstance(p.positions, tuple) and len(p.positions) > 1 else p.positions
         where = inputs.positions
