@@ -27,7 +27,8 @@ from torch.utils.checkpoint import checkpoint
 import qkv
 from qkv.call.watchers import WATCHERS
 from qkv.errors import ArgumentError, ArgumentTypeError
-from qkv.insight.watch import points, steps
+from qkv.insight.watch import SCHEMA, points, steps
+from qkv.insight.watch.findings import FIXES
 from qkv.lm.decoder import KINDS, Config, Decoder
 
 BOUND = scaled_dot_product_attention  # a name of this module for PyTorch's function
@@ -668,3 +669,14 @@ def test_arguments_are_checked(options: dict[str, Any], error: type[Exception], 
 def test_what_is_no_model_is_refused() -> None:
     with pytest.raises(ArgumentTypeError, match=r"model must be a torch\.nn\.Module"):
         qkv.watch(copy)  # type: ignore[arg-type]
+
+
+def test_the_schema_is_documented() -> None:
+    """Each name of a line stands in the table of docs/watch.md, and every kind of warning in its text."""
+    page = (Path(__file__).resolve().parents[2] / "docs/watch.md").read_text(encoding="utf-8")
+    rows = [line.split("|")[1] for line in page.splitlines() if line.startswith("|")]
+    named = {name.strip() for row in rows for name in row.split(",")}
+    assert named >= DOCUMENTED - {"schema"}
+    assert "`schema`, is 1" in page
+    assert SCHEMA == 1
+    assert all(f"`{kind}`" in page for kind in FIXES)

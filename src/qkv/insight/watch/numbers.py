@@ -1,7 +1,8 @@
 """The numbers of one watched call, head by head: from every row what the softmax gives away, from a few rows more.
 
-Of every row: lse, largest score and weight, entropy, the share of a learned sink. Of at most 16 rows of each head and
-of the first 4 batch rows, in float64: the share of the first keys, how far the weights are from the mean of all visible keys, and which heads agree.
+Of every row: lse, largest score and weight, entropy, the share of a learned sink. Of at most 16 rows of each head, in
+the first 4 batch rows and in float64: the share of the first keys, how far the weights are from the mean of all visible
+keys, and which heads agree.
 """
 
 from __future__ import annotations
