@@ -19,7 +19,10 @@ _DOCUMENTS = (
     "Pack the sequences as (1, H, T, D) and pass mask=qkv.documents(lengths), where lengths = cu_seqlens.diff(); "
     "& qkv.causal() if it is causal"
 )
-_PROBABILITIES = "Call qkv.weights(q, k, rows=...) for the probabilities; return_lse=True gives their denominators"
+_PROBABILITIES = (
+    "Call qkv.weights(q, k, rows=...) for the probabilities, qkv.see(q, k, v) for what they come to at any length; "
+    "return_lse=True gives their denominators"
+)
 _FIXED: dict[str, str] = {
     "attention_mask": "Pass mask=attention_mask.bool()[:, None, None, :], or qkv.padding(lengths)",
     "key_padding_mask": "Pass mask=~key_padding_mask[:, None, None, :]: there True hides, here it shows",

@@ -15,6 +15,8 @@ from qkv.errors import QKVError
 COMMANDS = {
     "demo": "answer a question from a text by attention, and show every step",
     "why": "settle a question about attention by an experiment",
+    "see": "look at what a call, or a head of a model, attends to",
+    "plan": "say what a call of given shapes would run and cost",
     "mask": "draw a mask written as an expression",
     "doctor": "say what was detected here, and which path calls take",
     "train": "train a small decoder on a text, and measure it",

@@ -32,7 +32,7 @@ def look(
     """The record of a call, of the class `kind`."""
     chosen, arguments = _of_heads(q, k, v, mask, options, heads)
     found = observe(_CALL, *arguments, backend, wanted)
-    return completed(_record(kind, found, arguments[1], (q, k), chosen, _names(tokens, query_tokens, found.parts)))
+    return completed(_record(kind, found, arguments[1], (q, k, v), chosen, _names(tokens, query_tokens, found.parts)))
 
 
 def _of_heads(
@@ -89,10 +89,15 @@ def _names(tokens: Any, query_tokens: Any, parts: tuple[Part, ...]) -> tuple[Any
 
 
 def _record(
-    kind: type[R], found: Observed, k: Any, given: tuple[Any, Any], chosen: list[int] | None, names: tuple[Any, Any]
+    kind: type[R],
+    found: Observed,
+    k: Any,
+    given: tuple[Any, Any, Any],
+    chosen: list[int] | None,
+    names: tuple[Any, Any],
 ) -> R:
     plan, parts, view = found.plan, found.parts, k if isinstance(k, KVView) else None
-    p, whole_q, whole_k = plan.problem, *given
+    p, (whole_q, whole_k, whole_v) = plan.problem, given
     B, Hkv = (len(view.layout.lengths), view.k.shape[1]) if view is not None else (p.B, whole_k.shape[1])
     heads = tuple(range(whole_q.shape[1])) if chosen is None else tuple(chosen)
     Lq, Lk = max((x.problem.Lq for x in parts), default=0), max((x.problem.Lk for x in parts), default=0)
@@ -101,7 +106,8 @@ def _record(
         for b in part.sequences:
             lengths[b] = part.problem.Lq, part.problem.Lk
     sampled, visible = _visible(parts, B, len(heads), Lq)
-    norms = [_norms(parts, [(x.inputs.k, x.inputs.v)[n] for x in parts], B, Lk) for n in (0, 1)]
+    whole = [(x.inputs.k, x.inputs.v) if view is not None else (whole_k, whole_v) for x in parts]
+    norms = [_norms(parts, [pair[n] for pair in whole], B, Lk) for n in (0, 1)]
     one = next(iter(parts), None)
     sinks = None if one is None or one.inputs.sinks is None else one.inputs.sinks.detach().float().cpu()
     bias = () if one is None or one.inputs.bias is None else tuple(str(spec.kind) for spec in one.problem.bias)

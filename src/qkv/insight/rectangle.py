@@ -57,8 +57,8 @@ def _scores(
     q, k = inputs.q.detach(), inputs.k.detach()
     device = q.device
     heads = heads.to(device)
-    q = q[b].index_select(0, heads)[:, rows].double()
-    k = k[b].index_select(0, heads // p.group)[:, keys].double()
+    q = q[b, :, rows].index_select(0, heads).double()
+    k = k[b, :, keys].index_select(0, heads // p.group).double()
     i, j = torch.arange(p.Lq, device=device)[rows], torch.arange(p.Lk, device=device)[keys]
     where = query_positions(p, inputs.positions, device)
     at = Tile(

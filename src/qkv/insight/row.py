@@ -63,7 +63,7 @@ class Row:
         -------
         str
         """
-        name = f" {fit(_shown(self.token), 20)!r}" if self.token is not None else ""
+        name = f" '{fit(_shown(self.token), 20)}'" if self.token is not None else ""
         effective = torch.tensor(self.entropy).exp().item()
         head = f"query {self.index:,}{name} at position {self.position:,}, head {self.head}, batch row {self.batch}"
         lines = [paint(head, "bold")]
@@ -108,8 +108,7 @@ def row_of(trace: Record, held: Held, b: int, head: int, i: int) -> Row:
     shown = seen & (scores != -torch.inf)
     keys = shown.nonzero().flatten()
     order = keys[torch.sort(weights[keys], descending=True, stable=True).indices]
-    values = part.inputs.v.detach()[b, place // p.group].cpu()
-    norms = values[order].double().norm(dim=-1)
+    norms = trace.value_norms[b, trace.group_of(head), order].double()
     positions = trace.positions[b if trace.positions.shape[0] > 1 else 0]
     lse = float(trace.statistics.lse[b, place, i])
     sink = 0.0 if trace.sinks is None else float(torch.exp(trace.sinks[place].double() - lse))
