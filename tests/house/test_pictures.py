@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import io
 import re
 import sys
 import xml.etree.ElementTree as ET
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -81,6 +85,65 @@ def test_themes_differ_in_colours_alone(name: str) -> None:
     assert light != dark
     plain = [re.sub(r'(fill|stroke)="[^"]*"', "", svg) for svg in (light, dark)]
     assert plain[0] == plain[1]
+
+
+def _words(name: str) -> list[str]:
+    return re.findall(r"<text[^>]*>([^<]*)</text>", _file(name, "light").read_text(encoding="utf-8"))
+
+
+def _page(name: str) -> str:
+    return (ROOT / "docs" / "intuition" / f"{name}.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", ["multi-query", "grouped-query", "latent", "sparse", "flash"])
+def test_what_a_picture_counts_its_page_prints(name: str) -> None:
+    """Drawn by one code and printed by another: the same numbers."""
+    shown = {number for words in _words(name) for number in re.findall(r"\d+(?:[.,]\d+)+%?|\d+%", words)}
+    page = _page(name).replace(",", "")
+    assert shown
+    assert [number for number in shown if number.replace(",", "") not in page] == []
+
+
+@pytest.mark.parametrize(("name", "tensors"), [("self", ("scores", "p", "out")), ("cross", ("p",)), ("masked", ("p",))])
+def test_the_weights_in_a_picture_are_those_of_its_page(name: str, tensors: tuple[str, ...]) -> None:
+    first = re.search(r"^```python\n(.*?)^```$", _page(name), re.DOTALL | re.MULTILINE)
+    assert first is not None
+    scope: dict[str, Any] = {}
+    with contextlib.redirect_stdout(io.StringIO()):
+        exec(first[1], scope)
+    drawn = Counter(words for words in _words(name) if re.fullmatch(r"\d\.\d\d", words))
+    found = Counter(f"{n:.2f}" for tensor in tensors for n in scope[tensor].flatten().tolist() if n or name == "self")
+    if name == "masked":  # the picture has the scores, too
+        scores = (scope["q"] @ scope["k"].mT)[0, 0]
+        found += Counter(f"{n:.2f}" for n in scores[scope["may"]].tolist())
+    assert drawn == found
+
+
+def test_the_pages_in_a_picture_are_those_of_its_page() -> None:
+    table = re.findall(r"^ +#\d +(\d+)  (\[.*)$", _page("paged"), re.MULTILINE)
+    words = _words("paged")
+    at = words.index("the pool: 14 pages of 4 tokens")
+    expected: list[str] = []
+    for n, (tokens, pages) in enumerate(table):
+        expected += [f"chat {n}", f"{tokens} tokens", *re.findall(r"\[ *(\d+)", pages)]
+    assert words[1:at] == expected
+    used = re.search(r"^used (\d+) \((\d+) shared", _page("paged"), re.MULTILINE)
+    assert used is not None
+    assert any(line.startswith(f"{used[1]} pages used, {used[2]} of them shared") for line in words)
+
+
+def test_lines_lead_from_query_heads_to_what_they_read() -> None:
+    svg = ET.fromstring(_file("grouped-query", "light").read_text(encoding="utf-8"))
+    ends = [float(line.attrib["x2"]) for line in svg.iter(f"{SVG}line")]
+    reads = [int((x - 8) / (464 / 8)) for x in ends]
+    assert reads == [*(h // 4 for h in range(32)), *(h % 8 for h in range(32))], "as it is, and as it is not"
+
+
+def test_the_two_readings_of_causal_are_not_exchanged() -> None:
+    words = _words("masked")
+    start, end = words.index('positions="start"'), words.index('positions="end"')
+    seen = [[word for word in part if "key" in word][:2] for part in (words[start:end], words[end:])]
+    assert seen == [["1 key", "2 keys"], ["4 keys", "5 keys"]]
 
 
 @pytest.mark.parametrize("name", NAMES)
