@@ -256,6 +256,50 @@ def observing(device: str) -> Found:
             yield f"observe {seed} {backend or 'by default'}", "; ".join(wrong)
 
 
+def watching(device: str) -> Found:
+    """Three steps of training, watched and not, to the bit; and the numbers beside those of a model on the CPU."""
+    torch_layer = nn.TransformerEncoderLayer(64, 4, 64, dropout=0.0, batch_first=True)
+    made: dict[str, tuple[nn.Module, Tensor]] = {
+        kind: (Decoder(Config(attention=kind, dim=64, layers=2, heads=4, window=16)), torch.randint(256, (2, 40)))
+        for kind in KINDS
+    }
+    made["TransformerEncoder"] = (nn.TransformerEncoder(torch_layer, 2), _drawn("cpu", 2, 40, 64, dtype=torch.float32))
+    for name, (model, x) in made.items():
+        for mode in ("training", "evaluation", "autocast"):
+            found = [_trained(model, x.to(device), device, mode, watched) for watched in (False, True)]
+            same = all(torch.equal(a, b) for a, b in zip(found[0][0], found[1][0], strict=True))
+            w, lines = found[1][1], found[1][1].lines
+            fault = "" if same else "watching has changed bits"
+            fault = fault or "; ".join([*w.errors, *w.not_seen]) or ("" if len(lines) == 6 else f"{len(lines)} lines")
+            if not fault and mode != "autocast":
+                for line, other in zip(lines, _trained(model, x, "cpu", mode, True)[1].lines, strict=True):
+                    for key in ("entropy", "logit", "weight", "first", "away"):
+                        one, two = (torch.tensor(r[key], dtype=torch.float64) for r in (line, other))
+                        fault = fault or _off(one, two, 2e-2)  # weights of several steps have been rounded otherwise
+            yield f"watch {name} {mode}", fault
+
+
+def _trained(model: nn.Module, x: Tensor, device: str, mode: str, watched: bool) -> tuple[list[Tensor], qkv.watch]:
+    mine = copy.deepcopy(model).to(device).train(mode != "evaluation")
+    optimizer, found = torch.optim.SGD(mine.parameters(), lr=1e-3), []
+    w = qkv.watch(mine)
+    if watched:
+        w.start()
+    for _ in range(3):
+        with (
+            torch.autocast(torch.device(device).type, enabled=mode == "autocast", dtype=torch.bfloat16),
+            torch.set_grad_enabled(mode != "evaluation"),
+        ):
+            out = mine(x)
+        found.append(out.detach())
+        if mode != "evaluation":
+            optimizer.zero_grad()
+            out.float().square().mean().backward()
+            optimizer.step()
+    w.stop()
+    return [*found, *(p.detach() for p in mine.parameters())], w
+
+
 def large(device: str) -> Found:
     """Keys past the 2**31st element of a tensor, against a blockwise float64."""
     Lk, D = (1 << 25) + 1000, 64
@@ -285,5 +329,5 @@ def large(device: str) -> Found:
 
 PARTS: dict[str, Callable[[str], Found]] = {
     "merge": merging, "weights": weights, "plan": plans, "layers": layers, "caches": caches, "drop-ins": drop_ins,
-    "derivatives": derivatives, "compile": compiled, "models": models, "observe": observing,
+    "derivatives": derivatives, "compile": compiled, "models": models, "observe": observing, "watch": watching,
 }  # fmt: skip

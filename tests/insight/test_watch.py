@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 import qkv
 from qkv.call.watchers import WATCHERS
 from qkv.errors import ArgumentError, ArgumentTypeError
-from qkv.insight.watch import SCHEMA, points, steps
+from qkv.insight.watch import SCHEMA, hooks as hooked, points, steps
 from qkv.insight.watch.findings import FIXES
 from qkv.lm.decoder import KINDS, Config, Decoder
 
@@ -355,7 +355,7 @@ def places() -> list[Any]:
         SDPA, torch.nn.functional.scaled_dot_product_attention, torch.nn.functional.multi_head_attention_forward,
         torch._transformer_encoder_layer_fwd, torch._native_multi_head_attention, scaled_dot_product_attention,
         tuple(WATCHERS), points._users, tuple(points._points), tuple(steps.HERE.steps), steps.HERE.inside,
-        torch.backends.mha.get_fastpath_enabled(),
+        torch.backends.mha.get_fastpath_enabled(), nn.TransformerEncoderLayer.forward, dict(hooked._Around._known),
     ]  # fmt: skip
 
 
@@ -439,6 +439,26 @@ def test_nothing_of_the_model_is_kept() -> None:
         gc.collect()
         assert [ref() for ref in kept] == [None, None]
     assert w.lines
+
+
+@pytest.mark.parametrize("name", ["a bound name", "TransformerEncoderLayer", "qkv.nn.Attention"])
+def test_copies_and_pickles_are_not_watched(name: str) -> None:
+    """An average of weights is a copy that is made in training, and a checkpoint may be the whole model."""
+    model, x = made(name).eval(), torch.randn(1, 4, 16)
+    with torch.no_grad(), qkv.watch(model) as w:
+        copied = copy.deepcopy(model)
+        stream = io.BytesIO()
+        torch.save(model, stream)
+        stream.seek(0)
+        read = torch.load(stream, weights_only=False)
+        for parameter in model.parameters():
+            parameter.add_(1.0)
+        want = model(x)
+        for other in (copied, read):
+            assert not torch.equal(other(x), want)
+    assert w.steps == 1
+    assert len(w.lines) == 1
+    assert all(torch.equal(copied(x), other(x)) for other in (read, copied))
 
 
 def test_a_failure_while_looking_stays_there(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-import functools
 import itertools
-import re
 import threading
 import warnings
 from collections import Counter, deque
@@ -14,7 +12,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import torch
 from torch import nn
 
 from qkv.checks import given_as, shown, whole
@@ -22,6 +19,8 @@ from qkv.errors import ArgumentError, ArgumentTypeError
 from qkv.insight.watch import points, summary
 from qkv.insight.watch.calls import Call, Unseen
 from qkv.insight.watch.findings import History
+from qkv.insight.watch.hooks import told
+from qkv.insight.watch.modules import compiled, like_attention, named, within
 from qkv.insight.watch.numbers import few_rows, look, of_all_rows, of_few_rows, of_values
 from qkv.insight.watch.outputs import Board, Lines
 from qkv.insight.watch.steps import HERE, callers
@@ -32,7 +31,6 @@ SCHEMA = 1
 """The version of a line; a name is never given another meaning within one."""
 _CALL = "qkv.watch()"
 _KEPT = 1000  # lines and errors that the handle itself remembers
-_LOOKS = re.compile(r"attention|attn", re.IGNORECASE)
 _HEADS = ("entropy", "tokens", "logit", "weight", "sure", "sink", "first", "away")
 
 
@@ -109,7 +107,7 @@ class watch:
         self._file, self._board = Lines(_CALL, to), Board(_CALL, tensorboard)
         self._names: dict[int, str] = {}
         self._numbers: dict[str, int] = {}
-        self._handles: list[Callable[[], None]] = []
+        self._undo: Callable[[], None] = _nothing
         self._running, self._lock, self._count = False, threading.RLock(), itertools.count()
         self._inside = threading.local()
         self.steps = 0
@@ -125,7 +123,7 @@ class watch:
             raise ArgumentError.of(
                 _CALL, "a watch is entered once at a time", "one that is running", "Make another watch"
             )
-        self._names = {id(m): _short(name) for name, m in self.model.named_modules()}
+        self._names = {id(module): name for name, module in reversed(named(self.model))}
         self._file.open()
         try:
             points.begin()
@@ -133,7 +131,7 @@ class watch:
             self._file.close()
             raise
         self._running = True
-        self._handles = _hooked(self.model, self._before, self._after)
+        self._undo = told(self.model, self._before, self._after)
         return self
 
     def stop(self) -> None:
@@ -142,9 +140,7 @@ class watch:
             return
         self._running = False
         self._leave()
-        for undo in self._handles:
-            undo()
-        self._handles = []
+        self._undo()
         points.end()
         self._file.close()
         self._board.flush()
@@ -259,15 +255,15 @@ class watch:
         found = [f"{name or 'the model'}: {count} calls, {why}" for (name, why), count in self._unseen.items()]
         if not self.steps:
             return [*found, "the model itself was not called: watch what is called, as what torch.compile returns"]
-        compiled = [_short(n) for n, m in self.model.named_modules() if hasattr(m, "_orig_mod") or _compiles_itself(m)]
-        if compiled:
+        made = compiled(self.model)
+        if made:
             found.append(
-                f"{compiled[0] or 'the model'} is compiled: qkv's calls have no layer there, PyTorch's are not seen"
+                f"{made[0] or 'the model'} is compiled: qkv's calls have no layer there, PyTorch's are not seen"
             )
         if self._looked:
             seen = {layer.split("#")[0] for layer in self.layers} | {name for name, _ in self._unseen}
-            silent = [name for name in _attention_modules(self.model) if not _within(seen, name) and self._may(name)]
-            if silent and not compiled:
+            silent = [name for name in like_attention(self.model) if not within(seen, name) and self._may(name)]
+            if silent and not made:
                 found.append(
                     f"{', '.join(silent[:3])}{f' and {len(silent) - 3} more' if len(silent) > 3 else ''}: "
                     "no call was met, so it did not run, or has attention of its own"
@@ -323,64 +319,8 @@ class _Step:
 
 
 # ------------------------------------------------------------------------------------------------- pieces
-def _hooked(model: nn.Module, before: Callable[[], None], after: Callable[[], None]) -> list[Callable[[], None]]:
-    """Have both called around the model's forward; how to undo it."""
-    if isinstance(model, nn.TransformerEncoderLayer):  # a hook of its own would close its fast path
-        forward = model.forward
-
-        @functools.wraps(forward)
-        def around(*args: Any, **options: Any) -> Any:
-            before()
-            try:
-                return forward(*args, **options)
-            finally:
-                after()
-
-        own = "forward" in vars(model)
-        model.forward = around  # type: ignore[method-assign]
-
-        def undo() -> None:
-            if own:
-                model.forward = forward  # type: ignore[method-assign]
-            else:
-                del model.forward
-
-        return [undo]
-
-    def pre(module: nn.Module, args: Any) -> None:
-        if not torch.compiler.is_dynamo_compiling():
-            before()
-
-    def post(module: nn.Module, args: Any, output: Any) -> None:
-        if not torch.compiler.is_dynamo_compiling():
-            after()
-
-    hooks = [model.register_forward_pre_hook(pre, prepend=True), model.register_forward_hook(post, always_call=True)]
-    return [hook.remove for hook in hooks]
-
-
-def _short(name: str) -> str:
-    """A module's name as its author knows it: torch.compile puts a module around it."""
-    return name.replace("_orig_mod.", "").removesuffix("_orig_mod").rstrip(".")
-
-
-def _compiles_itself(module: nn.Module) -> bool:
-    return getattr(module, "_compiled_call_impl", None) is not None
-
-
-def _attention_modules(model: nn.Module) -> list[str]:
-    """The modules that look like attention by the names of their classes, the outermost of each."""
-    found: list[str] = []
-    for name, module in model.named_modules():
-        name = _short(name)
-        if _LOOKS.search(type(module).__name__) and not any(name.startswith(f"{n}.") for n in found if n):
-            found.append(name)
-    return found
-
-
-def _within(seen: set[str], name: str) -> bool:
-    """Whether a call was met in the module, or in one around it that calls a fused function."""
-    return any(not one or one == name or one.startswith(f"{name}.") or name.startswith(f"{one}.") for one in seen)
+def _nothing() -> None:
+    """Nothing to undo."""
 
 
 def _only(record: dict[str, Any], heads: Sequence[int]) -> None:

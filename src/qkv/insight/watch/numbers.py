@@ -20,7 +20,7 @@ from qkv.call.keys import KVView
 from qkv.call.problem import CALL, Inputs, Problem
 from qkv.call.statistics import Statistics, Wanted
 from qkv.call.validate import validate
-from qkv.insight.watch.calls import Call
+from qkv.insight.watch.calls import Call, Unseen
 from qkv.numerics import no_autocast
 from qkv.observation import observe
 from qkv.plans import choose
@@ -48,6 +48,8 @@ class Looked(NamedTuple):
 def look(call: Call) -> Looked:
     """Find the statistics of a call; nothing is differentiated and no random number drawn."""
     options = call.options._replace(dropout_p=0.0, return_lse=False)
+    if call.q.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise Unseen("a CUDA graph is being recorded, and to read a number would end that")
     with torch.no_grad():
         if isinstance(call.k, KVView):
             found = observe(CALL, call.q, call.k, None, call.mask, options, call.backend, Wanted())
