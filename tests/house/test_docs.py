@@ -10,6 +10,7 @@ import io
 import pkgutil
 import re
 import runpy
+import shlex
 import sys
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import pytest
 import torch
 
 import qkv
+from qkv.cli.main import COMMANDS, build_parser
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -87,6 +89,16 @@ def _headings(page: Path) -> set[str]:
     """Return the names by which a link finds a page's headings."""
     titles = re.findall(r"^#+ (.*)$", FENCE.sub("", page.read_text(encoding="utf-8")), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_can_be_given(page: Path) -> None:
+    """Each line with the program's name has a command, and options, that there are."""
+    text = page.read_text(encoding="utf-8")
+    for line in re.findall(r"^(?: {4})?qkv (.*)$", text, re.MULTILINE):
+        words = shlex.split(line, comments=True)
+        assert words[0] in COMMANDS, f"{page.name}: qkv {line}"
+        build_parser(words[0]).parse_args(words)  # argparse ends the program where it cannot
 
 
 def test_recipes_are_short() -> None:
