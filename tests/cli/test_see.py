@@ -36,6 +36,9 @@ def test_tensors_of_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert Trace.load(tmp_path / "t.npz").equals(qkv.see(q, k, v, mask=qkv.causal(), heads=[3]))
     assert main(["see", f"{tmp_path}/t.npz"]) == 0  # a saved trace is shown as it was
     assert capsys.readouterr().out.startswith("call     4 heads, 2 of keys and values")
+    assert main(["see", path, "--html", f"{tmp_path}/t.html"]) == 0
+    assert "Content-Security-Policy" in (tmp_path / "t.html").read_text(encoding="utf-8")
+    capsys.readouterr()
     assert main(["see", path, "--ascii"]) == 0
     assert capsys.readouterr().out.isascii()
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import qkv
+from qkv.backends import places
 from qkv.insight import Trace
 from qkv.insight.words import in_words
 
@@ -268,3 +269,16 @@ def test_masks_in_words() -> None:
         (qkv.bigbird(8), "drawn at random"),
     ):
         assert words in in_words(mask)
+
+
+@pytest.mark.parametrize("backend", [None, "tiled"])
+def test_long_looks_tell_how_far_they_are(backend: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what is found is the same."""
+    monkeypatch.setattr(places, "_SECONDS", 0.001)
+    q, k, v = inputs(6000, 6000, 1, 1)
+    told: list[float] = []
+    t = qkv.see(q, k, v, mask=qkv.causal(), backend=backend, progress=told.append)
+    assert t.equals(qkv.see(q, k, v, mask=qkv.causal(), backend=backend))
+    assert told == sorted(told)
+    assert all(0 <= part <= 1 for part in told)
+    assert told

@@ -131,5 +131,6 @@ class CpuBackend(Backend):
             terms = () if bias is None else bias.tensors()
             call = ViewCall(Kernels(self.module, self.isa), problem, q, view, terms, sinks)
             which = () if len(sequences) == len(lengths) else list(sequences)
-            call.observing(places).run(q, view, terms, sinks, Output(out, places.lse), which)
+            with places.telling(wanted.progress):
+                call.observing(places).run(q, view, terms, sinks, Output(out, places.lse), which)
         return out, places.statistics(queries)

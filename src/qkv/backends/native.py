@@ -94,13 +94,15 @@ class TensorCall(Prepared):
         out = _empty_strided(self.size, self.strides, dtype=self.dtype, device=_CPU)
         places = Places(self.size[:3], p.B, p.Lk, self.wide, wanted)
         where = None if positions is None else positions.contiguous()
-        self.native.observe(
-            q=q.data_ptr(), k=k.data_ptr(), v=v.data_ptr(), out=out.data_ptr(), threads=_threads(),
-            sinks=0 if sinks is None else sinks.data_ptr() or 1,
-            positions=0 if where is None else where.data_ptr(), position_rows=0 if where is None else where.shape[0],
-            bias=[] if bias is None else [t.data_ptr() for t in bias.tensors()], seed=seed,
-            rows=places.of_rows(), wanted=places.of_weights(),
-        )  # fmt: skip
+        with places.telling(wanted.progress):
+            self.native.observe(
+                q=q.data_ptr(), k=k.data_ptr(), v=v.data_ptr(), out=out.data_ptr(), threads=_threads(),
+                sinks=0 if sinks is None else sinks.data_ptr() or 1,
+                positions=0 if where is None else where.data_ptr(),
+                position_rows=0 if where is None else where.shape[0],
+                bias=[] if bias is None else [t.data_ptr() for t in bias.tensors()], seed=seed,
+                rows=places.of_rows(), wanted=places.of_weights(),
+            )  # fmt: skip
         return out, places.statistics()
 
     def backward(self, inputs: Inputs, output: Output, d_out: Tensor, d_lse: Tensor) -> Gradients:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -13,6 +15,9 @@ MOST_TOP = 64
 """Keys of a row that the kernels rank (csrc/attention.h)."""
 
 _CPU = torch.device("cpu")
+_OPEN = -1.0  # an entropy or a distance that is not known yet
+_SAMPLED = 4096  # rows that are looked at for progress
+_SECONDS = 0.2  # between two looks
 
 
 class Places:
@@ -40,6 +45,28 @@ class Places:
         self.mass = torch.zeros(sequences, heads, keys, dtype=exact, device=_CPU) if wanted.mass else None
         bins = wanted.bins
         self.map = None if bins is None else torch.zeros(sequences, heads, *bins, dtype=exact, device=_CPU)
+
+    @contextmanager
+    def telling(self, progress: Callable[[float], None] | None) -> Iterator[None]:
+        """Tells how many of the rows are there, while kernels write them."""
+        if progress is None:
+            yield
+            return
+        ends = [self.softmax[2], *([] if self.distance is None else [self.distance])]
+        samples = [t.fill_(_OPEN).flatten()[:: max(1, t.numel() // _SAMPLED)] for t in ends]
+        over = threading.Event()
+
+        def look() -> None:
+            while not over.wait(_SECONDS):
+                progress(sum(float((x != _OPEN).double().mean()) for x in samples) / len(samples))
+
+        looker = threading.Thread(target=look, daemon=True)
+        looker.start()
+        try:
+            yield
+        finally:
+            over.set()
+            looker.join()
 
     def of_rows(self) -> list[int]:
         return [self.lse.data_ptr(), 0 if self.state is None else self.state.data_ptr(), self.softmax.data_ptr()]

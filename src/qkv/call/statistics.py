@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from torch import Tensor
@@ -17,6 +18,8 @@ class Wanted(NamedTuple):
     bins: tuple[int, int] | None = None
     """Rows and columns of the pooled map: at most Lq and Lk."""
     distance: bool = False
+    progress: Callable[[float], None] | None = None
+    """Called now and then, from any thread, with the part that is done, from 0 to 1."""
 
     @property
     def weights(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,10 @@ from torch import Tensor
 
 from qkv.cli.expression import parse
 from qkv.cli.progress import Progress
-from qkv.errors import ArgumentError, UnsupportedError
-from qkv.insight import Trace, npy
+from qkv.errors import ArgumentError
+from qkv.insight import Trace
 from qkv.insight.see import see
-from qkv.lm.capture import Captured, hugging_face, shipped
+from qkv.lm.sources import Captured, hugging_face, read_tensors, shipped
 
 _CALL = "qkv see"
 _PROMPT = "The with statement wraps a block of code. The with statement is closed at its end"  # it repeats itself
@@ -53,12 +53,12 @@ def run(args: argparse.Namespace) -> int:
     """Print the trace, and write what was asked for; return the exit code."""
     with Progress("see") as progress:
         progress.say("looking")
-        trace = trace_of(args)
+        trace = trace_of(args, progress)
         if args.save is not None:
             trace.save(args.save)
         if args.html is not None:
             progress.say("drawing")
-            trace.html(args.html, rows=args.row)
+            trace.html(args.html, rows=args.row or ())
     print(trace.text(ascii=args.ascii))
     for i in args.row or ():
         print()
@@ -68,23 +68,36 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def trace_of(args: argparse.Namespace) -> Trace:
+def trace_of(args: argparse.Namespace, progress: Progress) -> Trace:
     """The trace of whatever SOURCE is."""
     if args.source is None:
-        return _of_call(shipped(args.prompt, args.layer), args)
+        return _of_call(shipped(args.prompt, args.layer), args, progress)
     source = Path(args.source)
     if source.is_dir():
-        return _of_call(hugging_face(source, args.prompt, args.layer), args)
+        return _of_call(hugging_face(source, args.prompt, args.layer), args, progress)
     if not source.is_file():
         fix = "Give a .safetensors, .npz or .json file, or a model's folder"
         raise ArgumentError.of(_CALL, "SOURCE must be a file or a folder", repr(args.source), fix)
     if source.suffix == ".json":
         return Trace.load(source)
-    tensors = _read(source)
-    return Trace.load(source) if "trace" in tensors else _of_tensors(tensors, args)
+    tensors = read_tensors(source)
+    return Trace.load(source) if "trace" in tensors else _of_tensors(tensors, args, progress)
 
 
-def _of_tensors(tensors: dict[str, Tensor], args: argparse.Namespace) -> Trace:
+def _told(progress: Progress) -> Callable[[float], None]:
+    """What is done, at each tenth."""
+    last = 0
+
+    def tell(part: float) -> None:
+        nonlocal last
+        if int(10 * part) > last:
+            last = int(10 * part)
+            progress.say(f"looking, {last}0 %")
+
+    return tell
+
+
+def _of_tensors(tensors: dict[str, Tensor], args: argparse.Namespace, progress: Progress) -> Trace:
     missing = [name for name in "qkv" if name not in tensors]
     if missing:
         given = f"{', '.join(sorted(tensors)[:12])}"
@@ -101,40 +114,22 @@ def _of_tensors(tensors: dict[str, Tensor], args: argparse.Namespace) -> Trace:
             rule, fix = "--positions must be start, end or an integer", "Try --positions end"
             raise ArgumentError.of(_CALL, rule, repr(positions), fix) from None
     return see(
-        q, k, v, mask, positions=positions, bias=tensors.get("bias"), sinks=tensors.get("sinks"), heads=args.head
+        q,
+        k,
+        v,
+        mask,
+        positions=positions,
+        bias=tensors.get("bias"),
+        sinks=tensors.get("sinks"),
+        heads=args.head,
+        progress=_told(progress),
     )
 
 
-def _of_call(call: Captured, args: argparse.Namespace) -> Trace:
+def _of_call(call: Captured, args: argparse.Namespace, progress: Progress) -> Trace:
     o = call.options
     tokens = call.tokens if call.tokens is None or len(call.tokens) == call.k.shape[2] else None
     return see(
         call.q, call.k, call.v, call.mask, tokens=tokens, heads=args.head, positions=o.positions, bias=o.bias,
-        scale=o.scale, softcap=o.softcap, sinks=o.sinks,
+        scale=o.scale, softcap=o.softcap, sinks=o.sinks, progress=_told(progress),
     )  # fmt: skip
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file by name."""
-    if path.suffix == ".npz":
-        try:
-            return npy.read_all(path)
-        except (ValueError, KeyError, SyntaxError, zipfile.BadZipFile) as error:
-            fix = "Write it with numpy.savez(file, q=q, k=k, v=v), as float16, float32 or float64"
-            raise ArgumentError.of(
-                _CALL, "the file must be an .npz of plain numbers", f"{path} ({error})", fix
-            ) from error
-    if path.suffix == ".safetensors":
-        try:
-            from safetensors import SafetensorError
-            from safetensors.torch import load_file
-        except ImportError as error:
-            rule, fix = "a .safetensors file needs safetensors", "pip install safetensors, or save an .npz"
-            raise UnsupportedError.of(_CALL, rule, str(error), fix) from error
-        try:
-            return dict(load_file(path))
-        except (OSError, SafetensorError) as error:
-            fix = "Write it with safetensors.torch.save_file"
-            raise ArgumentError.of(_CALL, "the file must be safetensors", f"{path} ({error})", fix) from error
-    fix = "Give a .safetensors, .npz or .json file, or a model's folder"
-    raise ArgumentError.of(_CALL, "SOURCE ends in .safetensors, .npz or .json", repr(str(path)), fix)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -11,7 +11,8 @@ from qkv.call import keywords
 from qkv.call.keys import KVView
 from qkv.call.problem import Options
 from qkv.call.statistics import Wanted
-from qkv.checks import flag, integer
+from qkv.checks import flag, given_as, integer
+from qkv.errors import ArgumentTypeError
 from qkv.insight.look import look
 from qkv.insight.trace import Trace
 from qkv.masks import Mask
@@ -39,6 +40,7 @@ def see(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     backend: str | None = None,
+    progress: Callable[[float], None] | None = None,
     **unknown: Any,
 ) -> Trace:
     """Look at what a call attends to: exact statistics of its weights at any length, never a matrix of Lq x Lk.
@@ -66,6 +68,8 @@ def see(
         Whether to add up what each key receives.
     heads : int or ints
         Query heads to look at; all unless given.
+    progress : callable
+        Called now and then with the part that is done, from 0 to 1; from another thread, maybe.
 
     Returns
     -------
@@ -96,7 +100,10 @@ def see(
     """
     if unknown:
         raise keywords.unknown(_CALL, unknown, see)
-    wanted = _wanted(top, bins, mass)
+    if progress is not None and not callable(progress):
+        fix = "Pass a function of one number, or leave it out"
+        raise ArgumentTypeError.of(_CALL, "progress is called with a number", given_as("progress", progress), fix)
+    wanted = _wanted(top, bins, mass)._replace(progress=progress)
     options = Options(positions, bias, scale, softcap, sinks)
     return look(Trace, q, k, v, mask, options, backend, wanted, heads, tokens, query_tokens)
 

@@ -57,7 +57,10 @@ class _Pass:
         )  # fmt: skip
 
     def run(self) -> Statistics:
-        for tile in self.walk.all_tiles():
+        tiles = list(self.walk.all_tiles())
+        for done, tile in enumerate(tiles):
+            if self.wanted.progress is not None:
+                self.wanted.progress(done / len(tiles))
             q = self.walk.load_queries(self.inputs.q, tile)
             rows = self._rows(tile, q)
             self._store_rows(tile, rows)

@@ -57,8 +57,8 @@ def run(seed: int) -> Answer:
         value ({number(LEAD)} above the log of the number of keys), takes {number(share[0])} of the weight and leaves
         {number(rested[0])}. A first token with that score and value 0 does the same (differs by
         {number(max(token))}): every query can see it, so models learn to use it. A window that drops it brings the
-        noise back, {number(quieter)} times as loud here: keep it (sink_window(n, sinks)) or give heads a learned
-        sink (sinks=). So much weight is a way to say nothing, not importance (qkv why explanation).
+        noise back, {number(quieter)} times as loud here: keep it (prefix(1) | sliding_window(n)) or give heads a
+        learned sink (sinks=). So much weight is a way to say nothing, not importance (qkv why explanation).
         """)
     short = "Weights must sum to 1: a head that finds nothing parks them where no value is."
     if quieter < 2:

@@ -1,7 +1,8 @@
-"""The call of one layer of a model, caught while the model runs: of any, of the one that ships, of a local folder's."""
+"""What can be looked at: a file's tensors, a layer of the model that ships or of a local folder's, of any model."""
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ from qkv.call.keys import KVView
 from qkv.call.problem import Options
 from qkv.call.watchers import WATCHERS
 from qkv.errors import ArgumentError, QKVError, UnsupportedError
+from qkv.insight import npy
 from qkv.lm.generation import load
 
 _CALL = "qkv see"
@@ -92,3 +94,29 @@ def hugging_face(folder: Path, prompt: str, layer: int) -> Captured:
         name: value for name, value in encoded.items() if name in ("input_ids", "attention_mask", "token_type_ids")
     }
     return captured(lambda: model.eval()(**known), layer, tokens)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file by name."""
+    if path.suffix == ".npz":
+        try:
+            return npy.read_all(path)
+        except (ValueError, KeyError, SyntaxError, zipfile.BadZipFile) as error:
+            fix = "Write it with numpy.savez(file, q=q, k=k, v=v), as float16, float32 or float64"
+            raise ArgumentError.of(
+                _CALL, "the file must be an .npz of plain numbers", f"{path} ({error})", fix
+            ) from error
+    if path.suffix == ".safetensors":
+        try:
+            from safetensors import SafetensorError
+            from safetensors.torch import load_file
+        except ImportError as error:
+            rule, fix = "a .safetensors file needs safetensors", "pip install safetensors, or save an .npz"
+            raise UnsupportedError.of(_CALL, rule, str(error), fix) from error
+        try:
+            return dict(load_file(path))
+        except (OSError, SafetensorError) as error:
+            fix = "Write it with safetensors.torch.save_file"
+            raise ArgumentError.of(_CALL, "the file must be safetensors", f"{path} ({error})", fix) from error
+    fix = "Give a .safetensors, .npz or .json file, or a model's folder"
+    raise ArgumentError.of(_CALL, "SOURCE ends in .safetensors, .npz or .json", repr(str(path)), fix)
