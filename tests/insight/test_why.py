@@ -8,10 +8,12 @@ import json
 import math
 import pickle
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import qkv
 from qkv.insight.answer import UNITS, Answer
@@ -28,9 +30,20 @@ def answers() -> dict[str, Answer]:
 
 def test_the_topics_come_in_the_order_in_which_a_learner_meets_them() -> None:
     assert list(TOPICS) == [
-        *("lookup", "names", "cross", "shapes", "softmax-axis", "order", "same-qk", "reformer", "projections"),
+        *(
+            "lookup",
+            "softmax",
+            "names",
+            "cross",
+            "shapes",
+            "softmax-axis",
+            "order",
+            "same-qk",
+            "reformer",
+            "projections",
+        ),
         *("scale", "gradient", "causal", "mask-polarity", "mask-alignment", "dead-rows", "heads", "thin-heads"),
-        *("split-heads", "kv-cache", "gqa", "latent", "long-context", "sink", "sparse", "flash", "paged"),
+        *("split-heads", "kv-cache", "gqa", "latent", "long-context", "sink", "sparse", "cost", "flash", "paged"),
         "explanation",
     ]
     assert [name for group in GROUPS.values() for name in group] == list(TOPICS)
@@ -121,11 +134,12 @@ def test_experiments_are_seeded_and_leave_the_global_generator_alone(topic: str,
     assert torch.equal(torch.get_rng_state(), before)
     assert again.numbers == answers[topic].numbers
     assert again == answers[topic]
-    assert qkv.why(topic, seed=1).numbers != answers[topic].numbers
+    if topic != "cost":  # it counts operations, of whatever numbers
+        assert qkv.why(topic, seed=1).numbers != answers[topic].numbers
 
 
 def test_unknown_topics_are_named_in_the_error() -> None:
-    with pytest.raises(qkv.ArgumentError, match='Use one of "lookup", "names", "cross"'):
+    with pytest.raises(qkv.ArgumentError, match='Use one of "lookup", "softmax", "names"'):
         qkv.why("zzz")
     with pytest.raises(qkv.ArgumentTypeError, match="topic must be a string"):
         qkv.why(3)  # type: ignore[arg-type]
@@ -134,7 +148,7 @@ def test_unknown_topics_are_named_in_the_error() -> None:
 @pytest.mark.parametrize(
     ("asked", "found"),
     [
-        *(("rope", "order"), ("MLA", "latent"), ("mqa", "gqa"), ("softmax", "softmax-axis"), ("sinks", "sink")),
+        *(("rope", "order"), ("MLA", "latent"), ("mqa", "gqa"), ("axis", "softmax-axis"), ("sinks", "sink")),
         *(("dead rows", "dead-rows"), ("split_heads", "split-heads"), ("grdient", "gradient"), ("pages", "paged")),
     ],
 )
@@ -283,3 +297,25 @@ def test_names_tells_the_roles_apart(answers: dict[str, Answer]) -> None:
     assert n["v reordered alone: out changes by"] > 0.1
     for word in ("the", "black", "cat", "sleeps", "le", "chat", "noir", "dort"):
         assert word in answer.picture
+
+
+@pytest.mark.parametrize("topic", TOPICS)
+def test_an_experiment_is_small(topic: str) -> None:
+    """Well under a second, counted rather than timed: products of all kinds, what attention registers among them."""
+    with FlopCounterMode(display=False) as counter:
+        qkv.why(topic)
+    assert counter.get_total_flops() < 2e9
+
+
+def test_every_topic_that_a_document_names_is_one() -> None:
+    root = Path(__file__).resolve().parents[2]
+    files = [root / "README.md", *(root / "docs").rglob("*.md"), *(root / "src").rglob("*.py")]
+    named = {
+        (path.name, found)
+        for path in files
+        for found in re.findall(r"""qkv[. ]why(?:\(| +)["']?([a-z][a-z-]+)["']?""", path.read_text(encoding="utf-8"))
+    }
+    named -= {(path, "topic") for path in ("__init__.py", "why.py")}  # where they say how to call it
+    told = {topic for _, topic in named}
+    assert {"scale", "lookup", "names", "same-qk", "projections"} <= told
+    assert told <= set(TOPICS), f"not a topic: {sorted(pair for pair in named if pair[1] not in TOPICS)}"

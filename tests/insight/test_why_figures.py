@@ -34,6 +34,13 @@ class Figure(NamedTuple):
 
 FIGURES = (
     Figure("lookup", "weight on the right key", (0.0625, 0.153, 0.330, 0.785, 0.995, 1.0), 6e-4, "e^b / (e^b + 15)"),
+    Figure("softmax", "weights below 0, softmax", 0.0, 0.0, "e^s > 0"),
+    Figure("softmax", "all scores + 1: a weight moves by, softmax", 0.0, 1e-12, "e^(s + 1) / e^(t + 1) = e^s / e^t"),
+    Figure("softmax", "rows of 4 keys without any weight, share, positive", 1 / 16, 0.06, "four signs of even odds"),
+    Figure("softmax", "how far out moves with the scores, largest only", 0.0, 0.0, "a constant"),
+    Figure("cost", "pairs, all visible", tuple(4 * n * n * 64 for n in (32, 64, 128, 256, 512)), 0.0, "4 n² d"),
+    Figure("cost", "pairs, causal", tuple(2 * n * (n + 1) * 64 for n in (32, 64, 128, 256, 512)), 0.0, "n (n + 1) / 2"),
+    Figure("cost", "the same, a layer 4,096 wide", 8192, 0.0, "8 n d² = 4 n² d"),
     Figure("scale", "variance of q·k", (4.0, 16.0, 64.0, 256.0, 1024.0), 0.12, f"{VASWANI}, footnote 4: d", True),
     Figure("scale", "variance of q·k, 1/√d", (1.0,) * 5, 0.12, f"{VASWANI}, 3.2.1: 1 at every d"),
     Figure("scale", "peak weight, no scale", (0.248, 0.520, 0.761, 0.885, 0.944), 0.06, "NumPy, 128 keys"),

@@ -42,6 +42,42 @@ def causal(n: int) -> Array:
 
 
 @pytest.mark.parametrize("seed", SEEDS)
+def test_softmax(seed: int) -> None:
+    n = qkv.why("softmax", seed=seed).numbers
+    rng = draws(seed)
+    q, k, v = (randn(rng, 1, 1, m, 32)[0, 0] for m in (256, 64, 64))
+    scores = q @ k.T / 32**0.5
+
+    def share(s: Array) -> Array:
+        return s / s.sum(-1, keepdims=True)
+
+    assert one(n["weights below 0, share of the sum"]) == (share(scores) < 0).mean() > 0.3
+    assert one(n["largest sum of |weights| of a row, share of the sum"]) == pytest.approx(
+        np.abs(share(scores)).sum(-1).max(), rel=1e-6
+    )
+    moved = np.abs(share(scores + 1) - share(scores)).max()
+    assert one(n["all scores + 1: a weight moves by, share of the sum"]) == pytest.approx(moved, rel=1e-6)
+    p = softmax(scores)
+    back = 2 * (p @ v) @ v.T  # of |out|² by the weights, then through diag(p) - p pᵀ
+    slope = np.linalg.norm(p * (back - (p * back).sum(-1, keepdims=True)), axis=-1)
+    lower = np.sort(slope)[(len(slope) - 1) // 2]
+    assert one(n["how far out moves with the scores, softmax"]) == pytest.approx(lower, rel=1e-9)
+    assert max(series(n["softmax differs from qkv.weights, qkv.attention by"])) < 1e-12
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_cost(seed: int) -> None:
+    answer = qkv.why("cost", seed=seed)
+    n = answer.numbers
+    layer = qkv.nn.Attention(64, 4, bias=False, device="meta")
+    held = sum(p.numel() for p in layer.parameters())
+    assert series(n["projections, FLOPs"]) == tuple(2 * held * m for m in (32, 64, 128, 256, 512))
+    even = series(n["tokens"]).index(one(n["tokens at which pairs cost as much, all visible"]))
+    assert series(n["pairs, all visible"])[even] == series(n["projections, FLOPs"])[even]
+    assert "counted: exactly" in flat(answer)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
 def test_cross(seed: int) -> None:
     n = qkv.why("cross", seed=seed).numbers
     rng = draws(seed)
@@ -476,6 +512,8 @@ CLAIMS = {
     "cross": "out differs by",
     "shapes": "side by side again",
     "softmax-axis": "And it leaks through a causal mask",
+    "softmax": "e^score is positive",
+    "cost": "Twice the text is 4 times the pairs",
     "order": "each output is the same",
     "reformer": "whoever is looked at looks back (100% of pairs)",
     "gradient": "the often-told story is wrong at this width",

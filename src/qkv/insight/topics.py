@@ -17,6 +17,7 @@ class Topic(NamedTuple):
 GROUPS: dict[str, dict[str, Topic]] = {
     "the lookup": {
         "lookup": Topic("lookup", "What do queries, keys and values do?"),
+        "softmax": Topic("softmax", "Why a softmax, and not each score's share of their sum?"),
         "names": Topic("names", "Which one is Q, which K, which V, in which field's words?"),
         "cross": Topic("cross", "Two sequences: whose length does the output have?"),
     },
@@ -56,6 +57,7 @@ GROUPS: dict[str, dict[str, Topic]] = {
         "sparse": Topic("sparse", "What is lost if a token sees a few others only?"),
     },
     "speed and memory": {
+        "cost": Topic("cost", "What does a layer cost: is it the n² of attention?"),
         "flash": Topic("flash", "How can a softmax be exact, a tile at a time?", "qkv"),
         "paged": Topic("paged", "Do pages make attention faster?"),
     },
@@ -77,8 +79,9 @@ _MEANT = {
     "multi-head": "heads", "multi-query": "gqa", "nan": "dead-rows", "page": "paged", "paged-attention": "paged",
     "permutation": "order", "polarity": "mask-polarity", "positions": "order", "qkv": "names", "query": "names",
     "reshape": "split-heads", "rope": "order", "rotary": "order", "self-attention": "lookup", "shape": "shapes",
-    "shared-qk": "reformer", "sinks": "sink", "sliding-window": "sparse", "softmax": "softmax-axis",
+    "shared-qk": "reformer", "sinks": "sink", "sliding-window": "sparse",
     "sqrt": "scale", "temperature": "scale", "transpose": "split-heads", "tied": "same-qk",
+    "quadratic": "cost", "flops": "cost", "exp": "softmax",
     "vanishing": "gradient", "view": "split-heads", "weights": "explanation", "window": "sparse",
 }  # fmt: skip
 

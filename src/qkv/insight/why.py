@@ -41,7 +41,7 @@ def why(
     that were trained (docs/training.md). `qkv why` lists the questions. The topics, those marked * on your own tensors
     where you pass them::
 
-        the lookup        lookup, names, cross
+        the lookup        lookup, softmax, names, cross
         shapes            shapes, softmax-axis, order*
         which is which    same-qk, reformer, projections
         scale             scale*, gradient*
@@ -49,7 +49,7 @@ def why(
         heads             heads*, thin-heads, split-heads
         sharing keys      kv-cache, gqa*, latent
         long inputs       long-context*, sink*, sparse
-        speed and memory  flash*, paged
+        speed and memory  cost, flash*, paged
         reading weights   explanation*
 
     Parameters
