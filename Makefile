@@ -14,7 +14,7 @@ CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp tests/native/*.h t
 NATIVE := CMakeLists.txt pyproject.toml $(wildcard cmake/* csrc/* csrc/*/*)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test quick check gate gpu-test soak sanitize test-arm bench models foreign format lock compatibility clean
+.PHONY: demo test quick check gate gpu-test soak sanitize test-arm test-page bench models foreign format lock compatibility clean
 
 demo: $(VENV)/.installed
 	@$(BIN)/qkv demo
@@ -81,6 +81,10 @@ sanitize-%: $(VENV)/.installed-dev
 # The kernels for ARM, by a cross compiler and an emulator: what is missing is named, and installed where root may. Minutes.
 test-arm: $(VENV)/.installed-dev
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m tests.gates.arm $(ARGS)
+
+# The page of a trace in Chromium, which is installed where root may; pictures of it in build/page. A minute.
+test-page: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.gates.page
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff format $(CODE)

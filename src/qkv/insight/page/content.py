@@ -13,7 +13,7 @@ import torch
 
 from qkv.insight.page import facts, maps, rows
 from qkv.insight.page.maps import Maps
-from qkv.insight.page.packed import packed
+from qkv.insight.page.packed import as_stored, packed
 from qkv.insight.page.source import Lane, Source
 from qkv.insight.page.text import visible
 
@@ -43,11 +43,13 @@ class Content:
         return self.source.lanes[0]
 
     def map_of(self, lane: Lane) -> torch.Tensor | None:
-        return None if self.maps is None else self.maps.values[lane.number]
+        """The lane's map with the digits that the page's data has."""
+        one = None if self.maps is None else self.maps.values[lane.number]
+        return None if one is None or self.maps is None else as_stored(one, self.maps.kind)
 
     def pools(self, lane: Lane) -> bool:
         """Whether a bin of the lane's map holds more than one weight."""
-        one = self.map_of(lane)
+        one = None if self.maps is None else self.maps.values[lane.number]
         return one is not None and tuple(one.shape) != (lane.Lq, lane.Lk)
 
     def names(self, side: str, at: int) -> str:

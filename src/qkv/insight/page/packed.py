@@ -36,9 +36,20 @@ def halves(weights: Tensor) -> str:
 
 def codes(weights: Tensor) -> str:
     """Weights in one byte, to 3 %: 0 is below 1e-6, and 1 .. 255 are equal steps of the logarithm from there to 1."""
+    return packed(_codes(weights), torch.uint8)
+
+
+def _codes(weights: Tensor) -> Tensor:
     logs = torch.log10(weights.double().clamp(min=1e-12))
-    code = torch.where(weights > 1e-6, (1 + (logs + 6) / 6 * 254).round().clamp(1, 255), 0.0)
-    return packed(torch.nan_to_num(code), torch.uint8)
+    return torch.nan_to_num(torch.where(weights > 1e-6, (1 + (logs + 6) / 6 * 254).round().clamp(1, 255), 0.0))
+
+
+def as_stored(weights: Tensor, kind: str) -> Tensor:
+    """The weights that a reader of `halves` ("f16") or `codes` ("u8") finds."""
+    if kind == "f16":
+        return (weights.double() * SHIFT).clamp(max=65504).half().double() / SHIFT
+    code = _codes(weights)
+    return torch.where(code > 0, 10 ** ((code - 1) / 254 * 6 - 6), 0.0)
 
 
 def edges(length: int, bins: int) -> list[int]:

@@ -41,11 +41,8 @@ def listed(row: Row, most: int) -> Tensor:
     Lk = len(row.weight)
     if Lk <= most:
         return torch.arange(Lk)
-    shares = row.weight * row.value.norm(dim=-1)
-    picks = [
-        torch.sort(x, descending=True, stable=True).indices[:n]
-        for x, n in ((row.weight, most // 2), (shares, most // 8))
-    ]
+    both = ((row.weight, most // 2), (row.weight * row.norm, most // 8))
+    picks = [torch.topk(torch.nan_to_num(x), min(n, Lk)).indices for x, n in both]
     seen = row.visible.nonzero().flatten()
     hidden = (~row.visible).nonzero().flatten()
     return torch.tensor(sorted(set(torch.cat([*picks, seen[:2], seen[-4:], hidden[:2]]).tolist())))
@@ -54,14 +51,13 @@ def listed(row: Row, most: int) -> Tensor:
 def row_data(source: Source, row: Row, i: int, why: str, most: int = ALL_KEYS) -> dict[str, Any]:
     """A query as the page shows it: numbers of the listed keys, what the others add up to, and the tiles."""
     keys = listed(row, most)
-    norms = row.value.norm(dim=-1)
     bias = (
         torch.where(row.visible, row.score - _capped(source, row.dot * source.trace.scale), 0.0)
         if source.has_bias
         else None
     )
     size = float(row.out.norm())
-    effect = leave_one_out(row)[keys] / (size or 1.0)
+    effect = leave_one_out(row, keys) / (size or 1.0)
     rest = torch.ones(len(row.weight), dtype=torch.bool)
     rest[keys] = False
     top = float(row.score[row.visible].max()) if bool(row.visible.any()) else float("-inf")
@@ -69,7 +65,7 @@ def row_data(source: Source, row: Row, i: int, why: str, most: int = ALL_KEYS) -
         "i": i, "why": why, "top": _number(top), "lse": _number(row.lse), "seen": int(row.visible.sum()),
         "size": _number(size), "out": _numbers(row.out[:SHOWN]),
         "keys": keys, "dot": row.dot[keys], "visible": row.visible[keys], "weight": row.weight[keys],
-        "norm": norms[keys], "effect": effect,
+        "norm": row.norm[keys], "effect": effect,
         "rest": [int(rest.sum()), float(row.weight[rest].sum()), int((rest & row.visible).sum())],
         "tiles": tiles(source, row),
     }  # fmt: skip
@@ -88,12 +84,11 @@ def stored(found: dict[str, Any]) -> dict[str, Any]:
     return {**packs, "tiles": {**found["tiles"], "outs": packed(found["tiles"]["outs"], torch.float32)}}
 
 
-def leave_one_out(row: Row) -> Tensor:
+def leave_one_out(row: Row, keys: Tensor) -> Tensor:
     """How far the output moves when a key is taken away and the weights of the others grow to fill its place."""
-    w = row.weight
-    left = 1 - w
-    moved = w / left.clamp(min=1e-12) * (row.out - row.value).norm(dim=-1)
-    return torch.where(left > 1e-9, moved, row.out.norm())  # without its only key a row is 0
+    w = row.weight[keys]
+    moved = w / (1 - w).clamp(min=1e-12) * (row.out - row.value[keys]).norm(dim=-1)
+    return torch.where(1 - w > 1e-9, moved, row.out.norm())  # without its only key a row is 0
 
 
 def _capped(source: Source, scores: Tensor) -> Tensor:
@@ -112,29 +107,38 @@ def tile_width(Lk: int, most: int = MOST_STEPS) -> int:
 
 def tiles(source: Source, row: Row) -> dict[str, Any]:
     """The online softmax over tiles of keys: the running maximum m, the sum l and the output, after every tile."""
-    score, width = row.score, tile_width(len(row.score))
-    value = torch.nan_to_num(row.value)
+    width = tile_width(len(row.score))
     m, l, o = -torch.inf, 0.0, torch.zeros_like(row.out)
     if source.has_sinks:  # a learned sink is in the sum from the start, with a value of 0
         left = 1 - float(row.weight.sum())
         if left > 1e-12:
             m, l = row.lse + math.log(left), 1.0
+    highest, sums, products = _apart(row, width)
     steps: list[list[float | None]] = []
     outs: list[Tensor] = []
-    for start in range(0, len(score), width):
-        part = score[start : start + width]
-        highest = float(part.max())
-        new = max(m, highest)
+    for top, part, product in zip(highest.tolist(), sums.tolist(), products, strict=True):
+        new = max(m, top)
         if new == -torch.inf:
             steps.append([None, None, 1.0, 0.0])
         else:
-            factor = math.exp(m - new)
-            e = torch.exp(part - new)
-            l, o, m = l * factor + float(e.sum()), o * factor + e @ value[start : start + width], new
-            steps.append([_number(highest), _number(m), factor, l])
+            old, mine = math.exp(m - new), math.exp(top - new)
+            l, o, m = l * old + part * mine, o * old + product * mine, new
+            steps.append([_number(top), _number(m), old, l])
         outs.append(o / l if l else o)
     many = torch.stack(outs) if outs else torch.zeros(0, len(row.out), dtype=torch.float64)
     return {"width": width, "steps": steps, "outs": many[:, :SHOWN]}
+
+
+def _apart(row: Row, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of every tile alone: its largest score, the sum of exp(score - that), and the values added up by these."""
+    count = -(-len(row.score) // width)
+    score = torch.nn.functional.pad(row.score, (0, count * width - len(row.score)), value=-torch.inf).view(count, width)
+    highest = score.amax(-1) if score.numel() else score.new_zeros(0)
+    e = (score - highest.masked_fill(highest == -torch.inf, 0.0)[:, None]).exp()
+    value = row.value if bool(row.norm.isfinite().all()) else torch.nan_to_num(row.value)
+    parts = value.split(width) if len(value) else ()
+    products = [e[n, : len(part)] @ part for n, part in enumerate(parts)]
+    return highest, e.sum(-1), torch.stack(products) if products else value.new_zeros(0, value.shape[-1])
 
 
 def _number(x: float) -> float | None:

@@ -53,6 +53,7 @@ class Row(NamedTuple):
     visible: Tensor
     weight: Tensor
     value: Tensor  # (Lk, Dv)
+    norm: Tensor  # (Lk,) |v|
     out: Tensor  # (Dv,)
     lse: float
     kernel: Tensor | None  # what the call returned
@@ -114,6 +115,8 @@ class Source:
         key, value = (x.detach()[b, g].double().cpu() for x in (part.inputs.k, part.inputs.v))
         out, found = held.out, []
         plain = tuple(out.shape[:3]) == (self.B, len(self.heads), self.Lq)
+        norms, clean = value.norm(dim=-1), torch.nan_to_num(value, 0.0, 0.0, 0.0)
+        fine = norms.isfinite()  # what is hidden may hold anything
         head, sinks = torch.tensor([lane.place]), self.trace.sinks
         sink = torch.zeros(0).double() if sinks is None else sinks[lane.place, None].double().cpu()
         for i in wanted:
@@ -126,9 +129,9 @@ class Source:
             dot = key @ part.inputs.q.detach()[b, lane.place, i].double().cpu()
             if self.trace.pages is not None:  # what hidden slots of a cache hold is nobody's
                 dot = dot.masked_fill(~visible, torch.nan)
-            mixed = weight @ value.masked_fill(~visible[:, None], 0.0)
+            mixed = weight @ clean if bool(fine[visible].all()) else weight[visible] @ value[visible]
             kernel = out[lane.batch, lane.place, i].detach().cpu() if plain else None
-            found.append(Row(dot, score, visible, weight, value, mixed, float(norm), kernel))
+            found.append(Row(dot, score, visible, weight, value, norms, mixed, float(norm), kernel))
         return found
 
     def series(self, x: Tensor, lane: Lane) -> Tensor:
