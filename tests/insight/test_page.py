@@ -249,7 +249,7 @@ def test_the_strip_never_invents(made: dict[str, tuple[Trace, str]]) -> None:
         assert shape in text
     assert "10.0 KiB" in text  # q: 4 heads of 40 tokens of 16 numbers of 4 bytes
     assert text.count("not seen") >= 4
-    assert "25.0 KiB if it were stored" in text
+    assert "25.0 KiB, not stored" in text
 
 
 def test_pages_tell_the_cache_s_tables(made: dict[str, tuple[Trace, str]]) -> None:

@@ -124,7 +124,10 @@ def pages(content: Content) -> Markup | None:
     picture = node("div", drawn, class_="wide pages", tabindex="0", role="region", aria_label="Picture of the pages")
     said = node("p", cache.words(s, table), " ", cache.largest(s, table), class_="said")
     bar = node(
-        "p", "The bar of a page is the share of its sequence’s weight, over the heads shown here.", class_="mute"
+        "p",
+        "Each box is a page, in the order of its sequence’s tokens: tinted and marked ×2 where two sequences share it, "
+        "dashed where it was given back. Its bar is its part of the sequence’s weight, over the heads shown here.",
+        class_="mute",
     )
     listed = (cache.sequences(s, table), cache.slots(s, table, content.names))
     return section("pages", said, figure("pages", picture), bar, *listed, lead=lead)

@@ -63,11 +63,12 @@
     for (let i = 0; i < raw.length; i++) found[i] = raw.charCodeAt(i);
     return found;
   }
+  const POWERS = Array.from({ length: 31 }, (_, n) => 2 ** (n - 25));
+  const CODES = Array.from({ length: 256 }, (_, n) => (n ? 10 ** (((n - 1) / 254) * 6 - 6) : 0));
   function half(bits) {
     const exponent = (bits >> 10) & 31, fraction = bits & 1023, sign = bits >> 15 ? -1 : 1;
-    if (exponent === 0) return sign * fraction * 2 ** -24;
     if (exponent === 31) return fraction ? NaN : sign * Infinity;
-    return sign * (1 + fraction / 1024) * 2 ** (exponent - 15);
+    return sign * (exponent ? (1024 + fraction) * POWERS[exponent] : fraction * POWERS[1]);
   }
   const READ = {
     f16: [2, (view, at) => half(view.getUint16(at, true))],
@@ -75,7 +76,7 @@
     f32: [4, (view, at) => view.getFloat32(at, true)],
     i32: [4, (view, at) => view.getInt32(at, true)],
     u8: [1, (view, at) => view.getUint8(at)],
-    code: [1, (view, at) => (view.getUint8(at) ? 10 ** (((view.getUint8(at) - 1) / 254) * 6 - 6) : 0)],
+    code: [1, (view, at) => CODES[view.getUint8(at)]],
   };
   function unpack(text, kind) {
     const raw = bytes(text), view = new DataView(raw.buffer), [size, read] = READ[kind];
@@ -92,22 +93,23 @@
   function colours() {
     if (palette) return palette;
     const style = getComputedStyle(root), of = (name) => style.getPropertyValue(name).trim();
-    palette = { ramp: [] };
+    palette = { ramp: [], shades: [] };
     for (const name of ["paper", "raised", "ink", "soft", "faint", "rule", "accent", "accent-soft", "q", "k", "v", "hid", "sans"]) {
       palette[name] = of(`--${name}`);
     }
     for (let i = 0; i < 16; i++) palette.ramp.push(of(`--m${i}`).match(/[0-9a-f]{2}/gi).map((x) => parseInt(x, 16)));
+    for (let n = 0; n < SHADES; n++) palette.shades.push(mixed(palette.ramp, n / (SHADES - 1)));
     return palette;
   }
-  const DECADES = 4;
-  // From 0 to 1 by equal steps of the logarithm, DECADES below the top; nothing is -1.
-  function shade(value, top) {
-    if (!(value > 0)) return -1;
-    return Math.max(0, Math.min(1, 1 + Math.log10(value / top) / DECADES));
-  }
-  function mixed(t) {
-    const ramp = colours().ramp, x = t * (ramp.length - 1), i = Math.min(ramp.length - 2, Math.floor(x)), f = x - i;
+  const DECADES = 4, SHADES = 121;
+  function mixed(ramp, t) {
+    const x = t * (ramp.length - 1), i = Math.min(ramp.length - 2, Math.floor(x)), f = x - i;
     return ramp[i].map((a, n) => Math.round(a + (ramp[i + 1][n] - a) * f));
+  }
+  // The colour of a value above 0: equal steps of the logarithm, DECADES from the top down.
+  function shade(value, top) {
+    const t = Math.max(0, Math.min(1, 1 + Math.log10(value / top) / DECADES));
+    return colours().shades[Math.round(t * (SHADES - 1))];
   }
   const rgb = (c) => `rgb(${c[0]} ${c[1]} ${c[2]})`;
 
@@ -142,7 +144,10 @@
         const image = new ImageData(columns, rows);
         for (let at = 0; at < rows * columns; at++) {
           const c = colour(at);
-          if (c) image.data.set([c[0], c[1], c[2], 255], 4 * at);
+          image.data[4 * at] = c[0];
+          image.data[4 * at + 1] = c[1];
+          image.data[4 * at + 2] = c[2];
+          image.data[4 * at + 3] = 255;
         }
         const small = document.createElement("canvas");
         small.width = columns;
@@ -178,10 +183,10 @@
         const pieces = new Map();
         for (let r = 0; r < rows; r++) {
           for (let c = 0; c < columns;) {
-            const mine = colour(r * columns + c), key = mine ? rgb(mine) : "";
+            const mine = colour(r * columns + c), key = rgb(mine);
             let stop = c + 1;
-            while (stop < columns && (rgb(colour(r * columns + stop) || []) === (mine ? key : rgb([])))) stop++;
-            if (mine) pieces.set(key, `${pieces.get(key) || ""}M${c} ${r}h${stop - c}v1h-${stop - c}z`);
+            while (stop < columns && colour(r * columns + stop) === mine) stop++;
+            pieces.set(key, `${pieces.get(key) || ""}M${c} ${r}h${stop - c}v1h-${stop - c}z`);
             c = stop;
           }
         }
@@ -232,21 +237,22 @@
     for (const x of values) if (x > top) top = x;
     return top;
   }
+  // Of each bin, the first and the last row (or column) of the mask's picture that it touches.
+  function touched(length, parts, bins, start) {
+    const part = (at) => binOf(length, parts, at);
+    return Array.from({ length: bins }, (_, n) => [part(start(n)), part(start(n + 1) - 1)]);
+  }
   // 0 hidden, 1 mixed, 2 visible: what the mask's picture says of a cell; -1 where it is another head's.
   let cover = null;
   function covered(grid, r, c) {
     if (!lane().covered) return -1;
     cover = cover || unpack(data.cover.values, "u8");
-    const { Lq, Lk } = lane();
-    let found = -1;
     const { rows, columns } = data.cover;
-    for (const i of [grid.query(r), grid.query(r + 1) - 1]) {
-      for (const j of [grid.key(c), grid.key(c + 1) - 1]) {
-        const mine = cover[binOf(Lq, rows, i) * columns + binOf(Lk, columns, j)];
-        found = found === -1 || found === mine ? mine : 1;
-      }
-    }
-    return found;
+    grid.down = grid.down || touched(lane().Lq, rows, grid.rows, grid.query);
+    grid.across = grid.across || touched(lane().Lk, columns, grid.columns, grid.key);
+    const [i0, i1] = grid.down[r], [j0, j1] = grid.across[c], found = cover[i0 * columns + j0];
+    const same = cover[i0 * columns + j1] === found && cover[i1 * columns + j0] === found && cover[i1 * columns + j1] === found;
+    return same ? found : 1;
   }
 
   // Where the parts of a grid's picture lie, for a picture of that width.
@@ -259,11 +265,11 @@
 
   function drawGrid(pen, grid, at, frames) {
     const c = colours(), { left, above, width, height } = at;
+    const hidden = hexed(c.hid);
     pen.rect(left, above, width, height, { fill: c.paper });
     pen.cells(left, above, width, height, grid.rows, grid.columns, (n) => {
-      const t = shade(grid.values[n], grid.top);
-      if (t >= 0) return mixed(t);
-      return covered(grid, Math.floor(n / grid.columns), n % grid.columns) === 2 ? mixed(0) : hexed(c.hid);
+      if (grid.values[n] > 0) return shade(grid.values[n], grid.top);
+      return covered(grid, Math.floor(n / grid.columns), n % grid.columns) === 2 ? c.shades[0] : hidden;
     });
     pen.rect(left, above, width, height, { stroke: c.rule });
     const last = [grid.query(grid.rows) - 1, grid.key(grid.columns) - 1];
@@ -375,7 +381,7 @@
       el("p", {}, many(q) ? "queries " : "query ", named("q", ...q)),
       el("p", {}, many(k) ? "keys " : "key ", named("k", ...k)),
       ...(what ? [el("p", { class: "mute" }, what)] : []),
-      el("p", { class: "mute small" }, "Arrow keys move, with Shift by 8" + (grid.pools ? "." : "; Enter or a click opens the query below.")),
+      el("p", { class: "mute small" }, `Arrow keys move, with Shift by 8${rowAt(grid, r) < 0 ? "" : "; Enter or a click opens the query below"}.`),
     );
   }
 
@@ -469,8 +475,10 @@
     state.window = far.indexOf(Math.min(...far));
     draw();
   }
+  const rowOf = (query) => (data.rows[state.lane] || []).findIndex((row) => row.i === query);
+  const rowAt = (grid, r) => (grid.pools ? -1 : rowOf(grid.query(r)));
   function openRow(query) {
-    const found = (data.rows[state.lane] || []).findIndex((row) => row.i === query);
+    const found = rowOf(query);
     if (found < 0) return;
     state.row = found;
     state.step = 0;
@@ -492,9 +500,15 @@
   function showBins(grid) {
     const body = byId("bins-table").tBodies[0];
     if (!grid) return body.replaceChildren();
-    const order = [...grid.values.keys()].filter((n) => grid.values[n] > 0);
-    order.sort((a, b) => grid.values[b] - grid.values[a] || a - b);
-    body.replaceChildren(...order.slice(0, 10).map((n) => {
+    const order = [];
+    for (let n = 0; n < grid.values.length; n++) {
+      if (!(grid.values[n] > 0) || (order.length === 10 && grid.values[n] <= grid.values[order[9]])) continue;
+      let at = order.length;
+      while (at > 0 && grid.values[order[at - 1]] < grid.values[n]) at--;
+      order.splice(at, 0, n);
+      order.length = Math.min(order.length, 10);
+    }
+    body.replaceChildren(...order.map((n) => {
       const r = Math.floor(n / grid.columns), c = n % grid.columns;
       const value = el("td", { class: "n" }, digits(grid.values[n], 3));
       return el("tr", {}, el("td", {}, named("q", grid.query(r), grid.query(r + 1))), el("td", {}, named("k", grid.key(c), grid.key(c + 1))), value);

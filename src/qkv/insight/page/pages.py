@@ -6,7 +6,7 @@ from collections import Counter
 
 import torch
 
-from qkv.insight.page.drawing import MAP_CLASSES, box, levels, svg, write
+from qkv.insight.page.drawing import box, svg, write
 from qkv.insight.page.markup import Markup, joined, node
 from qkv.insight.page.source import Source
 from qkv.insight.page.tables import Names, scrolled
@@ -60,40 +60,39 @@ def _held(source: Source, pages: Pages, page: int) -> int:
 
 
 def picture(source: Source, pages: Pages) -> Markup:
-    """A row for each sequence, a box for each page; the colour is the share of the sequence's weight on it."""
-    used, content, y = uses(pages), [], 26.0
+    """A row for each sequence, a box for each page; its bar is the share of the sequence's weight on it."""
+    used, content, y = uses(pages), [], 8.0
     wide = max((min(len(table), _PAGES) for table in pages.tables), default=1)
     for b, table in enumerate(pages.tables[:_SEQUENCES]):
         found = shares(source, pages, b)
-        colours = levels(torch.tensor(found or [0.0] * len(table), dtype=torch.float64), 1.0).tolist()
-        content.append(write(0, y + 20, f"sequence {b}", "t mute"))
+        top = max(found, default=0.0) or 1.0
+        content.append(write(0, y + 22, f"sequence {b}", "t mute"))
         kept = list(range(len(table)))
         if len(kept) > _PAGES:
             kept = [*kept[: _PAGES // 2], *kept[-(_PAGES - _PAGES // 2) :]]
         for place, n in enumerate(kept):
-            x = 84.0 + 48 * place + (14 if n >= _PAGES // 2 and len(table) > _PAGES else 0)
-            content += _box(x, y, table[n], colours[n] if found else -1, used[table[n]])
+            x = 84.0 + 50 * place + (14 if n >= _PAGES // 2 and len(table) > _PAGES else 0)
+            content += _box(x, y, table[n], found[n] / top if found else 0.0, used[table[n]])
         if len(table) > _PAGES:
-            content.append(write(84.0 + 48 * (_PAGES // 2) + 3, y + 20, "…", "t mute", "middle"))
-        y += 40
+            content.append(write(84.0 + 50 * (_PAGES // 2) + 2, y + 22, "…", "t mute", "middle"))
+        y += 48
     if len(pages.tables) > _SEQUENCES:
         content.append(write(0, y + 12, f"and {len(pages.tables) - _SEQUENCES} sequences more", "t mute"))
         y += 20
-    head = write(84, 14, "pages in the order of their tokens; ×2: shared by two sequences; –: given back", "t mute")
-    width = max(470.0, 84 + 48 * wide + 20)
-    label = "Page tables: a row for each sequence, a box for each page, coloured by the weight it receives"
-    return svg(width, y + 6, head, joined(content), label=label, class_="tables")
+    width = 84 + 50 * wide + 20
+    label = "Page tables: a row for each sequence, a box for each page, with the weight it receives"
+    return svg(width, y, joined(content), label=label, width_=f"{width}", height_=f"{y:g}")
 
 
-def _box(x: float, y: float, page: int, level: int, users: int) -> list[Markup]:
+def _box(x: float, y: float, page: int, part: float, users: int) -> list[Markup]:
     if page < 0:
-        return [box(x, y, 42, 32, "ghost", 4), write(x + 21, y + 20, "–", "t mute", "middle")]
+        return [box(x, y, 44, 38, "ghost", 4), write(x + 22, y + 22, "–", "t mute", "middle")]
     parts = [
-        box(x, y, 42, 32, "sheet", 4),
-        box(x + 3, y + 25, 36, 4, MAP_CLASSES[level] if level >= 0 else "hid", 1.5),
-        write(x + 21, y + 17, f"{page:,}", "t num", "middle"),
+        box(x, y, 44, 38, "sheet k" if users > 1 else "sheet", 4),
+        box(x + 4, y + 30, max(0.5, 36 * part), 4, "area strong", 1),
+        write(x + 22, y + 21, f"{page:,}", "t num", "middle"),
     ]
-    return [*parts, write(x + 40, y - 1, f"×{users}", "t num mute", "end")] if users > 1 else parts
+    return [*parts, write(x + 41, y + 10, f"×{users}", "t num mute tiny", "end")] if users > 1 else parts
 
 
 def sequences(source: Source, pages: Pages) -> Markup:

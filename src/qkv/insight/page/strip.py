@@ -30,7 +30,7 @@ def steps(source: Source) -> list[Step]:
     every = B * Hq * Lq * Lk
     pairs = source.trace.flops // (2 * (D + Dv)) if D + Dv else 0
     accumulated = 8 if source.dtype == torch.float64 else 4
-    not_made = f"{amount(every * accumulated, 'B', 1024)} if it were stored; it is not"
+    not_made = f"{amount(every * accumulated, 'B', 1024)}, not stored"
 
     def held(*shape: int) -> str:
         return amount(torch.Size(shape).numel() * size, "B", 1024)
@@ -152,7 +152,7 @@ def table(found: Sequence[Step]) -> Markup:
     caption = node("caption", "Every step's shape, bytes and operations", class_="hush")
     return node(
         "div",
-        node("table", caption, node("thead", head), node("tbody", *rows)),
+        node("table", caption, node("thead", head), node("tbody", *rows), class_="shapes"),
         class_="scroll",
         tabindex="0",
         role="region",

@@ -16,6 +16,8 @@ def visible(text: str, longest: int = LONGEST) -> str:
 
     >>> visible(" the"), visible("a\\nb\\x00"), visible("x\\u202ey"), visible("\\ud800"), visible("")
     ('␣the', 'a␊b␀', 'x⟨U+202E⟩y', '⟨U+D800⟩', '⟨empty⟩')
+    >>> visible("\u0301e\u0301") == "◌\u0301e\u0301"
+    True
     >>> visible("a" * 1_000_000, 5)
     'aaaaa… (1,000,000 characters)'
     """
@@ -24,7 +26,7 @@ def visible(text: str, longest: int = LONGEST) -> str:
     head = text[:longest]
     inner = head.strip(" ")
     left = len(head) - len(head.lstrip(" "))
-    shown = "␣" * (left if inner else len(head)) + "".join(map(_letter, inner))
+    shown = "␣" * (left if inner else len(head)) + _spelled(inner)
     if len(text) > longest:
         return f"{shown}… ({len(text):,} characters)"
     return shown + "␣" * (len(head) - left - len(inner) if inner else 0)
@@ -38,7 +40,17 @@ def _letter(letter: str) -> str:
         return "␡"
     if category[0] == "C" or category in ("Zl", "Zp") or (category == "Zs" and letter != " ") or number in _BLANK:
         return f"⟨U+{number:04X}⟩"
-    return f"◌{letter}" if category in ("Mn", "Me") and number & 0xFFF0 != 0xFE00 else letter
+    return letter
+
+
+def _spelled(text: str) -> str:
+    """The letters of a text; marks without a letter, and all but two on one, stand on a circle of their own."""
+    found, marks = [], 2
+    for letter in text:
+        mark = unicodedata.category(letter) in ("Mn", "Me") and ord(letter) & 0xFFF0 != 0xFE00
+        marks = marks + 1 if mark else 0
+        found.append(f"◌{letter}" if mark and marks > 2 else _letter(letter))
+    return "".join(found)
 
 
 def plain(text: str) -> str:
