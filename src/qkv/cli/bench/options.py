@@ -20,12 +20,17 @@ CALLS_ONLY = ("sweep", "mla", "chart", "markdown")  # options of the forward cal
 ALONE = {
     "models": (
         "--models measures decoding in a model only",
-        ("training", "caches", "only", "peers", "list", "isa", "backend", *CALLS_ONLY),
+        ("training", "caches", "insight", "only", "peers", "list", "isa", "backend", *CALLS_ONLY),
         "of single calls",
     ),
     "caches": (
         "--caches measures caches only",
-        ("training", "peers", "no_memory", *CALLS_ONLY),
+        ("training", "insight", "peers", "no_memory", *CALLS_ONLY),
+        "of other calls",
+    ),
+    "insight": (
+        "--insight measures what looking at a call costs",
+        ("training", "caches", "models", "peers", "no_memory", *CALLS_ONLY),
         "of other calls",
     ),
     "training": ("--training measures forward + backward only", CALLS_ONLY, "of forward calls"),
@@ -47,6 +52,11 @@ def add(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="decoding on pages, shared prefixes, 8-bit storage and a cache's books instead, about four minutes",
     )
+    give(
+        "--insight",
+        action="store_true",
+        help="what it costs to look at a call instead: statistics of its weights, about seven minutes (--quick: one)",
+    )
     give("--only", metavar="REGEX", help="rows whose name matches")
     give("--peers", metavar="NAMES", help="these peers only, such as sdpa,openvino")
     give("--list", action="store_true", help="name the rows and their peers, and measure nothing")
@@ -61,7 +71,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         type=float,
         metavar="S",
         help="time for the whole run, kept within a fifth; what has no room is left out and named "
-        "(default: 360, --quick 70, --caches 200, --models 600)",
+        "(default: 360, --quick 70, --caches 200, --insight 420, --models 600)",
     )
     give("--json", type=Path, metavar="FILE", help="write every number as JSON lines; another run's part of FILE stays")
     give("--chart", type=Path, metavar="FILE.svg", help="draw the README's chart")
