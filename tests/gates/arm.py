@@ -1,9 +1,9 @@
 """The kernels for ARM, where there is no such processor: `python -m tests.gates.arm`, or `make test-arm`.
 
 A cross compiler makes the stress program (tests/native), which qemu runs as a processor with BF16 and as one without:
-random calls with and without NaN in hidden places, gradients, malformed mask programs, threads. Then each mistake of
-tests/kit/native_mutants.py is switched on, and the program has to notice. Clang compiles everything as well, with
-warnings as errors, and the inner loops are counted (tests/house/test_arm_loops.py).
+random calls with and without NaN in hidden places, gradients, statistics, malformed mask programs, threads. Then each
+mistake of tests/kit/native_mutants.py is switched on, and the program has to notice. Clang compiles everything as well,
+with warnings as errors, and the inner loops are counted (tests/house/test_arm_loops.py).
 
 An emulator says nothing about speed, and neither does this.
 """
@@ -38,9 +38,9 @@ ISAS = ("neonbf16", "neon")  # that mistakes are looked for on
 SEED = 20261126
 # Cases of each mode of the stress program, on each model. Its mode `fork` is left out: qemu-user (7.2) stops with an
 # assertion of its own where the child of a fork starts threads while its parent has some.
-STRESS = {"calls": 2500, "gradients": 800, "fuzz": 40, "mutate": 300, "nest": 60, "threads": 6}
+STRESS = {"calls": 2500, "gradients": 800, "looks": 800, "fuzz": 40, "mutate": 300, "nest": 60, "threads": 6}
 # Those that look at results, and cases of each that a mistake may take to show.
-ASKED = {"calls": 1000, "gradients": 500}
+ASKED = {"calls": 1000, "gradients": 500, "looks": 500}
 # Mistakes that the stress program does not see, and why. The gate sees them, on the processor that it runs on.
 _SATURATED = "it shows where softmax is saturated, and the random scores here are ordinary"
 _SHARED = "it shows where sequences share chunks of 512 keys: too long for as many random calls as it takes here"
@@ -164,7 +164,8 @@ def mutants(jobs: int) -> Iterable[Finding]:
 
     def one(item: tuple[int, str]) -> Finding:
         number, name = item
-        modes = ("gradients",) if name.startswith("back_") else ("calls",) if name else tuple(ASKED)
+        own = {"back_": "gradients", native_mutants.LOOKS: "looks"}
+        modes = [mode for begin, mode in own.items() if name.startswith(begin)] or (["calls"] if name else list(ASKED))
         for mode, isa in product(modes, ISAS):
             options = ("--seed", SEED, "--mode", mode, "--cases", ASKED[mode], "--budget", 2e5, "--isa", isa)
             code, said = emulated("max", "stress_mutants", "--mutant", number, "--failures", 1, *options)

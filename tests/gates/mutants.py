@@ -6,7 +6,8 @@ A Python mutant is the plain implementation of `plain.py` with one line wrong. A
 with a mistake of `native_mutants.py`, compiled from a copy in which a run-time number switches one of them on
 (`_native_mutants`, absent from what is shipped). Both face the gate's own checks on the gate's own configurations; no
 mutant has a test of its own. A native one that is still alive then faces the configurations of `view_calls` and the
-sums of `saturated`, and those of `glue.GLUE_MUTANTS`, mistakes between a view and its kernels, face these alone.
+sums of `saturated`, and those of `glue.GLUE_MUTANTS`, mistakes between a view and its kernels, face these alone. A
+mistake of statistics, which changes no output, faces the same calls and views looked at (`tests.kit.looks`).
 """
 
 from __future__ import annotations
@@ -27,15 +28,16 @@ import torch
 from tests.gates import calls, glue, view_calls
 from tests.gates.calls import CALLS
 from tests.gates.view_calls import VIEWS
-from tests.kit import backends, private, saturated
+from tests.kit import backends, looks, private, saturated
 from tests.kit.cases import CASES, Config
 from tests.kit.gate import Gate
 from tests.kit.generator import random_config
-from tests.kit.native_mutants import MUTANTS, set_mutant
+from tests.kit.native_mutants import LOOKS, MUTANTS, set_mutant
 from tests.kit.plain import PYTHON_MUTANTS, Plain
 from tests.kit.views import ViewConfig
 
 PAGED = 60  # configurations on pages
+LOOKED_AT = 60  # random calls whose statistics are asked for, after the named cases; and half as many views
 AnyQuestion = calls.Question | view_calls.Question
 
 
@@ -86,6 +88,22 @@ def native_mutants() -> Any:
         return None
 
 
+@cache
+def looked_at() -> tuple[looks.Look, ...]:
+    """Calls and views whose statistics the kernels find, and the truth about them."""
+    calls_ = [config for config in fixed_configs(LOOKED_AT) if not backends.may_refuse("cpu", config)]
+    return tuple(looks.looks(calls_, [VIEWS.random(seed) for seed in range(LOOKED_AT // 2)]))
+
+
+def _look(isas: Sequence[str]) -> tuple[int | None, str]:
+    """The first fault of statistics, and the seed of the call that has it."""
+    for question in looked_at():
+        for isa in isas:
+            if faults := question.faults(isa):
+                return question.config.seed, f"{isa}: {faults[0]}"
+    return None, ""
+
+
 def try_native(number: int, name: str, asked: Sequence[calls.Question], isas: Sequence[str]) -> Trial:
     """Ask the native backends with mistake `number` switched on; 0 is none."""
     module = native_mutants()
@@ -93,6 +111,10 @@ def try_native(number: int, name: str, asked: Sequence[calls.Question], isas: Se
     set_mutant(module, number)
     try:
         with private.native_kernels(module):
+            if not name or name.startswith(LOOKS):
+                seed, fault = _look(isas)
+                if name or fault:
+                    return Trial("native", name, seed, fault, 0)
             for count, question in enumerate([*asked, *view_questions()], 1):
                 for isa in isas:
                     outcome = _gate_of(question).ask(question, isa)
@@ -117,7 +139,7 @@ def _child(pipe: Connection, number: int, name: str, asked: Sequence[calls.Quest
 
 def try_native_apart(number: int, name: str, asked: Sequence[calls.Question], isas: Sequence[str]) -> Trial:
     """The same in a forked process, so that a mutant that crashes or hangs is a killed mutant and nothing worse."""
-    view_questions()  # prepared once, here
+    view_questions(), looked_at()  # prepared once, here
     context = multiprocessing.get_context("fork")
     mine, theirs = context.Pipe(duplex=False)
     with warnings.catch_warnings():
@@ -187,7 +209,7 @@ def _named(faced: Sequence[AnyQuestion], at: int) -> str:
     """What killed a mutant: the last question it faced."""
     config = faced[at - 1].config if at else None
     if config is None:
-        return "its crash, or sums of weights"
+        return "its crash, weights or statistics"
     if isinstance(config, Config):
         return f"case {config.name!r}" if config.name else f"seed {config.seed}"
     return f"views seed {config.seed}"

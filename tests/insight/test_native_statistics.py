@@ -76,10 +76,8 @@ def test_random_calls(seed: int) -> None:
 
 
 def _on_pages(config: views.ViewConfig) -> None:
-    if any(term[0] == "score_mod" for term in config.bias) or backends.mentions(config.seen_by, "mask_mod"):
+    if not looks.native_looks(config):
         return
-    if config.storage != "plain" and config.dtype == "f64":
-        return  # kernels multiply stored numbers in float32: copies are made, and `tiled` looks at them
     inputs = views.materialise(config)
     truths = [Truth.of(call) for call in inputs.oracle]
     for backend in NATIVE:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,10 +14,11 @@ from qkv import observation
 from qkv.call.problem import Options
 from qkv.call.statistics import Statistics, Wanted
 from qkv.observation import Observed, observe
+from tests.kit import backends
 from tests.kit.cases import DTYPES, Config
-from tests.kit.inputs import Inputs
+from tests.kit.inputs import Inputs, materialise
 from tests.kit.statistics_truth import Truth, faults
-from tests.kit.views import ViewInputs
+from tests.kit.views import ViewConfig, ViewInputs, materialise as materialise_view
 
 _OPTIONS = ("positions", "bias", "scale", "softcap", "sinks", "dropout_p")
 
@@ -79,3 +81,29 @@ def _nothing_past(t: Tensor, own: tuple[int, ...], nothing: int | None) -> bool:
     rest = t.clone()
     rest[(slice(None), *map(slice, own))] = torch.nan if nothing is None else nothing
     return bool((rest.isnan() if nothing is None else rest == nothing).all())
+
+
+class Look(NamedTuple):
+    """A call to look at, and the truth about it."""
+
+    config: Config | ViewConfig
+    faults: Callable[[str], list[str]]
+    """What is wrong, by backend."""
+
+
+def looks(calls: Iterable[Config], views: Iterable[ViewConfig]) -> Iterator[Look]:
+    """Those that the kernels look at themselves, made ready."""
+    for config in calls:
+        given = materialise(config)
+        yield Look(config, partial(wrong, given, Truth.of(given.oracle)))
+    for view in views:
+        if native_looks(view):
+            pages = materialise_view(view)
+            yield Look(view, partial(wrong_on_pages, pages, [Truth.of(call) for call in pages.oracle]))
+
+
+def native_looks(config: ViewConfig) -> bool:
+    """Whether kernels read a view's pages: they multiply stored numbers in float32, and call no Python."""
+    if any(term[0] == "score_mod" for term in config.bias) or backends.mentions(config.seen_by, "mask_mod"):
+        return False
+    return config.storage == "plain" or config.dtype != "f64"

@@ -47,6 +47,10 @@ ELEMENTS = "kernel/elements.h"
 LANES, DOTS, FORWARD = "kernel/lanes.h", "kernel/dots.h", "kernel/forward.cpp"
 SCHEDULE, CASCADE, MASK = "kernel/schedule.h", "kernel/cascade.h", "mask/atoms.h"
 BACKWARD, PRODUCTS, BIAS = "kernel/backward.h", "kernel/products.h", "kernel/bias_sums.h"
+OBSERVE, TALLY = "kernel/observe.h", "kernel/tally.h"
+
+LOOKS = "look_"
+"""How names of mistakes begin that change no output: only statistics of weights see them."""
 
 # fmt: off
 MUTANTS = (
@@ -211,6 +215,61 @@ MUTANTS = (
             (BIAS, "static_cast<double>(«away < 0» ? -away : away);", "true")),
     _mutant("back_dv_ds", "backward: dV is weighted by the unmasked score's gradient",
             (BACKWARD, ".a = «w.p» + from * n,", "w.dx")),
+    _mutant("look_lost", "statistics: what an entropy is made of is lost with each block of keys",
+            (STATE, "scaled_sum(scaled_sum(sums[0], by, sums[1]), «keep», block[1]);", "keep - keep")),
+    _mutant("look_delta", "statistics: exponents of earlier blocks stay those of the smaller maximum",
+            (STATE, "sums[1] = scaled_sum(«scaled_sum(sums[0], by, sums[1])», keep, block[1]);", "sums[1]")),
+    _mutant("look_merge", "statistics: so do those of chunks that are merged",
+            (STATE, "part.sums[0] * «larger(N(kGone), x)»);", "N(0)")),
+    _mutant("look_hidden", "statistics: a hidden key's weight of 0 is multiplied by its infinite exponent",
+            (LANES, "moment[z] = fma(y, «there(x)», moment[z]);", "x"),
+            (DOTS, "t = fma(e, «there(x)», t);", "x")),
+    _mutant("look_base", "statistics: an entropy mixes nats and bits",
+            (STATE, "static_cast<Wide>(sums[1]) / «static_cast<Wide>(kLog2e)», w = 1;", "Wide(1)")),
+    _mutant("look_sink", "statistics: a sink is no outcome of its own",
+            (STATE, "moment = w * (moment + total * down) + «e * e_down»;", "Wide(0)")),
+    _mutant("look_sink_weight", "statistics: the largest weight is the sink's, if that is larger",
+            (STATE, "static_cast<N>(«w / total»), static_cast<N>(entropy)", "1 / total")),
+    _mutant("look_unit", "statistics: the largest score is not scaled",
+            (STATE, "static_cast<N>(static_cast<Wide>(m) * «static_cast<Wide>(job.unit)»),", "Wide(1)")),
+    _mutant("look_tie", "statistics: of equal scores the higher key goes first",
+            (TALLY, "for (; i > 0 && «s[i - 1] < score»; --i)", "s[i - 1] <= score")),
+    _mutant("look_bound", "statistics: a key that was among the best of its row when sixteen began stays among them",
+            (TALLY, "if («s[j * Z * W + r] > least[r]») insert(", "true")),
+    _mutant("look_tile", "statistics: a tile takes over the best keys of the one before",
+            (OBSERVE, "«marks.begin(rows.rows.count)»;",
+             "rows.rows.index[0] > 0 ? void() : marks.begin(rows.rows.count)")),
+    _mutant("look_share", "statistics: weights are not divided by their sum",
+            (TALLY, "weight<Degree>(V::load(at), from[z], by) * «share[z]»;", "V::set1(1)")),
+    _mutant("look_live", "statistics: rows that are NaN, or not there, add to columns",
+            (TALLY, "choose(«static_cast<uint32_t>(live >> (z * W))», x, V::zero())", "~UINT32_C(0)")),
+    _mutant("look_nan_keys", "statistics: a row that is NaN has best keys",
+            (TALLY, "to_keys[i] = «is_nan(r)» ? -1", "false")),
+    _mutant("look_state", "statistics: rows of the kernel for few rows keep its sums",
+            (OBSERVE, "if (a_.state == nullptr || «u.cut.dots»)", "false")),
+    _mutant("look_signed", "statistics: distances to later keys are negative",
+            (TALLY, "fma(x, «absolute(from - V::set1(static_cast<E>(j)))», distance);",
+             "from - V::set1(static_cast<E>(j))")),
+    _mutant("look_positions", "statistics: distances are counted from a query's row",
+            (TALLY, "static_cast<E>(«rows.position[r]» - key);", "rows.index[r]")),
+    _mutant("look_column_bin", "statistics: a column of the map ends one key early, where keys do not divide evenly",
+            (TALLY, "bin_end = «((bin + 1) * length + bins - 1) / bins»;", "(bin + 1) * length / bins")),
+    _mutant("look_row_bin", "statistics: a row of the map begins one query early",
+            (OBSERVE, "to.map + «rows.rows.index[r] * bins / rows.sequence->q_count» * to.map_row;",
+             "lower(bins - 1, (rows.rows.index[r] + 1) * bins / rows.sequence->q_count)")),
+    _mutant("look_last_bin", "statistics: the last column of a map that a tile reaches is lost",
+            (OBSERVE, "if (columns > 0) «marks.close_bin(rows.rows.count)»;", "void()")),
+    _mutant("look_last_key", "statistics: the last key of sixteen receives nothing",
+            (OBSERVE, "const int there = static_cast<int>(«lower(kGranule, keys - key)»);",
+             "lower(kGranule - 1, keys - key)")),
+    _mutant("look_heads", "statistics: heads of a tile add to the first one's columns",
+            (TALLY, "if («mass[0] != mass[rows.count - 1]»)", "false")),
+    _mutant("look_stripe_twice", "statistics: the first stripe counts twice",
+            (OBSERVE, "for (int64_t n = «1»; n < u.stripes; ++n)", "int64_t(0)")),
+    _mutant("look_stripe_lost", "statistics: the second stripe does not count",
+            (OBSERVE, "for (int64_t n = 1; «n < u.stripes»; ++n)", "(n += n == 1) < u.stripes")),
+    _mutant("look_stripe_kept", "statistics: a stripe's sums begin with what was there",
+            (OBSERVE, "if («number > 0») std::memset(sums_", "false")),
 )
 # fmt: on
 

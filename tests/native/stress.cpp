@@ -1,6 +1,6 @@
 // Runs the native kernels on random calls, malformed mask programs, many threads and forks; meant for sanitizer builds.
 //
-//   stress [--seconds 60] [--seed N] [--mode calls|gradients|fuzz|mutate|nest|threads|fork] [--isa NAME]
+//   stress [--seconds 60] [--seed N] [--mode calls|gradients|looks|fuzz|mutate|nest|threads|fork] [--isa NAME]
 //          [--failures 20] [--strict 1]
 //   stress --cases N             so many, dealt to the modes by their shares, instead of for a time
 //   stress --mutant N            with one of the mistakes of tests/kit/native_mutants.py, where they are compiled in
@@ -15,6 +15,7 @@
 #include <chrono>
 
 #include "gradients.h"
+#include "looks.h"
 #include "pages.h"
 
 extern "C" {
@@ -149,6 +150,47 @@ std::string gradients(Random& random) {
     x.b.call.threads = c.a.threads % 4 + 1;
     backward();
     return before == bits() ? "" : fault_of(c, "the bits of gradients depend on the number of threads");
+}
+
+// What a call's weights come to: checked, and repeated on another number of threads, which must give the same bits. The
+// output has to be that of the call unobserved.
+std::string looks(Random& random) {
+    Call c;
+    do {
+        c = Call{};
+        make_call(random, c, options.budget / 8, options.isa);
+    } while (!c.lse.slab || !c.out.extent);
+    if (random.chance(0.45)) put_on_pages(random, c);
+    if (run(c) != qkv::Status::ok) return "";
+    const std::string unobserved(c.out.slab->data(), c.out.slab->size());
+    Look x;
+    make_look(random, c, x);
+    const auto look = [&] {
+        soil_scratch();
+        for (const auto& slab : {x.mass, x.map}) std::memset(slab->data(), 0, slab->size());
+        const qkv::Status status = run(c);
+        soil_scratch();
+#if defined(__SANITIZE_ADDRESS__)
+        open_scratch(2048);
+#endif
+        return status == qkv::Status::ok ? qkv::observe(x.o, c.isa.c_str()) : status;
+    };
+    const qkv::Status status = look();
+    ++progress->calls;
+    if (status != qkv::Status::ok) return fault_of(c, "observe: status " + std::to_string(static_cast<int>(status)));
+    const int64_t n = bytes_of(c.type);
+    for (int64_t e = 0; e < c.out.extent; ++e) {
+        const char *was = unobserved.data() + e * n, *is = c.out.at(e);
+        const double a = decode(c.type, was), b = decode(c.type, is);
+        if (std::memcmp(was, is, static_cast<size_t>(n)) != 0 && (a == a || b == b))  // one NaN is as good as another
+            return fault_of(c, "looking at a call changes its bits");
+    }
+    if (!c.poisoned)  // what is not finite is the gate's: here it must only do no harm
+        if (const std::string fault = LookJudge(c, x).fault(); !fault.empty()) return fault_of(c, fault);
+    const std::string before = bits_of(x);
+    c.a.threads = x.o.call.threads = c.a.threads % 4 + 1;
+    look();
+    return before == bits_of(x) ? "" : fault_of(c, "the bits of statistics depend on the number of threads");
 }
 
 int64_t odd_word(Random& random) {
@@ -331,12 +373,13 @@ struct Mode {
     unsigned limit;  // seconds a case may take, times kPatience
 };
 const Mode kModes[] = {
-    {"calls", [](Random& random) { return one_call(random, options.budget); }, 0.35, 120},
-    {"gradients", gradients, 0.15, 120},
+    {"calls", [](Random& random) { return one_call(random, options.budget); }, 0.3, 120},
+    {"gradients", gradients, 0.13, 120},
+    {"looks", looks, 0.12, 120},
     {"fuzz", fuzz, 0.08, 60},
-    {"mutate", mutate, 0.17, 30},
+    {"mutate", mutate, 0.15, 30},
     {"nest", nest, 0.03, 60},
-    {"threads", threads, 0.14, 180},
+    {"threads", threads, 0.11, 180},
     {"fork", forks, 0.08, 120},
 };
 
