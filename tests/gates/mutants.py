@@ -148,7 +148,7 @@ def try_native_apart(number: int, name: str, asked: Sequence[calls.Question], is
         child.start()
     theirs.close()
     try:
-        if mine.poll(60):
+        if mine.poll(120):
             return mine.recv()
         fault = "hangs"
     except EOFError:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -52,7 +53,17 @@ def wrong(inputs: Inputs, truth: Truth, backend: str) -> list[str]:
     """What is wrong with a call's statistics."""
     wanted = everything(inputs.config)
     found = look(inputs.call(), backend, wanted).statistics
-    return faults(truth, found, wanted, DTYPES[inputs.config.dtype])
+    return faults(truth, found, wanted, DTYPES[inputs.config.dtype]) + _lost_weights(truth, found)
+
+
+def _lost_weights(truth: Truth, found: Statistics) -> list[str]:
+    """Rows whose weights do not sum to 1. At large magnitudes a weight's bound says nothing, and this does."""
+    assert found.mass is not None
+    if truth.call.sinks is not None:
+        return []
+    seen = torch.from_numpy(truth.score > -np.inf).sum(-1)  # NaN is not
+    off = (found.mass.sum(-1).cpu() - seen).abs() > 1e-4 * seen.clamp(min=1)
+    return [f"weights of head {at.tolist()} do not sum to 1 a row" for at in off.nonzero()[:1]]
 
 
 def wrong_on_pages(inputs: ViewInputs, truths: list[Truth], backend: str) -> list[str]:
