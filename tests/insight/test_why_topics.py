@@ -230,6 +230,8 @@ def test_causal(seed: int) -> None:
     before, after = (softmax(a @ b.T / 4) @ c for a, b, c in ((q, k, v), changed))
     free = np.linalg.norm(after - before, axis=1)[:-1].max()
     assert one(n["earlier outputs move with the last token, no mask"]) == pytest.approx(free, rel=1e-9)
+    last = np.linalg.norm(after - before, axis=1)[-1]  # the last row sees everything, masked or not
+    assert one(n["the last output itself moves by"]) == pytest.approx(last, rel=1e-9)
     assert n["earlier outputs move with the last token, causal"] == 0
     assert one(n["one causal pass differs from a pass a prefix by"]) < 1e-14
     assert n["pairs in one causal pass"] == 8 * 9 / 2
@@ -364,6 +366,20 @@ def test_latent(seed: int) -> None:
     kept, _, heads = series(n["bytes a token: latent, GQA of 8 × 128, 128 heads"])
     assert n["times smaller than 128 heads"] == heads / kept == pytest.approx(71.11, abs=0.01)
     assert n["FLOPs a pair, expanded"] == 2 * 128 * (128 + 64 + 128)
+
+
+def test_latent_takes_both_forms(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Equal outputs show nothing if they are of one form: the keys and values are expanded once, for one of them."""
+    expanded = []
+    real = qkv.nn.LatentAttention._materialised
+
+    def spied(layer: qkv.nn.LatentAttention, latent: Tensor) -> tuple[Tensor, Tensor]:
+        expanded.append(layer.absorb)
+        return real(layer, latent)
+
+    monkeypatch.setattr(qkv.nn.LatentAttention, "_materialised", spied)
+    qkv.why("latent")
+    assert expanded == [False]
 
 
 @pytest.mark.parametrize("seed", SEEDS)

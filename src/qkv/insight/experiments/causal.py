@@ -32,6 +32,7 @@ def run(seed: int) -> Answer:
         "one causal pass differs from a pass a prefix by": (torch.cat(prefixes, 2) - masked).abs().max().item(),
         "earlier outputs move with the last token, causal": moved["causal"][:-1].max().item(),
         "earlier outputs move with the last token, no mask": moved["no mask"][:-1].max().item(),
+        "the last output itself moves by": moved["causal"][-1].item(),
         "predictions to learn from in one pass": TOKENS,
         "pairs in one causal pass": TOKENS * (TOKENS + 1) // 2,
         "pairs in a pass for every prefix, uncached": sum(n * n for n in range(1, TOKENS + 1)),
