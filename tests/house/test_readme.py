@@ -32,6 +32,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:qkv:UserWarning")
 def _table() -> list[dict[str, str]]:
     """Return the rows of the table under "The field's names"."""
     section = README.partition("## The field's names")[2].partition("\n## ")[0]
+    section = re.sub(r"\[([^\]]+)\]\(docs/[^)]+\)", r"\1", section)  # a name leads to its page
     lines = [line.strip().strip("|").split(" | ") for line in section.splitlines() if line.startswith("|")]
     assert [cell.strip() for cell in lines[0]] == COLUMNS
     return [dict(zip(COLUMNS, (cell.strip() for cell in line), strict=True)) for line in lines[2:]]
