@@ -12,6 +12,7 @@ import gc
 import io
 import json
 import math
+import sys
 import threading
 import weakref
 from collections.abc import Callable
@@ -23,12 +24,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 import qkv
+from qkv.call.problem import Options
 from qkv.call.watchers import WATCHERS
-from qkv.errors import ArgumentError, ArgumentTypeError
+from qkv.errors import ArgumentError, ArgumentTypeError, UnsupportedError
 from qkv.insight.watch import SCHEMA, hooks as hooked, points, steps
+from qkv.insight.watch.calls import Call as WatchedCall
 from qkv.insight.watch.findings import FIXES
+from qkv.insight.watch.numbers import few_rows, look
 from qkv.lm.decoder import KINDS, Config, Decoder
 
 BOUND = scaled_dot_product_attention  # a name of this module for PyTorch's function
@@ -315,12 +320,24 @@ def test_calls_of_torch_mean_the_same(kind: str) -> None:
     assert not w.errors
 
 
+def test_long_contexts_are_looked_at_in_little_memory() -> None:
+    """Of 100,000 keys and 8 heads the single weights of a few rows, not of 16."""
+    q, k = torch.randn(1, 8, 2, 16), torch.randn(1, 2, 100_000, 16)
+    found = few_rows(look(WatchedCall("", q, k, k, None, Options())))
+    assert found.p.numel() <= 1 << 22
+    assert found.p.shape[:2] == (1, 8)
+
+
 def test_dead_rows_and_their_place() -> None:
-    mask = torch.ones(2, 1, 6, 6, dtype=torch.bool).tril()
+    mask = torch.ones(2, 1, 6, 6, dtype=torch.bool).tril(1)
     mask[1, :, 2] = False
-    model = Call(mask=mask)
+    model, (q, k, v) = Call(mask=mask), torch.randn(3, 2, 4, 6, 8)
     with qkv.watch(model) as w:
-        model(*torch.randn(3, 2, 4, 6, 8))
+        model(q, k, v)
+    p, _ = dense(q, k, mask, 8**-0.5, None, None)
+    entropy = -(p * p.clamp(min=1e-300).log()).sum(-1)  # NaN of the dead row: it is no part of a mean
+    entropy = entropy.nanmean((0, 2))
+    assert torch.allclose(torch.tensor(w.lines[0]["entropy"]).double(), entropy, atol=1e-5)
     assert w.lines[0]["dead"] == {"rows": 4, "of": 48, "first": {"batch": 1, "head": 0, "row": 2}}
     assert not w.warnings
 
@@ -392,9 +409,11 @@ def test_exceptions_leave_nothing_behind(error: BaseException) -> None:
     with qkv.watch(model) as w:  # an exception in one step does not spoil the next
         with pytest.raises(type(error)):
             model(x)
+        made("a bound name")(x)  # is no part of the step that was interrupted
         model.fails = False
         model(x)
     assert (w.steps, [line["step"] for line in w.lines]) == (2, [0, 1])
+    assert isinstance(error, KeyboardInterrupt) or "2 steps, 2 looked at" in str(w)
     assert places() == before
 
 
@@ -454,8 +473,8 @@ def test_copies_and_pickles_are_not_watched(name: str) -> None:
         for parameter in model.parameters():
             parameter.add_(1.0)
         want = model(x)
-        for other in (copied, read):
-            assert not torch.equal(other(x), want)
+        for other in (copied, read, copy.copy(model)):
+            assert torch.equal(other(x), want) == (other not in (copied, read))
     assert w.steps == 1
     assert len(w.lines) == 1
     assert all(torch.equal(copied(x), other(x)) for other in (read, copied))
@@ -573,6 +592,12 @@ def test_scalars_for_a_board() -> None:
     assert all(math.isfinite(x) for x in writer.found.values())
 
 
+def test_a_board_that_is_not_installed_is_said_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(UnsupportedError, match=r"TensorBoard must be installed.*pip install tensorboard"):
+        qkv.watch(nn.Linear(2, 2), tensorboard=tmp_path)
+
+
 @pytest.mark.parametrize("layers", [0, 1, 3, 60])
 def test_the_summary_is_one_screen(layers: int) -> None:
     model = nn.Sequential(*(made("a bound name") for _ in range(layers)))
@@ -642,6 +667,16 @@ def test_calls_that_cannot_be_looked_at_are_counted() -> None:
     assert torch.equal(want, found)
     assert type(found) is Marked
     assert any("of class Marked" in text for text in w.not_seen)
+
+
+def test_a_call_under_a_counter_is_one_call() -> None:
+    """A mode makes a node of it: the call, and the node that runs, are the same."""
+    model = Call(mask=qkv.causal())
+    q = torch.randn(1, 2, 5, 8)
+    with qkv.watch(model) as w, FlopCounterMode(display=False):
+        model(q, q, q)
+        model(q, q, q)
+    assert [(line["step"], line["layer"]) for line in w.lines] == [(0, ""), (1, "")]
 
 
 @pytest.mark.parametrize("tool", ["eager", "aot_eager"])

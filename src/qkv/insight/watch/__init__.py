@@ -296,7 +296,8 @@ class _Step:
 
     def met(self, via: str, make: Callable[[], Call], modules: list[Any]) -> None:
         of = self.of
-        if not of._running:  # it ended while another thread was inside of the model
+        # It may have ended while another thread was inside of the model; and an interrupt may have ended the step.
+        if not of._running or not any(module is of.model for module in modules):
             return
         mine = next((m for m in modules if id(m) in of._names), of.model)
         name, module = of._names.get(id(mine), ""), type(mine).__name__

@@ -133,7 +133,8 @@ def few_rows(looked: Looked) -> Few:
         where = where[:batch] if where is not None and where.shape[0] > 1 else where
         p = replace(p, B=batch, positions=starts)
         inputs = inputs._replace(q=inputs.q[:batch], k=inputs.k[:batch], positions=where)
-    rows = torch.linspace(p.Lq - 1, 0, min(ROWS, p.Lq), device=inputs.q.device).round().long().flip(0)
+    count = max(1, min(ROWS, p.Lq, _NUMBERS // max(1, batch * p.Hq * p.Lk)))
+    rows = torch.linspace(p.Lq - 1, 0, min(count, p.Lq), device=inputs.q.device).round().long().flip(0)
     heads = max(1, _NUMBERS // max(1, batch * p.Lk * p.D)) // p.group * p.group or 1
     parts = []
     with torch.no_grad(), no_autocast(p.device):
