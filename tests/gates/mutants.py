@@ -101,6 +101,9 @@ def _look(isas: Sequence[str]) -> tuple[int | None, str]:
         for isa in isas:
             if faults := question.faults(isa):
                 return question.config.seed, f"{isa}: {faults[0]}"
+    for isa in isas:
+        if fault := looks.saturated(isa):
+            return -1, f"{isa}: {fault}"
     return None, ""
 
 

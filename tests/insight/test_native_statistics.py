@@ -194,6 +194,11 @@ def test_a_needle_is_the_first_key(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", NATIVE)
+def test_weights_of_few_rows_sum_to_1_at_any_magnitude(backend: str) -> None:
+    assert not looks.saturated(backend)
+
+
+@pytest.mark.parametrize("backend", NATIVE)
 @pytest.mark.parametrize("Lq", [1, 60])
 def test_a_row_of_nan_is_its_own_affair(backend: str, Lq: int) -> None:
     """It is NaN in all that it has, and adds nothing to what others share; a row that sees nothing is 0."""
