@@ -40,7 +40,7 @@ SEED = 20261126
 # assertion of its own where the child of a fork starts threads while its parent has some.
 STRESS = {"calls": 2500, "gradients": 800, "looks": 800, "fuzz": 40, "mutate": 300, "nest": 60, "threads": 6}
 # Those that look at results, and cases of each that a mistake may take to show.
-ASKED = {"calls": 1000, "gradients": 500, "looks": 500}
+ASKED = {"calls": 1000, "gradients": 500, "looks": 1000}
 # Mistakes that the stress program does not see, and why. The gate sees them, on the processor that it runs on.
 _SATURATED = "it shows where softmax is saturated, and the random scores here are ordinary"
 _SHARED = "it shows where sequences share chunks of 512 keys: too long for as many random calls as it takes here"
@@ -50,6 +50,9 @@ UNSEEN = {
     "back_lse_rounded": _SATURATED,
     "back_score_order": _SATURATED,
     "back_poison": "gradients of calls with NaN in them are run here, for the harm they could do, but not compared",
+    "look_state": _SATURATED,
+    "look_live": "statistics of calls with NaN in them are run here, for the harm they could do, but not compared",
+    "look_nan_keys": "the same",
 }
 
 

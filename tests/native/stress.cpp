@@ -158,7 +158,7 @@ std::string looks(Random& random) {
     Call c;
     do {
         c = Call{};
-        make_call(random, c, options.budget / 8, options.isa);
+        make_call(random, c, options.budget, options.isa);
     } while (!c.lse.slab || !c.out.extent);
     if (random.chance(0.45)) put_on_pages(random, c);
     if (run(c) != qkv::Status::ok) return "";
