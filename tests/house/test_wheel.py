@@ -34,6 +34,7 @@ def test_without_a_compiler_the_wheel_is_for_any_machine(tmp_path: Path) -> None
         about = wheel.read(next(name for name in names if name.endswith("/WHEEL"))).decode()
     assert "qkv/functional.py" in names
     assert "qkv/lm/model/reference.safetensors" in names
+    assert {"qkv/insight/page/page.css", "qkv/insight/page/page.js"} <= set(names)
     assert not [name for name in names if "_native" in name and not name.endswith(".pyi")]
     assert "Root-Is-Purelib: true" in about
 

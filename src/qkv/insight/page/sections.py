@@ -75,7 +75,8 @@ def mask(content: Content) -> Markup:
         )
         for (name, n, words), c in zip(rows, ("vis", "mix", "hid"), strict=True)
     ]
-    top = node("tr", *(node("th", name, scope="col") for name in ("blocks", "number", "share", "")))
+    columns = (("blocks", None), ("number", "n"), ("share", "n"), ("", None))
+    top = node("tr", *(node("th", name, scope="col", class_=kind) for name, kind in columns))
     table = node(
         "table",
         node("caption", f"The mask in {cover.shape[0]} × {cover.shape[1]} blocks"),

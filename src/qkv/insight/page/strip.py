@@ -32,6 +32,8 @@ def steps(source: Source) -> list[Step]:
     accumulated = 8 if source.dtype == torch.float64 else 4
     not_made = f"{amount(every * accumulated, 'B', 1024)}, not stored"
 
+    exponentials = f"{amount(pairs, '').strip()} exp"
+
     def held(*shape: int) -> str:
         return amount(torch.Size(shape).numel() * size, "B", 1024)
 
@@ -45,7 +47,7 @@ def steps(source: Source) -> list[Step]:
         Step("V", "what each token passes on", _shape(B, Hkv, Lk, Dv), held(B, Hkv, Lk, Dv), ""),
         Step("scores", "q · k × scale, for each pair", _shape(B, Hq, Lq, Lk), not_made, amount(2 * D * pairs, "FLOP")),
         Step("mask", "which keys a query may see", _shape(B, Hq, Lq, Lk), "rules, or as it was given", ""),
-        Step("softmax", "weights: each row adds up to 1", _shape(B, Hq, Lq, Lk), not_made, f"{amount(pairs, 'exp')}"),
+        Step("softmax", "weights: each row adds up to 1", _shape(B, Hq, Lq, Lk), not_made, exponentials),
         Step("weights · V", "the values, mixed", _shape(B, Hq, Lq, Dv), "", amount(2 * Dv * pairs, "FLOP")),
         Step("output", "what the call returns", _shape(B, Hq, Lq, Dv), held(B, Hq, Lq, Dv), ""),
     ]  # fmt: skip
