@@ -212,7 +212,7 @@ def test_maps_and_windows_are_the_weights(made: dict[str, tuple[Trace, str]]) ->
 
 @pytest.mark.parametrize(
     ("rows", "columns", "budget"),
-    [(40, 40, 3000), (75, 130, 3000), (256, 256, 60_000), (7, 256, 9000), (200, 100, 500)],
+    [(40, 40, 3000), (150, 130, 3000), (256, 256, 60_000), (7, 256, 9000), (200, 100, 500)],
 )
 def test_maps_that_are_pooled_further_are_exact(rows: int, columns: int, budget: int) -> None:
     Lq, Lk = (n if n < 256 else 611 for n in (rows, columns))
