@@ -43,6 +43,8 @@ def test_a_mask_is_in_the_files_that_the_recipe_names() -> None:
     places = [ROOT / "src", ROOT / "csrc", ROOT / "tests" / "kit", ROOT / "tests" / "native", ROOT / "docs"]
     found = set()
     for path in (path for place in places for path in place.rglob("*") if path.suffix in suffixes):
+        if path == ROOT / "docs" / "recipes.md":  # shows what people ask for, not every mask
+            continue
         pattern = r"dilated\(" if path.suffix == ".md" else r'Dilated|"dilated"'
         if re.search(pattern, path.read_text(encoding="utf-8")):
             found.add(str(path.relative_to(ROOT)))

@@ -263,7 +263,7 @@ def test_masks_in_words() -> None:
         (~qkv.causal(), "every key but itself and the keys before it"),
         (qkv.strided(3), "every 3rd key"),
         (qkv.padding([3]), "no padding"),
-        (qkv.documents([3, 2]) & qkv.causal(), "own document, and of those only itself"),
+        (qkv.documents([3, 2]) & qkv.causal(), "own document and of those only itself"),
         (qkv.per_head([qkv.causal(), qkv.causal()]), "head"),
         (qkv.mask_mod(lambda b, h, p, j: p >= j), "a function"),
         (qkv.bigbird(8), "drawn at random"),

@@ -49,7 +49,7 @@ def real_device(call: str, value: Any) -> torch.device:
     if device.type == "meta":
         raise ArgumentError.of(call, "a cache needs memory", "device='meta'", "Pass a device that holds data")
     if device.type != "cpu" and device.index is None:  # "cuda" is the current one, and its tensors say which that is
-        return torch.empty(0, device=device).device
+        return torch.empty(0, device=device, dtype=torch.float32).device
     return device
 
 

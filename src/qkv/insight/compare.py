@@ -83,7 +83,7 @@ def _difference(name: str, a: Tensor, b: Tensor) -> Difference:
     if not apart.numel():
         return Difference(name, 0.0, math.nan, math.nan, (), 0.0, 0, 0)
     at = int(apart.argmax())
-    place = [int(i) for i in torch.unravel_index(torch.tensor(at), apart.shape)]
+    place = [int(i) for i in torch.unravel_index(torch.tensor(at, dtype=torch.int64, device="cpu"), apart.shape)]
     unit = torch.finfo(kind).eps * torch.maximum(x.abs(), y.abs()).clamp(min=torch.finfo(kind).tiny)
     ulps = float(torch.where(same, 0.0, apart / unit).max())
     where = tuple(zip(_AXES[name].split(), place, strict=True))

@@ -93,7 +93,11 @@ def _twins(trace: Record, b: int) -> dict[int, int]:
     twins: dict[int, int] = {}
     for x, head in enumerate(trace.heads):
         for y in range(x):
-            apart = (entropy[x] - entropy[y]).abs().nanmean() if entropy.shape[1] else torch.zeros(())
+            apart = (
+                (entropy[x] - entropy[y]).abs().nanmean()
+                if entropy.shape[1]
+                else torch.zeros((), dtype=torch.float64, device="cpu")
+            )
             if alike[x][y] and trace.heads[y] not in twins and float(apart) <= _TWIN_NATS:
                 twins[head] = trace.heads[y]
                 break

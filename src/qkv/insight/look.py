@@ -61,7 +61,7 @@ def _of_heads(
     if options.bias is not None:
         rule, fix = "heads= cannot cut a bias into heads", "Pass q[:, h:h+1], its keys and its bias"
         raise UnsupportedError.of(_CALL, rule, shown(options.bias), fix)
-    at = torch.tensor(chosen, device=q.device)
+    at = torch.tensor(chosen, device=q.device, dtype=torch.int64)
     of = at // (Hq // Hkv)
     if options.sinks is not None:
         options = options._replace(sinks=options.sinks.index_select(0, at.to(options.sinks.device)))
@@ -114,7 +114,7 @@ def _record(
     return kind(
         Shapes(B, whole_q.shape[1], Hkv, Lq, Lk, p.D, p.Dv), short(p.dtype), p.device, plan.backend, str(plan),
         "none" if p.mask is None else repr(p.mask), in_words(p.mask),
-        torch.zeros(0, 0, dtype=torch.uint8) if one is None else cover(one.problem, one.inputs.positions),
+        torch.zeros(0, 0, dtype=torch.uint8, device="cpu") if one is None else cover(one.problem, one.inputs.positions),
         visible, sampled, _positions(parts, B, Lq), p.scale, p.softcap, bias, sinks, heads, tuple(lengths),
         _kept(found.statistics),
         norms[0], norms[1], names[0], names[1], None if view is None else _pages(view), plan.flops, plan.bytes,
@@ -131,8 +131,12 @@ def _kept(s: Statistics) -> Statistics:
 def _visible(parts: tuple[Part, ...], B: int, heads: int, Lq: int) -> tuple[Tensor, Tensor]:
     """Some rows, and how many keys they see: masks that do not vary are asked once."""
     n = min(_SAMPLED, Lq)
-    sampled = torch.unique(torch.linspace(0, max(Lq - 1, 0), n).round().long()) if n else torch.zeros(0).long()
-    visible = torch.zeros(B, heads, len(sampled), dtype=torch.int64)
+    sampled = (
+        torch.unique(torch.linspace(0, max(Lq - 1, 0), n, dtype=torch.float64, device="cpu").round().long())
+        if n
+        else torch.zeros(0, dtype=torch.int64, device="cpu").long()
+    )
+    visible = torch.zeros(B, heads, len(sampled), dtype=torch.int64, device="cpu")
     for part in parts:
         p = part.problem
         rows = sampled[sampled < p.Lq]
@@ -147,7 +151,7 @@ def _visible(parts: tuple[Part, ...], B: int, heads: int, Lq: int) -> tuple[Tens
 def _norms(parts: tuple[Part, ...], tensors: list[Tensor], B: int, Lk: int) -> Tensor:
     """|k_j| or |v_j|, float32 (B, Hkv, Lk); 0 past a sequence's end."""
     heads = tensors[0].shape[1] if tensors else 0
-    to = torch.zeros(B, heads, Lk)
+    to = torch.zeros(B, heads, Lk, dtype=torch.float32, device="cpu")
     for part, x in zip(parts, tensors, strict=True):
         for b in part.sequences:
             for h in range(heads):
@@ -156,7 +160,7 @@ def _norms(parts: tuple[Part, ...], tensors: list[Tensor], B: int, Lk: int) -> T
 
 
 def _positions(parts: tuple[Part, ...], B: int, Lq: int) -> Tensor:
-    to = torch.zeros(B, Lq, dtype=torch.int64)
+    to = torch.zeros(B, Lq, dtype=torch.int64, device="cpu")
     for part in parts:
         where = query_positions(part.problem, part.inputs.positions, "cpu").cpu()
         for b in part.sequences:

@@ -38,7 +38,7 @@ def tensor(data: bytes, kind: str, shape: list[int]) -> Tensor:
     """The way back. Raises ValueError for data of another size, KeyError for a type that is none of KINDS."""
     dtype = KINDS[kind]
     if not data:
-        return torch.zeros(shape, dtype=dtype)
+        return torch.zeros(shape, dtype=dtype, device="cpu")
     return torch.frombuffer(bytearray(data), dtype=dtype).reshape(shape).clone()
 
 

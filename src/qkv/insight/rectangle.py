@@ -62,8 +62,8 @@ def _scores(
     i, j = torch.arange(p.Lq, device=device)[rows], torch.arange(p.Lk, device=device)[keys]
     where = query_positions(p, inputs.positions, device)
     at = Tile(
-        slice(b, b + 1), heads, i, keys, torch.tensor(b, device=device).view(1, 1, 1, 1), heads[:, None, None],
-        i[:, None], where[b if where.shape[0] > 1 else 0][i][None, None, :, None], j,
+        slice(b, b + 1), heads, i, keys, torch.full((1, 1, 1, 1), b, device=device, dtype=torch.int64),
+        heads[:, None, None], i[:, None], where[b if where.shape[0] > 1 else 0][i][None, None, :, None], j,
     )  # fmt: skip
     seen = torch.ones(1, len(heads), len(i), len(j), dtype=torch.bool, device=device)
     if p.mask is not None:

@@ -64,7 +64,7 @@ class Row:
         str
         """
         name = f" '{fit(_shown(self.token), 20)}'" if self.token is not None else ""
-        effective = torch.tensor(self.entropy).exp().item()
+        effective = torch.tensor(self.entropy, dtype=torch.float64, device="cpu").exp().item()
         head = f"query {self.index:,}{name} at position {self.position:,}, head {self.head}, batch row {self.batch}"
         lines = [paint(head, "bold")]
         if not len(self.keys):
@@ -101,9 +101,8 @@ def row_of(trace: Record, held: Held, b: int, head: int, i: int) -> Row:
     """Row i, from the tensors."""
     part = held.part_of("Trace.row()", b)
     p, place = part.problem, trace.heads.index(head)
-    found = rectangle(
-        p, part.inputs, trace.statistics.lse, b, torch.tensor([place]), slice(i, i + 1), slice(0, p.Lk)
-    )  # fmt: skip
+    mine = torch.tensor([place], dtype=torch.int64, device="cpu")
+    found = rectangle(p, part.inputs, trace.statistics.lse, b, mine, slice(i, i + 1), slice(0, p.Lk))
     dots, scores, seen, weights = (x[0, 0].cpu() for x in found)
     shown = seen & (scores != -torch.inf)
     keys = shown.nonzero().flatten()

@@ -130,7 +130,7 @@ def _shade(part: float) -> int:
 
 def _shrunk(x: Tensor, rows: int, columns: int) -> Tensor:
     """Sums over larger bins."""
-    r = torch.arange(x.shape[0]) * rows // x.shape[0]
-    c = torch.arange(x.shape[1]) * columns // x.shape[1]
-    part = torch.zeros(rows, x.shape[1], dtype=x.dtype).index_add_(0, r, x)
-    return torch.zeros(rows, columns, dtype=x.dtype).index_add_(1, c, part)
+    r = torch.arange(x.shape[0], device="cpu") * rows // x.shape[0]
+    c = torch.arange(x.shape[1], device="cpu") * columns // x.shape[1]
+    part = torch.zeros(rows, x.shape[1], dtype=x.dtype, device="cpu").index_add_(0, r, x)
+    return torch.zeros(rows, columns, dtype=x.dtype, device="cpu").index_add_(1, c, part)

@@ -126,7 +126,7 @@ class Trace(Record):
                 call, rule, given, "Pass q=slice(0, 256), k=slice(0, 256), or look at .statistics.map"
             )
         part = held.part_of(call, b)
-        mine = torch.tensor([self.heads.index(h)])
+        mine = torch.tensor([self.heads.index(h)], dtype=torch.int64, device="cpu")
         return rectangle(part.problem, part.inputs, self.statistics.lse, b, mine, rows, keys).weights[0]
 
     def attach(self, q: Tensor, k: Any, v: Tensor | None = None, mask: Any = None, **options: Any) -> Trace:

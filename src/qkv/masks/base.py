@@ -257,7 +257,11 @@ class _Joined(Composed):
     parts: tuple[Mask, ...]
 
     sign: ClassVar[str]
+    word: ClassVar[str]
     join: ClassVar[Callable[[Tensor, Tensor], Tensor]]
+
+    def words(self) -> str:
+        return self.word.join(part.words() for part in self.parts)
 
     def visible(self, at: Tile, sizes: Sizes) -> Tensor:
         return reduce(type(self).join, (part.visible(at, sizes) for part in self.parts))
@@ -289,6 +293,7 @@ class And(_Joined, op=13):
 
     sign = " & "
     join = torch.bitwise_and
+    word = " and of those only "
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -297,6 +302,7 @@ class Or(_Joined, op=14):
 
     sign = " | "
     join = torch.bitwise_or
+    word = " or "
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -308,6 +314,9 @@ class Not(Composed, op=15):
     @property
     def parts(self) -> tuple[Mask, ...]:  # type: ignore[override]
         return (self.part,)
+
+    def words(self) -> str:
+        return f"every key but {self.part.words()}"
 
     def visible(self, at: Tile, sizes: Sizes) -> Tensor:
         return ~self.part.visible(at, sizes)
@@ -395,6 +404,9 @@ class Dense(Mask, op=12):
         if mine.type != device.type or (None not in (mine.index, device.index) and mine.index != device.index):
             rule = "a mask tensor must be on the device of the queries"
             raise ArgumentError.of(call, rule, f"a mask on {mine} and queries on {device}", "Move it with .to()")
+
+    def words(self) -> str:
+        return f"the keys that a tensor {tuple(self.t.shape)} allows"
 
     def visible(self, at: Tile, sizes: Sizes) -> Tensor:
         self._unchanged("dense()")

@@ -28,6 +28,9 @@ class MaskMod(Mask):
     varies_by_batch = True
     varies_by_head = True
 
+    def words(self) -> str:
+        return "the keys that a function allows"
+
     def visible(self, at: Tile, sizes: Sizes) -> Tensor:
         call, b, h, p, j = repr(self), at.b, at.h, at.p, at.j
         try:

@@ -115,6 +115,21 @@ class Rule:
         i_first = first if i_first is None else i_first.detach().to("cpu", torch.int64)
         return compute(self, first, last, i_first, b=b, h=h, Lq=Lq, Lk=Lk)
 
+    def words(self) -> str:
+        """Which keys a query sees, as the end of a sentence.
+
+        Returns
+        -------
+        str
+
+        Examples
+        --------
+        >>> import qkv
+        >>> (qkv.causal() & (qkv.prefix(4) | qkv.sliding_window(256))).words()
+        'itself and the keys before it and of those only the first 4 keys or the last 256 keys up to itself'
+        """
+        return repr(self)
+
     def program(self) -> Program | None:
         """The mask lowered for a compiled kernel, for calls of any sizes; None where it calls a Python function."""
         builder = Builder()

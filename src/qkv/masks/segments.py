@@ -39,6 +39,9 @@ class Padding(Mask, op=3):
             rule = "padding(lengths) must be at most the number of keys"
             raise ShapeError.of(call, rule, f"a length of {longest} and Lk={sizes.Lk}", "Pass lengths in 0..Lk")
 
+    def words(self) -> str:
+        return "the real keys of its batch row, no padding"
+
     def visible(self, at: Tile, sizes: Sizes) -> Tensor:
         length = self.lengths.on(at.b.device)[at.b]
         return at.j < length if self.side == "right" else at.j >= sizes.Lk - length
@@ -208,6 +211,9 @@ class Documents(Mask, op=4):
                 rule = "documents: ids of two dimensions must be (B, L)"
                 given = f"ids of {axis.rows} rows and B={sizes.B}"
                 raise ShapeError.of(call, rule, given, f"Pass {sizes.B} rows, or one row for all")
+
+    def words(self) -> str:
+        return "the keys of its own document"
 
     def visible(self, at: Tile, sizes: Sizes) -> Tensor:
         mine = self.queries.id_of(at.b, at.i if self.by_index else at.p)

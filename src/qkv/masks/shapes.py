@@ -46,6 +46,15 @@ class Window(Mask, op=1):
     def depends_on_position(self) -> bool:
         return self.left is not None or self.right is not None
 
+    def words(self) -> str:
+        if self.left is None and self.right == 0:
+            return "itself and the keys before it"
+        if self.right == 0:
+            return f"the last {self.left + 1:,} keys up to itself" if self.left else "itself alone"
+        before = "all keys before" if self.left is None else f"{self.left:,} before"
+        after = "all keys after" if self.right is None else f"{self.right:,} after"
+        return f"{before} to {after} its own position"
+
     def visible(self, at: Tile, sizes: Sizes) -> Tensor:
         if self.left is None:
             return at.j <= at.p + self.right if self.right is not None else torch.ones_like(at.j, dtype=torch.bool)
@@ -198,6 +207,10 @@ class Prefix(Mask, op=2):
     def check(self, call: str, sizes: Sizes) -> None:
         check_batch(call, "prefix(n)", self.n, sizes.B)
 
+    def words(self) -> str:
+        own = "the first keys, a number for each batch row"
+        return f"the first {self.n:,} keys" if isinstance(self.n, int) else own
+
     def visible(self, at: Tile, sizes: Sizes) -> Tensor:
         return at.j < (self.n.on(at.b.device)[at.b] if isinstance(self.n, Operand) else self.n)
 
@@ -280,6 +293,9 @@ class Chunked(Mask, op=5):
     depends_on_position = True
     fits_any_length = True
 
+    def words(self) -> str:
+        return f"the keys of its own chunk of {self.n:,}"
+
     def visible(self, at: Tile, sizes: Sizes) -> Tensor:
         return floor(at.p, self.n) == floor(at.j, self.n)
 
@@ -353,6 +369,9 @@ class Strided(Mask, op=6):
     def depends_on_position(self) -> bool:
         return self.n > 1
 
+    def words(self) -> str:
+        return f"every {ordinal(self.n)} key, counted from itself"
+
     def visible(self, at: Tile, sizes: Sizes) -> Tensor:
         return (at.p - at.j - self.offset) % self.n == 0
 
@@ -415,6 +434,9 @@ class Dilated(Mask, op=7):
 
     depends_on_position = True
     fits_any_length = True
+
+    def words(self) -> str:
+        return f"every {ordinal(self.step)} key within {self.window * self.step:,} of itself"
 
     def visible(self, at: Tile, sizes: Sizes) -> Tensor:
         distance = at.p - at.j
@@ -491,6 +513,9 @@ class GlobalTokens(Mask, op=8):
     def depends_on_position(self) -> bool:
         return self.indices.tensor.numel() > 0
 
+    def words(self) -> str:
+        return "the global tokens, which see every key in turn"
+
     def visible(self, at: Tile, sizes: Sizes) -> Tensor:
         chosen = self.indices.on(at.j.device)
         return torch.isin(at.p, chosen) | torch.isin(at.j, chosen)
@@ -566,3 +591,9 @@ def global_tokens(indices: Any) -> GlobalTokens:
       2 · ■ ·
     """
     return GlobalTokens(Operand(integers("qkv.global_tokens()", "indices", indices).unique()))
+
+
+def ordinal(n: int) -> str:
+    """A number as it counts: 1st, 2nd, 3rd, 4th."""
+    ending = "th" if n % 100 in (11, 12, 13) else {1: "st", 2: "nd", 3: "rd"}.get(n % 10, "th")
+    return f"{n:,}{ending}"

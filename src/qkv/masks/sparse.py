@@ -67,6 +67,9 @@ class RandomBlocks(Mask, op=9):
             chosen[..., n] = torch.where(taken, last, draw)
         return chosen
 
+    def words(self) -> str:
+        return "a few blocks of keys drawn at random"
+
     def visible(self, at: Tile, sizes: Sizes) -> Tensor:
         key = floor(at.j, self.block)
         if self.per_row * self.block >= sizes.Lk and self.per_row:
@@ -164,6 +167,9 @@ class Blocks(Mask, op=10):
                 rule = f"blocks: the map must cover {name}"
                 fix = f"Pass a map with {'nq' if name == 'Lq' else 'nk'} >= {need}"
                 raise ShapeError.of(call, rule, f"{given}, which covers {have * self.block}, and {name}={size}", fix)
+
+    def words(self) -> str:
+        return "the blocks of keys that a map allows"
 
     def visible(self, at: Tile, sizes: Sizes) -> Tensor:
         table = self.map.on(at.j.device)
@@ -266,6 +272,9 @@ class PerHead(Composed, op=11):
             raise ShapeError.of(call, rule, given, f"Pass {sizes.Hq} masks")
         for part in dict.fromkeys(self.parts):
             part.check(call, sizes)
+
+    def words(self) -> str:
+        return "what its head's own mask allows"
 
     def visible(self, at: Tile, sizes: Sizes) -> Tensor:
         heads: dict[Mask, list[int]] = {}

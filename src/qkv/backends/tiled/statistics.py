@@ -97,7 +97,7 @@ class _Pass:
         """The second pass: weights, and what they add up to."""
         walk, found, wanted = self.walk, self.found, self.wanted
         bad = walk.unfold(rows.total.isnan() | rows.top.isnan())
-        away = received = torch.zeros((), device=self.device)
+        away = received = torch.zeros((), device=self.device, dtype=self.walk.problem.accumulate)
         best: tuple[Tensor, Tensor] | None = None
         here = tile.here
         for key in walk.keys(tile):

@@ -54,11 +54,11 @@ def _form(rows: int, columns: int, lanes: int, budget: int) -> tuple[int, str, i
 
 def _means(one: Tensor, step: int, Lq: int, Lk: int) -> Tensor:
     """Sums over bins as means over the queries of bins that are `step` times as large, as far as that divides them."""
-    starts = torch.tensor(edges(Lq, one.shape[0]), dtype=torch.float64)
+    starts = torch.tensor(edges(Lq, one.shape[0]), dtype=torch.float64, device="cpu")
     sizes = (starts[1:] - starts[:-1])[:, None]
     for dim, length in ((0, Lq), (1, Lk)):
         old, new = one.shape[dim], _coarser(one.shape[dim], length, step)
-        to = torch.arange(old) * new // old
+        to = torch.arange(old, device="cpu") * new // old
         shape = [new if d == dim else n for d, n in enumerate(one.shape)]
         one = one.new_zeros(shape).index_add_(dim, to, one)
         if dim == 0:
@@ -89,7 +89,7 @@ def binned(x: Tensor, bins: int) -> Tensor:
     good = ~x.isnan()
     sums = torch.cat((x.new_zeros(1), torch.where(good, x, 0.0).cumsum(0)))
     counts = torch.cat((x.new_zeros(1), good.to(x.dtype).cumsum(0)))
-    at = torch.tensor(starts)
+    at = torch.tensor(starts, dtype=torch.int64, device="cpu")
     return (sums[at[1:]] - sums[at[:-1]]) / (counts[at[1:]] - counts[at[:-1]])
 
 

@@ -40,12 +40,14 @@ def listed(row: Row, most: int) -> Tensor:
     """The keys to list: all, or those with the largest weights and shares of the output, the ends, and two hidden."""
     Lk = len(row.weight)
     if Lk <= most:
-        return torch.arange(Lk)
+        return torch.arange(Lk, device="cpu")
     both = ((row.weight, most // 2), (row.weight * row.norm, most // 8))
     picks = [torch.topk(torch.nan_to_num(x), min(n, Lk)).indices for x, n in both]
     seen = row.visible.nonzero().flatten()
     hidden = (~row.visible).nonzero().flatten()
-    return torch.tensor(sorted(set(torch.cat([*picks, seen[:2], seen[-4:], hidden[:2]]).tolist())))
+    return torch.tensor(
+        sorted(set(torch.cat([*picks, seen[:2], seen[-4:], hidden[:2]]).tolist())), dtype=torch.int64, device="cpu"
+    )
 
 
 def row_data(source: Source, row: Row, i: int, why: str, most: int = ALL_KEYS) -> dict[str, Any]:
@@ -58,7 +60,7 @@ def row_data(source: Source, row: Row, i: int, why: str, most: int = ALL_KEYS) -
     )
     size = float(row.out.norm())
     effect = leave_one_out(row, keys) / (size or 1.0)
-    rest = torch.ones(len(row.weight), dtype=torch.bool)
+    rest = torch.ones(len(row.weight), dtype=torch.bool, device="cpu")
     rest[keys] = False
     top = float(row.score[row.visible].max()) if bool(row.visible.any()) else float("-inf")
     found: dict[str, Any] = {
@@ -125,7 +127,7 @@ def tiles(source: Source, row: Row) -> dict[str, Any]:
             l, o, m = l * old + part * mine, o * old + product * mine, new
             steps.append([_number(top), _number(m), old, l])
         outs.append(o / l if l else o)
-    many = torch.stack(outs) if outs else torch.zeros(0, len(row.out), dtype=torch.float64)
+    many = torch.stack(outs) if outs else torch.zeros(0, len(row.out), dtype=torch.float64, device="cpu")
     return {"width": width, "steps": steps, "outs": many[:, :SHOWN]}
 
 

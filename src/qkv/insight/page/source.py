@@ -102,7 +102,11 @@ class Source:
         held = self.trace.held
         if held is None:
             raise AssertionError("windows are for traces that hold their tensors")
-        part, lse, head = held.part_of(CALL, lane.batch), self.statistics.lse, torch.tensor([lane.place])
+        part, lse, head = (
+            held.part_of(CALL, lane.batch),
+            self.statistics.lse,
+            torch.tensor([lane.place], dtype=torch.int64, device="cpu"),
+        )
         return rectangle(part.problem, part.inputs, lse, lane.batch, head, slice(*q), slice(*k)).weights[0].cpu()
 
     def rows(self, lane: Lane, wanted: Sequence[int]) -> list[Row]:
@@ -117,8 +121,12 @@ class Source:
         plain = tuple(out.shape[:3]) == (self.B, len(self.heads), self.Lq)
         norms, clean = value.norm(dim=-1), torch.nan_to_num(value, 0.0, 0.0, 0.0)
         fine = norms.isfinite()  # what is hidden may hold anything
-        head, sinks = torch.tensor([lane.place]), self.trace.sinks
-        sink = torch.zeros(0).double() if sinks is None else sinks[lane.place, None].double().cpu()
+        head, sinks = torch.tensor([lane.place], dtype=torch.int64, device="cpu"), self.trace.sinks
+        sink = (
+            torch.zeros(0, dtype=torch.float64, device="cpu").double()
+            if sinks is None
+            else sinks[lane.place, None].double().cpu()
+        )
         for i in wanted:
             lse = self.statistics.lse
             one = rectangle(part.problem, part.inputs, lse, lane.batch, head, slice(i, i + 1), slice(0, lane.Lk))

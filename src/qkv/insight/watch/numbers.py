@@ -56,7 +56,7 @@ def look(call: Call) -> Looked:
             queries, real = call.k.layout.queries, None
             if queries is not None:
                 at = torch.arange(found.statistics.lse.shape[2], device=call.q.device)
-                real = (at < torch.tensor(queries, device=at.device)[:, None])[:, None]
+                real = (at < torch.tensor(queries, device=at.device, dtype=torch.int64)[:, None])[:, None]
             part = max(found.parts, key=lambda p: p.problem.Lq)
             return Looked(part.problem, part.inputs, found.statistics, real)
         v = call.k[..., :0] if call.v is None else call.v
@@ -134,7 +134,12 @@ def few_rows(looked: Looked) -> Few:
         p = replace(p, B=batch, positions=starts)
         inputs = inputs._replace(q=inputs.q[:batch], k=inputs.k[:batch], positions=where)
     count = max(1, min(ROWS, p.Lq, _NUMBERS // max(1, batch * p.Hq * p.Lk)))
-    rows = torch.linspace(p.Lq - 1, 0, min(count, p.Lq), device=inputs.q.device).round().long().flip(0)
+    rows = (
+        torch.linspace(p.Lq - 1, 0, min(count, p.Lq), device=inputs.q.device, dtype=torch.float64)
+        .round()
+        .long()
+        .flip(0)
+    )
     heads = max(1, _NUMBERS // max(1, batch * p.Lk * p.D)) // p.group * p.group or 1
     parts = []
     with torch.no_grad(), no_autocast(p.device):
