@@ -6,6 +6,8 @@ import pytest
 import torch
 
 import qkv
+from qkv.backends.tiled import statistics as tiled
+from qkv.backends.tiled.walk import Walk
 from qkv.call.problem import Options
 from qkv.call.statistics import Wanted
 from qkv.observation import observe
@@ -31,6 +33,18 @@ def test_random_calls(seed: int) -> None:
     wanted = Wanted(top=5, mass=True, bins=(min(7, config.Lq), min(9, config.Lk)), distance=True)
     found = observed(inputs, "tiled", wanted)
     wrong = faults(Truth.of(inputs.oracle), found.statistics, wanted, DTYPES[config.dtype])
+    assert not wrong, f"seed {seed}: {config}: {wrong}"
+
+
+@pytest.mark.parametrize("sizes", [(7, 24, 1 << 8), (256, 8192, 1 << 22)])
+@pytest.mark.parametrize("seed", range(100, 112))
+def test_any_tiles(seed: int, sizes: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of other devices, and small odd ones, whose seams fall everywhere."""
+    monkeypatch.setattr(tiled, "Walk", lambda problem, inputs, _: Walk(problem, inputs, sizes))
+    config = random_config(seed)
+    inputs = materialise(config)
+    wanted = Wanted(top=3, mass=True, bins=(min(5, config.Lq), min(6, config.Lk)), distance=True)
+    wrong = faults(Truth.of(inputs.oracle), observed(inputs, "tiled", wanted).statistics, wanted, DTYPES[config.dtype])
     assert not wrong, f"seed {seed}: {config}: {wrong}"
 
 

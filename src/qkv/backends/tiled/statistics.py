@@ -18,6 +18,8 @@ from qkv.numerics import no_autocast
 
 # Far below it a weight is 0 in every dtype; finite, for 0 * inf is NaN.
 _GONE = -2000.0
+# Tiles off the CPU: long, for each costs some 70 kernels, and their temporaries some tens of MiB.
+_ELSEWHERE = 256, 8192, 1 << 22
 
 
 class _Rows(NamedTuple):
@@ -39,7 +41,8 @@ class _Pass:
     """One call's tiles, and where what is found in them goes."""
 
     def __init__(self, problem: Problem, inputs: Inputs, wanted: Wanted) -> None:
-        p, self.wanted, self.walk = problem, wanted, Walk(problem, inputs)
+        p, self.wanted = problem, wanted
+        self.walk = Walk(problem, inputs, None if problem.device == "cpu" else _ELSEWHERE)
         self.inputs, self.device = inputs, inputs.q.device
         rows, kind = (p.B, p.Hq, p.Lq), p.accumulate
 

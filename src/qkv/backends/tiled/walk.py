@@ -54,10 +54,12 @@ def tile_sizes(problem: Problem) -> tuple[int, int]:
 class Walk:
     """The order in which one problem's tiles are visited, shared by forward and backward."""
 
-    def __init__(self, problem: Problem, inputs: Inputs) -> None:
+    def __init__(self, problem: Problem, inputs: Inputs, sizes: tuple[int, int, int] | None = None) -> None:
+        """`sizes`: queries and keys of a tile, and the scores of a block's tiles, at most."""
         self.problem, self.inputs = problem, inputs
         self.device = inputs.q.device
-        self.T, self.K = tile_sizes(problem)
+        limit = _SCORES_PER_BLOCK.get(problem.device, _SCORES_PER_BLOCK_ELSEWHERE)
+        self.T, self.K, self.limit = (*tile_sizes(problem), limit) if sizes is None else sizes
         self.positions = query_positions(problem, inputs.positions, self.device)
         self.terms: tuple[ScoreTerm, ...] = inputs.bias.terms if inputs.bias is not None else ()
         self.can_hide = any(isinstance(t, (ScoreMod, TensorBias)) for t in self.terms)
@@ -68,9 +70,8 @@ class Walk:
         p = self.problem
         on_cpu = p.device == "cpu"
         rows = 1 if on_cpu else max(p.B, 1)
-        limit = _SCORES_PER_BLOCK.get(p.device, _SCORES_PER_BLOCK_ELSEWHERE)
         scores = rows * max(p.group, 1) * min(self.T, max(p.Lq, 1)) * min(self.K, max(p.Lk, 1))
-        heads = max(1, limit // scores)
+        heads = max(1, self.limit // scores)
         for b in range(0, p.B, rows):
             for g in range(0, p.Hkv, heads):
                 yield Block(slice(b, min(b + rows, p.B)), slice(g, min(g + heads, p.Hkv)))
