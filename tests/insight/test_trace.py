@@ -199,15 +199,15 @@ def test_warnings_name_planted_faults_and_no_others() -> None:
     copied = q.clone()
     copied[:, 1] = copied[:, 0]
     (told,) = qkv.see(copied, k, v, mask=qkv.causal()).warnings
-    assert "head 1 do" in told
+    assert "head 1 does what" in told
     sharp = q.clone()
     sharp[:, 3] *= 10_000
     (told,) = qkv.see(sharp, k, v).warnings
-    assert "head 3 look at one key" in told
+    assert "head 3 looks at one key" in told
     flat = q.clone()
     flat[:, 0] *= 1e-3
     (told,) = qkv.see(flat, k, v, mask=qkv.causal()).warnings
-    assert "head 0 look at every key alike" in told
+    assert "head 0 looks at every key alike" in told
     sink = k.clone()
     sink[:, :, 0] = 4 * q[:, ::2].mean(2) / q[:, ::2].mean(2).norm(dim=-1, keepdim=True) * 4
     assert qkv.see(q + 2 * sink[:, :1, :1], sink, v).table[0][0].first > 0.3

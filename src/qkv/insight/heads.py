@@ -113,8 +113,8 @@ def warnings_of(trace: Record) -> tuple[str, ...]:
         if bad:
             first = trace.statistics.lse[b, trace.heads.index(bad[0].head)].isnan().nonzero()
             found.append(
-                f"{where}{_heads(bad)} have rows that are NaN, the first of head {bad[0].head} is row "
-                f"{int(first[0]) if len(first) else 0}: look for NaN or inf in q, k or the bias there"
+                f"{where}{_heads(bad)} {'has' if len(bad) == 1 else 'have'} rows that are NaN, the first of head "
+                f"{bad[0].head} is row {int(first[0]) if len(first) else 0}: look for NaN or inf in q, k or the bias"
             )
         dead = [h for h in heads if h.dead]
         if dead:
@@ -122,30 +122,33 @@ def warnings_of(trace: Record) -> tuple[str, ...]:
                 f"{where}{dead[0].dead:,} rows of {_heads(dead)} see no key: their output is 0. If they are not "
                 "padding, check the mask and positions="
             )
-        for name, some, fix in (
+        for told, some, fix in (
             (
-                "look at one key in more than 95 % of rows",
+                ("looks at one key in more than 95 % of rows", "look at one key in more than 95 % of rows"),
                 [h for h in heads if h.sharp > 0.95],
                 "is the scale missing, or applied twice? Sharp heads learn little: their gradients are near 0",
             ),
             (
-                "look at every key alike",
+                ("looks at every key alike", "look at every key alike"),
                 [h for h in heads if h.flat > FLAT],
                 "a head that chooses nothing averages; at initialisation this is usual, after training it is not",
             ),
             (
-                "send most of their mass to key 0",
+                (
+                    f"sends more than {SINK:.0%} of its mass to key 0",
+                    f"send more than {SINK:.0%} of their mass to key 0",
+                ),
                 [h for h in heads if h.first > SINK and trace.lengths[b][1] > 8],
                 "a sink: it has to be somewhere when nothing fits. Look at weight x |v|, which is usually small there",
             ),
             (
-                "do what an earlier head does",
+                ("does what an earlier head does", "do what an earlier head does"),
                 [h for h in heads if h.twin is not None],
                 "duplicates: copied weights, or heads that were shared by mistake",
             ),
         ):
             if some:
-                found.append(f"{where}{_heads(some)} {name}: {fix}")
+                found.append(f"{where}{_heads(some)} {told[len(some) > 1]}: {fix}")
     return tuple(found)
 
 
