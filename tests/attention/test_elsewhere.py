@@ -105,7 +105,7 @@ def test_without_the_extension_a_plan_elsewhere_says_what_matters(monkeypatch: p
 
 def test_a_cache_names_the_device_as_its_tensors_do(monkeypatch: pytest.MonkeyPatch) -> None:
     made = SimpleNamespace(device=torch.device("cuda:1"))
-    monkeypatch.setattr(checks, "torch", SimpleNamespace(device=torch.device, empty=lambda *_, **__: made))
+    monkeypatch.setattr(checks, "torch", SimpleNamespace(**{**vars(torch), "empty": lambda *_, **__: made}))
     assert checks.real_device("call", "cuda") == torch.device("cuda:1")
     assert checks.real_device("call", "cuda:0") == torch.device("cuda:0")
     assert checks.real_device("call", "cpu") == torch.device("cpu")

@@ -173,7 +173,9 @@ def test_the_course_is_in_the_readmes_order() -> None:
     }  # fmt: skip
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     rows = [line for line in readme.splitlines() if line.startswith("| ") and "arxiv.org" in line]
-    assert [row.startswith(f"| {said[name]}") for name, row in zip(NAMES, rows, strict=True)] == [True] * len(NAMES)
+    for name, row in zip(NAMES, rows, strict=True):
+        assert row.startswith(f"| [{said[name]}"), row
+        assert f"](docs/intuition/{name}.md)" in row, row
 
 
 def test_topics_of_why_are_named_where_they_belong() -> None:
