@@ -107,7 +107,7 @@ def test_a_plan_needs_no_data(capsys: pytest.CaptureFixture[str]) -> None:
     shown = capsys.readouterr().out
     assert "4 query heads share a head" in shown
     assert "the last 4,096 keys up to itself" in shown
-    assert "4 KiB  of keys and values" in shown
+    assert "4.00 KiB  of keys and values" in shown
     assert main(["plan", "--shape", "hq=2,lq=3,lk=5,d=8", "--mask", "causal()", "--positions", "end", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["shape"] == {"b": 1, "hq": 2, "hkv": 2, "lq": 3, "lk": 5, "d": 8, "dv": 8}

@@ -125,5 +125,20 @@ def _text(node: ast.AST) -> str:
     return text if len(text) <= 60 else text[:59] + "…"
 
 
+def positions_of(call: str, text: str | None) -> str | int | None:
+    """Where --positions says that the queries stand.
+
+    >>> positions_of("qkv mask", "end"), positions_of("qkv mask", "-3")
+    ('end', -3)
+    """
+    if text is None or text in ("start", "end"):
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        rule, fix = "--positions must be start, end or an integer", "Try --positions end"
+        raise ArgumentError.of(call, rule, repr(text), fix) from None
+
+
 def refuse(rule: str, given: str, fix: str) -> ArgumentError:
     return ArgumentError.of(CALL, rule, given, fix)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from qkv.cli.expression import CONSTRUCTORS, parse, refuse
+from qkv.cli.expression import CALL, CONSTRUCTORS, parse, positions_of
 from qkv.insight.terminal import paint
 
 
@@ -31,14 +31,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def run(args: argparse.Namespace) -> int:
     """Draw the mask and say how much it leaves; return the exit code."""
     mask = parse(args.expression)
-    positions = args.positions
-    if positions is not None and positions not in ("start", "end"):
-        try:
-            positions = int(positions)
-        except ValueError:
-            raise refuse(
-                "--positions must be start, end or an integer", repr(positions), "Try --positions end"
-            ) from None
+    positions = positions_of(CALL, args.positions)
     keys = args.q if args.k is None else args.k
     lengths: dict[str, Any] = {"positions": positions, "B": args.batch, "Hq": args.heads}
     picture = mask.picture(args.q, keys, **lengths, b=args.b, h=args.h)

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from qkv.checks import short
-from qkv.cli.expression import parse
+from qkv.cli.expression import parse, positions_of
 from qkv.errors import ArgumentError
 from qkv.insight.cover import cover
-from qkv.insight.terminal import columns, fit, paint, table
+from qkv.insight.terminal import amount, columns, paint, table
 from qkv.insight.words import in_words
 from qkv.plans import Plan, plan
 
@@ -47,13 +47,7 @@ def run(args: argparse.Namespace) -> int:
     """Print the plan; return the exit code."""
     sizes = sizes_of(args.shape)
     mask = None if args.mask is None else parse(args.mask)
-    positions: Any = args.positions
-    if positions not in (None, "start", "end"):
-        try:
-            positions = int(positions)
-        except ValueError:
-            rule, fix = "--positions must be start, end or an integer", "Try --positions end"
-            raise ArgumentError.of(_CALL, rule, repr(positions), fix) from None
+    positions = positions_of(_CALL, args.positions)
     q, k, v = (
         torch.zeros((), dtype=_DTYPES[args.dtype]).expand(sizes["b"], sizes[h], sizes[n], sizes[d])
         for h, n, d in (("hq", "lq", "d"), ("hkv", "lk", "d"), ("hkv", "lk", "dv"))
@@ -68,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     if mask is not None and sizes["lq"] and sizes["lk"]:
         print("\n".join(picture(found)))
     print()
-    print("\n".join(fit(line, max(columns(), 120)) for line in str(found).split("\n")))
+    print(found)
     return 0
 
 
@@ -109,7 +103,7 @@ def steps(found: Plan) -> list[list[str]]:
         row("V", (p.B, p.Hkv, p.Lk, p.Dv), size * p.B * p.Hkv * p.Lk * p.Dv, "what each key passes on"),
         row("scores", (p.B, p.Hq, p.Lq, p.Lk), every * p.accumulate.itemsize, "if they were stored: they are not"),
         ["weights", "sum to 1 over the keys", "", f"{pairs:,} pairs in the tiles that are visited"],
-        row("out", (p.B, p.Hq, p.Lq, p.Dv), size * p.B * p.Hq * p.Lq * p.Dv, f"{amount(found.flops, 'FLOP', 1000)}"),
+        row("out", (p.B, p.Hq, p.Lq, p.Dv), size * p.B * p.Hq * p.Lq * p.Dv, f"{amount(found.flops, 'FLOP')}"),
         ["cache", "a token and layer", amount(size * p.Hkv * (p.D + p.Dv), "B", 1024), "of keys and values"],
     ]
 
@@ -125,15 +119,6 @@ def picture(found: Plan) -> list[str]:
     return ["".join("·░█"[int(x)] * 2 for x in line) for line in cells] + [
         paint("█ visible, ░ in part, · hidden; queries down, keys across", "dim")
     ]
-
-
-def amount(n: float, unit: str, step: int) -> str:
-    """A number with its unit: 1.5 MiB, 2 GFLOP."""
-    for prefix in ("", "K" if step == 1024 else "k", "M", "G", "T"):
-        if n < step:
-            return f"{n:.3g} {prefix}{'i' if step == 1024 and prefix else ''}{unit}"
-        n /= step
-    return f"{n:.3g} P{'i' if step == 1024 else ''}{unit}"
 
 
 def as_json(found: Plan) -> dict[str, Any]:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
-from qkv.cli.expression import parse
+from qkv.cli.expression import parse, positions_of
 from qkv.cli.progress import Progress
 from qkv.errors import ArgumentError
 from qkv.insight import Trace
@@ -106,13 +105,7 @@ def _of_tensors(tensors: dict[str, Tensor], args: argparse.Namespace, progress: 
         )
     q, k, v = (tensors[name] if tensors[name].dim() == 4 else tensors[name][None] for name in "qkv")
     mask = tensors.get("mask") if args.mask is None else parse(args.mask)
-    positions: Any = args.positions
-    if positions not in (None, "start", "end"):
-        try:
-            positions = int(positions)
-        except ValueError:
-            rule, fix = "--positions must be start, end or an integer", "Try --positions end"
-            raise ArgumentError.of(_CALL, rule, repr(positions), fix) from None
+    positions = positions_of(_CALL, args.positions)
     return see(
         q,
         k,

@@ -175,3 +175,20 @@ def number(value: float) -> str:
     if size < 0.1:
         return f"{value:.4f}"
     return f"{value:.{3 if size < 10 else 2 if size < 100 else 1}f}"
+
+
+def amount(count: float, unit: str, step: int = 1000) -> str:
+    """A number of bytes or operations.
+
+    >>> amount(65_536, "B", 1024), amount(4.2e9, "FLOP"), amount(12, "B", 1024)
+    ('64.0 KiB', '4.20 GFLOP', '12 B')
+    """
+    size, prefixes = (
+        float(count),
+        ["", "k" if step == 1000 else "Ki", *(p + ("i" if step == 1024 else "") for p in "MGTPE")],
+    )
+    place = 0
+    while size >= step and place < len(prefixes) - 1:
+        size, place = size / step, place + 1
+    written = f"{size:.0f}" if place == 0 else f"{size:.{2 if size < 10 else 1 if size < 100 else 0}f}"
+    return f"{written} {prefixes[place]}{unit}"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qkv.insight.record import Head, Record
-from qkv.insight.terminal import cells, columns, fit, number, paint, table
+from qkv.insight.terminal import amount, cells, columns, fit, number, paint, table
 
 _SHADES = " ░▒▓█"
 _ASCII = " .:*#"
@@ -30,7 +30,7 @@ def text_of(trace: Record, *, width: int | None = None, ascii: bool = False) -> 
         + (f", softcap {number(trace.softcap)}" if trace.softcap is not None else "")
         + (f", bias {', '.join(trace.bias)}" if trace.bias else "")
         + (", learned sinks" if trace.sinks is not None else ""),
-        f"cost     {_short(trace.flops, 1000)}FLOP, {_short(trace.bytes, 1024)}B of inputs and output",
+        f"cost     {amount(trace.flops, 'FLOP')}, {amount(trace.bytes, 'B', 1024)} of inputs and output",
         f"mask     {trace.mask}",
     ]
     lines += [f"         {line}" for line in textwrap.wrap(trace.mask_words, width - 9)]
@@ -89,14 +89,6 @@ def _notes(h: Head) -> str:
         "flat" if h.flat > 0.98 else "",
     ]
     return ", ".join(filter(None, notes))
-
-
-def _short(n: float, step: int) -> str:
-    for prefix in ("", "k", "M", "G", "T"):
-        if n < step:
-            return f"{n:.3g} {prefix}"
-        n /= step
-    return f"{n:.3g} P"
 
 
 def _map(trace: Record, width: int, ascii: bool) -> list[str]:

@@ -11,7 +11,8 @@ from qkv.insight.page import drawing, strip, tables
 from qkv.insight.page.content import Content
 from qkv.insight.page.frame import figure, section
 from qkv.insight.page.markup import Markup, joined, node
-from qkv.insight.page.text import amount, counted, digits, percent, plain
+from qkv.insight.page.text import counted, digits, percent, plain
+from qkv.insight.terminal import amount
 
 
 def verdict(content: Content) -> Markup:

@@ -10,7 +10,7 @@ import torch
 from qkv.insight.page.drawing import COVER_CLASSES, MAP_CLASSES, box, cells, levels, proportions, shrunk, svg, write
 from qkv.insight.page.markup import Markup, joined, node
 from qkv.insight.page.source import Source
-from qkv.insight.page.text import amount
+from qkv.insight.terminal import amount
 
 
 class Step(NamedTuple):
