@@ -20,7 +20,7 @@ _BOUND = 1e-5
 def test_a_trace_is_what_eager_returns(name: str, side: str) -> None:
     """Groups, windows, softcaps, sinks, latents, padding: the weights of the caught call, and what they come to."""
     model, ids, mask = hf.build(name), hf.tokens(), hf.padded(side)
-    with torch.no_grad():
+    with torch.no_grad(), hf.running(model, "eager"):  # the model is shared: others' tests may have set it
         truth = [p.double() for p in model(input_ids=ids, attention_mask=mask, output_attentions=True).attentions]
     real = torch.ones(ids.shape, dtype=torch.bool) if mask is None else mask.bool()
     with hf.running(model, "qkv"):
