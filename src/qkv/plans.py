@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from qkv.backends import base, registry
-from qkv.backends.tiled.schedule import TileCount, count_tiles, head_row
+from qkv.backends.tiled.schedule import TileCount, tiles_of
 from qkv.call import keywords
 from qkv.call.keys import KVView
 from qkv.call.problem import Inputs, Options, Problem
@@ -146,20 +146,21 @@ class Plan:
     @cached_property
     def tiles(self) -> TileCount:
         """Tiles of `tile` = (queries, keys) that hold a visible key, that are visible throughout, and all."""
-        p = self.problem
-        batch, heads = (p.B if p.varies_by_batch else min(p.B, 1)), (p.Hq if p.varies_by_head else min(p.Hq, 1))
-        rows = self.positions.tensor if self.positions is not None else None
-        lines = [head_row(p, rows, b, h) for b in range(batch) for h in range(heads)]
-        times = (p.B // batch if batch else 0) * (p.Hq // heads if heads else 0)
-        return TileCount(*(times * n for n in count_tiles(p.mask, lines, p.Lq, p.Lk, *self.tile)))
+        return tiles_of(self.problem, self._rows, self.tile)
+
+    @cached_property
+    def pairs(self) -> int:
+        """Pairs of query and key that are computed, over all batch rows and heads."""
+        return self.chosen.visited(self.problem, self._rows)
+
+    @property
+    def _rows(self) -> Tensor | None:
+        return self.positions.tensor if self.positions is not None else None
 
     @property
     def flops(self) -> int:
-        """Floating-point operations of the two matrix products over the visible tiles."""
-        p = self.problem
-        tile = min(self.tile[0], p.Lq) * min(self.tile[1], p.Lk)
-        pairs = min(self.tiles.visible * tile, p.B * p.Hq * p.Lq * p.Lk)
-        return 2 * (p.D + p.Dv) * pairs
+        """Floating-point operations of the two matrix products over the pairs that are computed."""
+        return 2 * (self.problem.D + self.problem.Dv) * self.pairs
 
     @property
     def bytes(self) -> int:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor
 
+from qkv.backends.tiled.schedule import tiles_of
 from qkv.call.keys import KVView
 from qkv.call.problem import Inputs, Output, Problem
 from qkv.call.statistics import Statistics, Wanted
@@ -74,6 +75,14 @@ class Backend:
     def tile(self, problem: Problem) -> tuple[int, int]:
         """Queries and keys of one tile."""
         raise NotImplementedError
+
+    def visited(self, problem: Problem, positions: Tensor | None) -> int:
+        """Pairs of query and key that it computes, over all batch rows and heads: its tiles, clipped to the sizes.
+
+        `positions` are those of all queries, int64 (B or 1, Lq), where they are data."""
+        p, (rows, keys) = problem, self.tile(problem)
+        tiles = tiles_of(p, positions, (rows, keys)).visible
+        return min(tiles * min(rows, p.Lq) * min(keys, p.Lk), p.B * p.Hq * p.Lq * p.Lk)
 
     def note(self, problem: Problem) -> str:
         """What a reader of the plan should know, such as promises that do not hold here; may be empty."""

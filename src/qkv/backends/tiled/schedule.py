@@ -149,6 +149,21 @@ def count_tiles(mask: Mask | None, lines: Sequence[HeadRow], Lq: int, Lk: int, T
     return TileCount(visible, full, each * len(lines))
 
 
+def tiles_of(problem: Problem, positions: Tensor | None, tile: tuple[int, int]) -> TileCount:
+    """The tiles of a whole call; `positions` are the problem's, where they are data."""
+    p = problem
+    kept: dict[tuple[int, int], TileCount] = p.__dict__.setdefault("_tiles", {})
+    if positions is None and tile in kept:  # a plan says tiles and work, and both come from here
+        return kept[tile]
+    batch, heads = (p.B if p.varies_by_batch else min(p.B, 1)), (p.Hq if p.varies_by_head else min(p.Hq, 1))
+    lines = [head_row(p, positions, b, h) for b in range(batch) for h in range(heads)]
+    times = (p.B // batch if batch else 0) * (p.Hq // heads if heads else 0)
+    found = TileCount(*(times * n for n in count_tiles(p.mask, lines, p.Lq, p.Lk, *tile)))
+    if positions is None:
+        kept[tile] = found
+    return found
+
+
 def _touched(start: Tensor, stop: Tensor, count: Tensor, K: int) -> int:
     if start.numel() == 0:
         return 0
