@@ -134,7 +134,7 @@ def compare(call: Call, backend: str | None, *, rounds: int, until: float = math
             begun = time.perf_counter()
             contenders[name]()
             taken[name].append(time.perf_counter() - begun)
-    ratios = (_quartiles([b / a for a, b in zip(taken["call"], taken[name], strict=True)]) for name in NEEDED)
+    ratios = (quartiles([b / a for a, b in zip(taken["call"], taken[name], strict=True)]) for name in NEEDED)
     rows, every = ratios
     rectangle = _rectangle(call, q, k, v, backend) if call.length == _LONG else None
     median = 1e3 * statistics.median(taken["call"])
@@ -196,7 +196,7 @@ def _rectangle(call: Call, q: Tensor, k: Tensor, v: Tensor, backend: str | None)
     return statistics.median(taken)
 
 
-def _quartiles(ratios: Sequence[float]) -> tuple[float, float, float]:
+def quartiles(ratios: Sequence[float]) -> tuple[float, float, float]:
     low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else [*ratios] * 3
     return low, middle, high
 

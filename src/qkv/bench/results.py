@@ -1,8 +1,8 @@
 """Files of results: JSON lines, a row a line, of one processor and instruction set.
 
-A file has up to five parts, `calls`, `training`, `caches`, `insight` and `models`; a run writes its own and keeps the
-others. The first line of a part says what was run on what; every other line is one row, and `of` names the list it is
-from.
+A file has up to six parts, `calls`, `training`, `caches`, `insight`, `sparse` and `models`; a run writes its own and
+keeps the others. The first line of a part says what was run on what; every other line is one row, and `of` names the
+list it is from.
 
     {"part": "calls", "schema": 2, "date": …, "machine": …, "versions": …, "settings": …, "seconds": …}
     {"part": "calls", "of": "rows", "name": "full 2048 d128 f32", …}

@@ -20,12 +20,17 @@ CALLS_ONLY = ("sweep", "mla", "chart", "markdown")  # options of the forward cal
 ALONE = {
     "models": (
         "--models measures decoding in a model only",
-        ("training", "caches", "insight", "only", "peers", "list", "isa", "backend", *CALLS_ONLY),
+        ("training", "caches", "insight", "sparse", "only", "peers", "list", "isa", "backend", *CALLS_ONLY),
         "of single calls",
     ),
     "caches": (
         "--caches measures caches only",
-        ("training", "insight", "peers", "no_memory", *CALLS_ONLY),
+        ("training", "insight", "sparse", "peers", "no_memory", *CALLS_ONLY),
+        "of other calls",
+    ),
+    "sparse": (
+        "--sparse measures masks only",
+        ("training", "caches", "models", "insight", "peers", "no_memory", *CALLS_ONLY),
         "of other calls",
     ),
     "insight": (
@@ -57,6 +62,12 @@ def add(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="what it costs to look at a call instead: statistics of its weights, about seven minutes (--quick: one)",
     )
+    give(
+        "--sparse",
+        action="store_true",
+        help="masks instead: their time beside that without one, and FlexAttention's; about fifteen minutes "
+        "(--quick: one and a half)",
+    )
     give("--only", metavar="REGEX", help="rows whose name matches")
     give("--peers", metavar="NAMES", help="these peers only, such as sdpa,openvino")
     give("--list", action="store_true", help="name the rows and their peers, and measure nothing")
@@ -71,7 +82,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         type=float,
         metavar="S",
         help="time for the whole run, kept within a fifth; what has no room is left out and named "
-        "(default: 360, --quick 70, --caches 200, --insight 420, --models 600)",
+        "(default: 360, --quick 70, --caches 200, --insight 420, --models 600, --sparse 900)",
     )
     give("--json", type=Path, metavar="FILE", help="write every number as JSON lines; another run's part of FILE stays")
     give("--chart", type=Path, metavar="FILE.svg", help="draw the README's chart")

@@ -1,0 +1,387 @@
+"""`qkv bench --sparse`: whether a mask's time follows what it shows.
+
+Contenders take turns in one process: our attention of the same tensors without a mask, with it, with the least mask of
+whole tiles that covers it (where keys lie scattered), and compiled FlexAttention with the same rule; of gradients, the
+backward pass without a mask and with it. Rows are checked against the definition in float64 first. What a pattern shows
+is written out here once more, as a rule of two positions, so that a wrong mask cannot agree with itself.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import qkv
+from qkv.bench.budget import Budget
+from qkv.bench.cases import DTYPES, TOLERANCE
+from qkv.bench.looking import quartiles
+from qkv.bench.peers.base import first_line
+
+SECONDS, QUICK_SECONDS = 900.0, 90.0
+LENGTH, HEADS = 8192, 8
+SLOPE, OFFSET = 1.25, 0.005
+"""A mask may take SLOPE times its share of the pairs, and OFFSET, of the time without a mask."""
+FLEX = {"bf16": 3.0, "f32": 2.5}
+"""How many times as long as ours compiled FlexAttention has to take."""
+SCATTERED, BACKWARD = 4.0, 0.8
+"""How much faster than its covering tiles a scattered pattern is, and of forward's efficiency backward's."""
+_SAMPLE = 24  # rows of a head that are checked
+_SEED = 20260714
+
+Rule = Callable[[Tensor, Tensor], Tensor]  # of query and key positions: visible
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """A mask, and the same as a rule."""
+
+    name: str
+    mask: Callable[[int], qkv.Mask]  # of the length
+    rule: Callable[[int], Rule]
+    cover: Callable[[int], qkv.Mask] | None = None  # the tiles that a scattered pattern touches, as a mask
+    held: bool = True  # to its share of the pairs, or to its cover, and raced with FlexAttention
+    tile: int = 128  # of FlexAttention's block mask: the pattern's own blocks where it has some
+
+    def share(self, L: int) -> float:
+        """The visible part of all pairs."""
+        rule, j = self.rule(L), torch.arange(L)
+        return sum(int(rule(p[:, None], j).sum()) for p in torch.arange(L).split(512)) / L**2
+
+
+@cache
+def chosen(L: int, block: int, count: int) -> Tensor:
+    """Block rows and the blocks that each sees: its own and `count` - 1 at random among those before."""
+    n = -(-L // block)
+    g = torch.Generator().manual_seed(_SEED)
+    scores = torch.rand(n, n, generator=g).tril(-1) + torch.eye(n) * 2
+    picked = torch.zeros(n, n, dtype=torch.bool).scatter_(1, scores.topk(min(count, n), 1).indices, True)
+    return picked.tril()
+
+
+@cache
+def _drawn(L: int) -> Tensor:
+    n = -(-L // 64)
+    return qkv.random_blocks(3, 1, 0).tensor(n, n)[0, 0]  # what is drawn for a row of blocks knows no block size
+
+
+def _block(table: Tensor, block: int) -> Rule:
+    return lambda p, j: table[p // block, j // block]
+
+
+def _bigbird(L: int) -> Rule:
+    drawn = _drawn(L)
+    return lambda p, j: ((p - j).abs() <= 96) | (p < 128) | (j < 128) | drawn[p // 64, j // 64]
+
+
+def _documents(L: int) -> qkv.Mask:
+    return qkv.documents([512] * (L // 512) + [L % 512] * (L % 512 > 0))
+
+
+def _selected(L: int) -> Rule:
+    table = chosen(L, 64, 16)
+    return lambda p, j: table[p // 64, j // 64] & (j <= p)
+
+
+PATTERNS = (
+    Pattern("window 256", lambda L: qkv.sliding_window(256), lambda L: lambda p, j: (j <= p) & (p - j < 256)),
+    Pattern("window 1,024", lambda L: qkv.sliding_window(1024), lambda L: lambda p, j: (j <= p) & (p - j < 1024)),
+    Pattern("documents 512", _documents, lambda L: lambda p, j: p // 512 == j // 512),
+    Pattern(
+        "documents 512 causal",
+        lambda L: _documents(L) & qkv.causal(),
+        lambda L: lambda p, j: (p // 512 == j // 512) & (j <= p),
+    ),
+    Pattern("BigBird 64", lambda L: qkv.bigbird(64), _bigbird, tile=64),
+    Pattern(
+        "Longformer 512",
+        lambda L: qkv.longformer(512, [0]),
+        lambda L: lambda p, j: ((p - j).abs() <= 256) | (p == 0) | (j == 0),
+    ),
+    Pattern("blocks of 64", lambda L: qkv.blocks(chosen(L, 64, 16), 64) & qkv.causal(), _selected, tile=64),
+    Pattern(
+        "strided 16",
+        lambda L: qkv.strided(16) & qkv.causal(),
+        lambda L: lambda p, j: ((p - j) % 16 == 0) & (j <= p),
+        lambda L: qkv.causal(),
+    ),
+    Pattern(
+        "dilated 64 by 16",
+        lambda L: qkv.dilated(64, 16),
+        lambda L: lambda p, j: ((p - j).abs() <= 1024) & ((p - j) % 16 == 0),
+        lambda L: qkv.window(1024, 1024),
+    ),
+    Pattern(
+        "blocks of 8",
+        lambda L: qkv.blocks(chosen(L, 8, 32), 8),
+        lambda L: _block(chosen(L, 8, 32), 8),
+        held=False,
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Call:
+    """Self-attention of one sequence under a pattern; `backward`: its gradients instead."""
+
+    pattern: Pattern
+    dtype: str
+    dim: int
+    backward: bool = False
+    heads: int = HEADS
+    length: int = LENGTH
+
+    @property
+    def name(self) -> str:
+        return f"{self.pattern.name} {self.heads}×{self.length} d{self.dim} {self.dtype}" + " backward" * self.backward
+
+    def tensors(self) -> list[Tensor]:
+        """q, k, v and the gradient of out."""
+        g = torch.Generator().manual_seed(_SEED + self.dim)
+        kind = DTYPES[self.dtype]
+        return [torch.randn(1, self.heads, self.length, self.dim, generator=g).to(kind) for _ in range(4)]
+
+
+def calls(*, quick: bool = False) -> Iterator[Call]:
+    """Every pattern in both types and widths, forward and backward; quick: one type and width, forward."""
+    for dtype in ("bf16",) if quick else ("bf16", "f32"):
+        for dim in (128,) if quick else (64, 128):
+            for backward in (False,) if quick else (False, True):
+                for pattern in PATTERNS:
+                    yield Call(pattern, dtype, dim, backward)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One call: medians over rounds, ratios within a round as quartiles."""
+
+    name: str
+    share: float  # of the pairs that is visible
+    full: float  # milliseconds without a mask
+    time: tuple[float, float, float]  # with it, as a part of that
+    needed: float | None  # at most, of forward calls
+    cover: tuple[float, float, float] | None  # times of the covering tiles
+    flex: tuple[float, float, float] | None
+    flex_needed: float | None
+    efficiency: tuple[float, float, float] | None  # of backward calls: of forward's efficiency
+    error: float  # the worst row, relative
+    tolerance: float
+    rounds: int
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def agrees(self) -> bool:
+        return self.error <= self.tolerance
+
+    @property
+    def verdict(self) -> str:
+        """`pass`: the medians reached it. `near`: where not, it lies between the quartiles. `miss`: neither."""
+        if not self.agrees:
+            return "wrong result"
+        # Each as (needed at least, quartiles).
+        found = [] if self.needed is None else [(-self.needed, tuple(-x for x in reversed(self.time)))]
+        if self.cover is not None:
+            found.append((SCATTERED, self.cover))
+        if self.flex is not None and self.flex_needed is not None:
+            found.append((self.flex_needed, self.flex))
+        if self.efficiency is not None:
+            found.append((BACKWARD, self.efficiency))
+        if all(q[1] >= least for least, q in found):
+            return "pass"
+        return "near" if all(q[2] >= least for least, q in found) else "miss"
+
+    def __str__(self) -> str:
+        text = f"  {self.name:<44} {self.share:6.2%} visible, {self.time[1]:6.2%} of {self.full:7.1f} ms"
+        text += "" if self.needed is None else f" (≤ {self.needed:.2%})"
+        for what, ratio, least in (
+            ("covering tiles", self.cover, SCATTERED),
+            ("flex", self.flex, self.flex_needed),
+            ("of forward's efficiency", self.efficiency, BACKWARD),
+        ):
+            text += "" if ratio is None else f"; {what} {ratio[1]:.2f}×" + f" (≥ {least})" * (least is not None)
+        return f"{text}{''.join(f'; {note}' for note in self.notes)}  {self.verdict}"
+
+
+def compare(call: Call, backend: str | None, *, rounds: int, until: float = math.inf, flex: bool = False) -> Measured:
+    """Check the call, then time the contenders in turn; a round that would end after `until` is not begun."""
+    pattern, L = call.pattern, call.length
+    q, k, v, d_out = call.tensors()
+    mask, notes = pattern.mask(L), []
+    masks: dict[str, qkv.Mask | None] = {"full": None, "sparse": mask}
+    if pattern.cover is not None:
+        masks["cover"] = pattern.cover(L)
+    error = _error(call, mask, backend, q, k, v, d_out)
+    contenders: dict[str, Callable[[], object]] = {
+        name: partial(_ours, (q, k, v), one, backend)
+        for name, one in masks.items()
+        if name != "cover" or not call.backward
+    }
+    if call.backward:
+        for name, one in masks.items():
+            leaves = [t.detach().requires_grad_() for t in (q, k, v)]
+            out = _ours(leaves, one, backend)
+            contenders[f"{name} back"] = partial(torch.autograd.grad, out, leaves, d_out, retain_graph=True)
+    elif flex and pattern.held:
+        try:
+            their = _flex(pattern, L, q, k, v)
+            contenders["flex"] = their
+            worst = _difference(their(), _ours((q, k, v), mask, backend))
+            if not worst <= TOLERANCE[call.dtype]:
+                notes.append(f"flex differs by {worst:.1e}")
+        except Exception as wrong:  # a missing compiler surfaces as any of a dozen types
+            contenders.pop("flex", None)
+            notes.append(f"flex: {first_line(wrong)}")
+    taken = _take_turns(contenders, rounds, until)
+    return _measured(call, taken, error, tuple(notes))
+
+
+def _ours(tensors: Sequence[Tensor], mask: qkv.Mask | None, backend: str | None) -> Tensor:
+    q, k, v = tensors
+    out: Tensor = qkv.attention(q, k, v, mask, backend=backend)
+    return out
+
+
+def _take_turns(contenders: dict[str, Callable[[], object]], rounds: int, until: float) -> dict[str, list[float]]:
+    taken: dict[str, list[float]] = {name: [] for name in contenders}
+    started = time.perf_counter()
+    for n in range(rounds):
+        if n and time.perf_counter() + (time.perf_counter() - started) / n > until:
+            break
+        for name in contenders if n % 2 else reversed(contenders):
+            begun = time.perf_counter()
+            contenders[name]()
+            taken[name].append(time.perf_counter() - begun)
+    return taken
+
+
+def _measured(call: Call, taken: dict[str, list[float]], error: float, notes: tuple[str, ...]) -> Measured:
+    def ratio(a: str, b: str) -> tuple[float, float, float] | None:
+        if a not in taken or b not in taken:
+            return None
+        return quartiles([x / y for x, y in zip(taken[a], taken[b], strict=True)])
+
+    share, back = call.pattern.share(call.length), call.backward
+    end = " back" * back
+    own = ratio(f"sparse{end}", f"full{end}")
+    assert own is not None
+    efficiency = None
+    if back:
+        turns = zip(*(taken[name] for name in ("full", "sparse", "full back", "sparse back")), strict=True)
+        efficiency = quartiles([(back_full / back_mine) / (full / mine) for full, mine, back_full, back_mine in turns])
+    held = call.pattern.held and call.pattern.cover is None
+    return Measured(
+        call.name,
+        share,
+        1e3 * statistics.median(taken[f"full{end}"]),
+        own,
+        SLOPE * share + OFFSET if held and not back else None,
+        ratio(f"cover{end}", f"sparse{end}"),
+        ratio("flex", "sparse"),
+        FLEX.get(call.dtype) if held else None,
+        efficiency,
+        error,
+        TOLERANCE[call.dtype],
+        len(taken["full"]),
+        notes,
+    )
+
+
+def _flex(pattern: Pattern, L: int, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Any]:
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    torch.compiler.reset()  # otherwise one shape more would be compiled with unknown sizes, or not at all
+    rule = pattern.rule(L)
+    mask = create_block_mask(lambda b, h, p, j: rule(p, j), None, None, L, L, device="cpu", BLOCK_SIZE=pattern.tile)
+    compiled = torch.compile(flex_attention, dynamic=False)
+    return lambda: compiled(q, k, v, block_mask=mask)
+
+
+def _error(call: Call, mask: qkv.Mask, backend: str | None, *tensors: Tensor) -> float:
+    """The worst relative error of some rows of out, and of dq, dk and dv, by the definition in float64."""
+    q, k, v, d_out = tensors
+    if call.backward:
+        leaves = [t.detach().requires_grad_() for t in (q, k, v)]
+        out = _ours(leaves, mask, backend)
+        found = [out.detach(), *torch.autograd.grad(out, leaves, d_out)]
+    else:
+        found = [_ours((q, k, v), mask, backend)]
+    L, rule, worst = call.length, call.pattern.rule(call.length), 0.0
+    rows = torch.linspace(0, L - 1, min(_SAMPLE, L)).long()
+    for h in (0, call.heads - 1):
+        expected = _rows(rule, rows, *(t[0, h].double() for t in tensors), keys=call.backward)
+        for t, (at, values) in zip(found, expected, strict=False):
+            worst = max(worst, _difference(t[0, h][at], values))
+    return worst
+
+
+def _rows(
+    rule: Rule, rows: Tensor, q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, *, keys: bool
+) -> list[tuple[Tensor, Tensor]]:
+    """Rows of out; with `keys` also of dq, and as many of dk and dv, for which all queries are gone through."""
+    L, scale = len(k), k.shape[1] ** -0.5
+    j = torch.arange(L)
+
+    def weights(p: Tensor) -> Tensor:
+        s = (q[p] @ k.mT * scale).masked_fill(~rule(p[:, None], j), -torch.inf)
+        return torch.nan_to_num(s.softmax(-1), 0.0)
+
+    w = weights(rows)
+    out = w @ v
+    if not keys:
+        return [(rows, out)]
+
+    def scores(p: Tensor, w: Tensor) -> Tensor:
+        found: Tensor = w * (d_out[p] @ v.mT - (d_out[p] * (w @ v)).sum(-1, keepdim=True)) * scale
+        return found
+
+    d_k, d_v = torch.zeros_like(k[rows]), torch.zeros_like(v[rows])
+    for p in torch.arange(L).split(1024):
+        some = weights(p)
+        d_v += some[:, rows].mT @ d_out[p]
+        d_k += scores(p, some)[:, rows].mT @ q[p]
+    return [(rows, out), (rows, scores(rows, w) @ k), (rows, d_k), (rows, d_v)]
+
+
+def _difference(x: Tensor, y: Tensor) -> float:
+    """The largest error of a row, relative to the rows' size (2-norms)."""
+    size = y.double().norm(dim=-1)
+    error = (x.double() - y.double()).norm(dim=-1) / size.clamp(min=float(size.mean()) * 1e-2 + 1e-30)
+    worst = float(error.max())
+    return worst if math.isfinite(worst) else math.inf
+
+
+def measure(
+    say: Callable[[str], None],
+    show: Callable[[str], None],
+    budget: Budget,
+    *,
+    backend: str | None,
+    which: Sequence[Call],
+    flex: bool = True,
+    rounds: int = 9,
+) -> list[Measured]:
+    """Measure every call, and show each as soon as it is known."""
+    show("A mask's time as a part of that without one:")
+    found: list[Measured] = []
+    for call in which:
+        if not budget.fits:
+            budget.leave_out(call.name)
+            continue
+        say(call.name)
+        seconds = budget.rounds(math.inf)
+        found.append(compare(call, backend, rounds=rounds, until=budget.now() + seconds, flex=flex))
+        budget.done()
+        show(str(found[-1]))
+    return found
+
+
+def as_data(found: Sequence[Measured]) -> list[dict[str, object]]:
+    """For the JSON report."""
+    return [{**asdict(one), "agrees": one.agrees, "verdict": one.verdict} for one in found]
