@@ -64,7 +64,15 @@ class Cache(Ledger):
         return seq
 
     def append(
-        self, seqs: Ordered[Sequence], k: Tensor, v: Tensor, layer: int = 0, *, lengths: Any = None, tokens: Any = None
+        self,
+        seqs: Ordered[Sequence],
+        k: Tensor,
+        v: Tensor,
+        layer: int = 0,
+        *,
+        lengths: Any = None,
+        tokens: Any = None,
+        index: Tensor | None = None,
     ) -> None:
         """Store the keys and values of a step's tokens in one layer; the last layer ends the step.
 
@@ -83,6 +91,8 @@ class Cache(Ledger):
         tokens : list of n rows of T ids, ragged: one packed list
             The step's token ids, so that a prefix cache can share the pages that they fill. Ids that follow a gap, a
             step without them, cannot be used and are only checked.
+        index : Tensor, shape (n, 1, T, Di)
+            The keys of an indexer, in a cache with index_dim = Di.
 
         Raises
         ------
@@ -101,7 +111,7 @@ class Cache(Ledger):
         if layer:
             step = self._going_on(seqs, layer, lengths)
             T = step.T if step.seqs or not isinstance(k, Tensor) or k.ndim < 2 else k.shape[-2]
-            rows = self._spec.rows(self._name, k, v, 1 if lengths is not None else len(step.seqs), T)
+            rows = self._spec.rows(self._name, k, v, 1 if lengths is not None else len(step.seqs), T, index)
             if tokens is not None:
                 check_repeated(self, step, tokens)
             if step.places is not None:
@@ -117,12 +127,12 @@ class Cache(Ledger):
                 refuse_open(self, call, names)
             if lengths is None:
                 T = k.shape[-2] if isinstance(k, Tensor) and k.ndim >= 2 else -1
-                rows = self._spec.rows(self._name, k, v, len(names), T)
+                rows = self._spec.rows(self._name, k, v, len(names), T, index)
                 ragged = None
             else:
                 ragged = checks.counts(call, "lengths", lengths, len(names))
                 T = sum(ragged)
-                rows = self._spec.rows(self._name, k, v, 1, T)
+                rows = self._spec.rows(self._name, k, v, 1, T, index)
             known = None if tokens is None else self._check_tokens(call, names, tokens, T, ragged)
             step = Unfinished(names, T, ragged, known)
             claim = self._count(call, step)
@@ -188,6 +198,30 @@ class Cache(Ledger):
         else:
             layout = self._layout(seqs, layer, lengths)
         return KVView(*self._storage.parts[layer], layout, self._held)
+
+    def index_view(self, seqs: Ordered[Sequence], layer: int = 0, *, lengths: Any = None) -> KVView:
+        """The index keys of one layer, where they lie, for `qkv.select_tokens`: a view of one head without values.
+
+        Parameters
+        ----------
+        seqs, layer, lengths
+            As for `view`.
+
+        Returns
+        -------
+        KVView
+            It lives as long as a `view` does.
+
+        Raises
+        ------
+        ArgumentError
+            A cache without index_dim=.
+        """
+        view, parts = self.view(seqs, layer, lengths=lengths), self._storage.index_parts
+        if parts is None:
+            rule, fix = "only a cache with index_dim= holds index keys", "Build the cache with index_dim="
+            raise ArgumentError.of(f"{self._name}.index_view()", rule, "index_dim=0", fix)
+        return KVView(*parts[layer], view.layout, view.held)
 
     def step(self, seqs: Ordered[Sequence], lengths: Any = None, T: int | None = None, *, tokens: Any = None) -> Step:
         """A step of T tokens a sequence, or ragged of lengths[i], for a model's layers to fill in turn.
@@ -406,7 +440,7 @@ class Cache(Ledger):
         base = array("q")
         if step.lengths is None and step.T == 1:
             base.extend([seq._table[seq._length // P] * wide + seq._length % P for seq in step.seqs])
-            return Places(base, len(step.seqs), 1, P, self.device)
+            return Places(base, len(step.seqs), 1, self._spec.heads, P, self.device)
         for seq, end in zip(step.seqs, step.ends, strict=True):
             at, table = seq._length, seq._table
             while at < end:
@@ -415,7 +449,7 @@ class Cache(Ledger):
                 base.extend(range(first, first + stop - at))
                 at = stop
         n = 1 if step.lengths is not None else len(step.seqs)
-        return Places(base, n, step.T, P, self.device)
+        return Places(base, n, step.T, self._spec.heads, P, self.device)
 
     def _commit(self, step: Unfinished) -> None:
         self._committing = step  # from here on the step is finished, whatever interrupts: `_repair` goes on

@@ -150,6 +150,17 @@ def step_tokens(call: str, value: Any, n: int, T: int, lengths: tuple[int, ...] 
     return rows
 
 
+def check_index(call: str, index: Any, size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    """Raise unless the index keys of a step, None or (n, 1, T, index_dim), are those that the cache was built for."""
+    if size[-1] == 0:
+        rule, given = "only a cache with index_dim= holds index keys", f"index={shown(index)} and index_dim=0"
+        raise ArgumentError.of(call, rule, given, "Leave index out, or build the cache with index_dim=")
+    if index is None:
+        rule, given = "a cache with index_dim= takes index keys in every step", f"none and index_dim={size[-1]}"
+        raise ArgumentError.of(call, rule, given, f"Pass index=, one key a token: (n, 1, T, {size[-1]})")
+    check_rows(call, [("index", index)], [size], dtype, device)
+
+
 def check_rows(
     call: str,
     named: Ordered[tuple[str, Any]],

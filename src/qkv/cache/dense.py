@@ -31,7 +31,7 @@ class DenseCache(Cache):
         Hkv, D and Dv (= D unless given).
     capacity : int
         Most tokens of a sequence, all allocated at once. None: the memory doubles when full (new tensors, copied).
-    layers, dtype, storage, device, debug
+    index_dim, layers, dtype, storage, device, debug
         As in `qkv.cache.PagedCache`.
 
     Raises
@@ -63,6 +63,7 @@ class DenseCache(Cache):
         head_dim: int,
         value_dim: int | None = None,
         capacity: int | None = None,
+        index_dim: int = 0,
         layers: int = 1,
         dtype: torch.dtype = torch.bfloat16,
         storage: torch.dtype | None = None,
@@ -70,7 +71,7 @@ class DenseCache(Cache):
         debug: bool = False,
     ) -> None:
         call = "qkv.cache.DenseCache()"
-        spec = Spec.of_heads(call, num_kv_heads, head_dim, value_dim, layers, dtype, storage, device, debug)
+        spec = Spec.of_heads(call, num_kv_heads, head_dim, value_dim, index_dim, layers, dtype, storage, device, debug)
         self._begin_dense(call, spec, sequences, capacity)
 
     def _begin_dense(self, call: str, spec: Spec, sequences: Any, capacity: Any) -> None:

@@ -33,7 +33,7 @@ class LatentCache(Cache):
         On pages, with all that `qkv.cache.PagedCache` does: sharing, forks, eviction, swapping.
     sequences, capacity
         Dense, as `qkv.cache.DenseCache`; in place of pages.
-    layers, dtype, storage, device, debug
+    index_dim, layers, dtype, storage, device, debug
         As in `qkv.cache.PagedCache`; in 8 bits one scale serves key and value.
 
     Raises
@@ -66,6 +66,7 @@ class LatentCache(Cache):
         page_size: int = 16,
         sequences: int | None = None,
         capacity: int | None = None,
+        index_dim: int = 0,
         layers: int = 1,
         dtype: torch.dtype = torch.bfloat16,
         storage: torch.dtype | None = None,
@@ -86,7 +87,7 @@ class LatentCache(Cache):
             raise ArgumentError.of(_CALL, "page_size and identity are of a cache on pages", given, fix)
         if pages is not None:
             pages, page_size = checks.size(_CALL, "pages", pages), checks.size(_CALL, "page_size", page_size)
-        spec = Spec.of_latents(_CALL, rank, rope_dim, layers, dtype, storage, device, debug)
+        spec = Spec.of_latents(_CALL, rank, rope_dim, index_dim, layers, dtype, storage, device, debug)
         if isinstance(self, PagedLatentCache):
             assert pages is not None
             self._begin_paged(_CALL, spec, pages, page_size, identity, None, 0)
@@ -111,6 +112,7 @@ class LatentCache(Cache):
         *,
         lengths: Any = None,
         tokens: Any = None,
+        index: Tensor | None = None,
     ) -> None:
         """Store the latents and rotary parts of a step's tokens in one layer; the last layer ends the step.
 
@@ -119,10 +121,10 @@ class LatentCache(Cache):
         latent : Tensor, shape (n, T, R); ragged (1, sum T, R)
         rope : Tensor, shape (n, T, rope_dim)
             After rotation.
-        seqs, layer, lengths, tokens
+        seqs, layer, lengths, tokens, index
             As in `qkv.cache.PagedCache.append`; so are the errors.
         """
-        super().append(seqs, latent, rope, layer, lengths=lengths, tokens=tokens)
+        super().append(seqs, latent, rope, layer, lengths=lengths, tokens=tokens, index=index)
 
 
 class PagedLatentCache(LatentCache, PagedCache):

@@ -36,6 +36,8 @@ class PagedCache(Cache):
         Hkv and D.
     value_dim : int
         Dv; D unless given.
+    index_dim : int
+        Keep the keys of an indexer beside each token, Di numbers for all heads (`qkv.select_tokens`); 0: none.
     page_size : int
         P, tokens of a page.
     layers : int
@@ -90,6 +92,7 @@ class PagedCache(Cache):
         head_dim: int,
         value_dim: int | None = None,
         page_size: int = 16,
+        index_dim: int = 0,
         layers: int = 1,
         window: int | None = None,
         sinks: int = 0,
@@ -107,16 +110,17 @@ class PagedCache(Cache):
             fix = "Pass window= with it; without a window all keys stay"
             raise ArgumentError.of(call, "sinks are keys that stay while a window moves on", f"sinks={sinks}", fix)
         pages, page_size = checks.size(call, "pages", pages), checks.size(call, "page_size", page_size)
-        spec = Spec.of_heads(call, num_kv_heads, head_dim, value_dim, layers, dtype, storage, device, debug)
+        spec = Spec.of_heads(call, num_kv_heads, head_dim, value_dim, index_dim, layers, dtype, storage, device, debug)
         self._begin_paged(call, spec, pages, page_size, identity, window, sinks)
 
     def _begin_paged(
         self, call: str, spec: Spec, pages: int, page_size: int, identity: Any, window: int | None, sinks: int
     ) -> None:
         """What is the same for pages of keys and values, and of latents."""
+        index = f" index {spec.index}" if spec.index else ""
         names = [
             typed(call, "identity", identity),
-            ("str", f"{type(self).__name__} {spec.heads} {spec.widths} {spec.layers}"),
+            ("str", f"{type(self).__name__} {spec.heads} {spec.widths} {spec.layers}{index}"),
             ("str", short(spec.dtype)),
             ("str", short(spec.storage)),
             ("int", page_size),

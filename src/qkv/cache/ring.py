@@ -41,7 +41,7 @@ class RingCache(Cache):
         Most tokens of one append; their queries all find their windows.
     page_size : int
         P, the grain in which slots are reused.
-    layers, dtype, storage, device, debug
+    index_dim, layers, dtype, storage, device, debug
         As in `qkv.cache.PagedCache`.
 
     Raises
@@ -78,6 +78,7 @@ class RingCache(Cache):
         sinks: int = 0,
         chunk: int = 1,
         page_size: int = 64,
+        index_dim: int = 0,
         layers: int = 1,
         dtype: torch.dtype = torch.bfloat16,
         storage: torch.dtype | None = None,
@@ -93,7 +94,7 @@ class RingCache(Cache):
         # The window - 1 + chunk keys that a step's queries see lie on at most so many pages, wherever they begin.
         self._turning = -(-(window + self.chunk - 2) // P) + 1
         self._each = -(-sinks // P) + self._turning
-        spec = Spec.of_heads(call, num_kv_heads, head_dim, value_dim, layers, dtype, storage, device, debug)
+        spec = Spec.of_heads(call, num_kv_heads, head_dim, value_dim, index_dim, layers, dtype, storage, device, debug)
         pages = self.sequences * self._each
         super().__init__(Storage(spec, pages, P), PagePool(pages), window=window, sinks=sinks)
 

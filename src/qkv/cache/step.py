@@ -22,10 +22,12 @@ class Home(Protocol):
     device: torch.device
 
     def append(
-        self, seqs: Ordered[Sequence], k: Tensor, v: Tensor, layer: int, *, lengths: Any, tokens: Any
+        self, seqs: Ordered[Sequence], k: Tensor, v: Tensor, layer: int, *, lengths: Any, tokens: Any, index: Any
     ) -> None: ...
 
     def view(self, seqs: Ordered[Sequence], layer: int, *, lengths: Any) -> KVView: ...
+
+    def index_view(self, seqs: Ordered[Sequence], layer: int, *, lengths: Any) -> KVView: ...
 
 
 class Step:
@@ -111,7 +113,7 @@ class LayerStep:
     def __init__(self, step: Step, layer: int) -> None:
         self._step, self._layer = step, layer
 
-    def append(self, k: Tensor, v: Tensor) -> None:
+    def append(self, k: Tensor, v: Tensor, index: Tensor | None = None) -> None:
         """Store the step's keys and values in this layer.
 
         Parameters
@@ -119,6 +121,8 @@ class LayerStep:
         k : Tensor, shape (n, Hkv, T, D)
             Ragged: packed as (1, Hkv, T, D).
         v : Tensor, shape (n, Hkv, T, Dv)
+        index : Tensor, shape (n, 1, T, Di)
+            The keys of an indexer, in a cache with index_dim = Di.
         """
         call, step, layer = "LayerCache.append()", self._step, self._layer
         if layer == 0 and [seq._length for seq in step.seqs] != step._starts:
@@ -130,11 +134,15 @@ class LayerStep:
             given = f"{T} tokens and a step of {step.T}"
             raise ShapeError.of(call, "a step has one number of tokens in all layers", given, "Pass them all")
         tokens = step._tokens if layer == 0 else None
-        step._cache.append(step.seqs, k, v, layer, lengths=step.lengths, tokens=tokens)
+        step._cache.append(step.seqs, k, v, layer, lengths=step.lengths, tokens=tokens, index=index)
 
     def view(self) -> KVView:
         """All keys of the sequences in this layer, the step's own among them."""
         return self._step._cache.view(self._step.seqs, self._layer, lengths=self._step.lengths)
+
+    def index_view(self) -> KVView:
+        """The index keys of the sequences in this layer, the step's own among them; `Cache.index_view` says more."""
+        return self._step._cache.index_view(self._step.seqs, self._layer, lengths=self._step.lengths)
 
     @property
     def positions(self) -> Tensor:

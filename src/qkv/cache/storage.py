@@ -27,12 +27,12 @@ _UNITS = ((16, torch.complex128), (8, torch.int64), (4, torch.int32), (2, torch.
 class Places:
     """Where the rows of a step go, for all layers: `base` is the row of head 0 for each token, in int64."""
 
-    __slots__ = ("_base", "_rows", "page_size", "shape")
+    __slots__ = ("_base", "_rows", "heads", "page_size", "shape")
 
-    def __init__(self, base: array[int], n: int, T: int, page_size: int, device: torch.device) -> None:
+    def __init__(self, base: array[int], n: int, T: int, heads: int, page_size: int, device: torch.device) -> None:
         tensor = torch.frombuffer(base, dtype=torch.int64)
         self._base = tensor if device.type == "cpu" else tensor.to(device)
-        self.shape, self.page_size = (n, T), page_size
+        self.shape, self.heads, self.page_size = (n, T), heads, page_size
         self._rows: dict[tuple[int, int, bool], Tensor] = {}
 
     def rows(self, heads: int, page_size: int, by_token: bool) -> Tensor:
@@ -40,8 +40,9 @@ class Places:
         found = self._rows.get((heads, page_size, by_token))
         if found is None:
             base = self._base.view(self.shape)
-            if page_size != self.page_size:  # a dense cache grew in the middle of the step
-                page, slot = base // (heads * self.page_size), base % (heads * self.page_size)
+            # Index keys have one head, and a dense cache may have grown in the middle of the step.
+            if (heads, page_size) != (self.heads, self.page_size):
+                page, slot = base // (self.heads * self.page_size), base % (self.heads * self.page_size)
                 base = page * (heads * page_size) + slot
             head = torch.arange(0, heads * page_size, page_size, device=base.device)
             found = base[:, :, None] + head if by_token else base[:, None] + head[:, None]
@@ -133,12 +134,13 @@ class Storage:
             self.poison(range(pages))
         # What the views of a layer begin with: k, v, k_scale, v_scale, dtype.
         self.parts = [self._parts(planes) for planes in self.planes]
+        self.index_parts = [self._index_parts(planes[-1]) for planes in self.planes] if spec.index else None
 
     @property
     def bytes_per_slot(self) -> int:
         """Bytes that one token takes, in all layers, with its scales."""
-        scales = 4 * len(self.spec.widths) if self.spec.storage in LARGEST else 0
-        return self.spec.layers * self.spec.heads * (sum(self.spec.widths) * self.spec.storage.itemsize + scales)
+        scale, each = 4 if self.spec.storage in LARGEST else 0, self.spec.storage.itemsize
+        return self.spec.layers * sum(heads * (width * each + scale) for heads, width in self.spec.planes)
 
     @property
     def bytes(self) -> int:
@@ -147,7 +149,7 @@ class Storage:
     def _allocate(self) -> list[tuple[Plane, ...]]:
         try:
             with torch.inference_mode(False), torch.no_grad():  # so that code of both kinds may write to it
-                sizes = [(self.pages, self.spec.heads, self.page_size, width) for width in self.spec.widths]
+                sizes = [(self.pages, heads, self.page_size, width) for heads, width in self.spec.planes]
                 return [
                     tuple(Plane(s, self.spec.storage, self.spec.device) for s in sizes) for _ in range(self.spec.layers)
                 ]
@@ -157,10 +159,15 @@ class Storage:
             raise ArgumentError.of("qkv.cache", "the tensors of a cache must fit in memory", given, fix) from error
 
     def _parts(self, planes: tuple[Plane, ...]) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, torch.dtype]:
-        k, v = planes[0], planes[-1]
+        k, v = planes[0], planes[len(self.spec.widths) - 1]
         with torch.inference_mode(False):
             values = v.data if self.spec.rank is None else k.data[..., : self.spec.rank]
         return k.data, values, k.scale, v.scale, self.spec.dtype
+
+    def _index_parts(self, plane: Plane) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, torch.dtype]:
+        """The same of an indexer's keys, which have no values."""
+        with torch.inference_mode(False):
+            return plane.data, plane.data[..., :0], plane.scale, plane.scale, self.spec.dtype
 
     def write(self, layer: int, rows: tuple[Tensor, ...], places: Places) -> None:
         """Store the rows of a step, (n, Hkv, T, width) for each plane."""

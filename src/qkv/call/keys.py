@@ -76,3 +76,15 @@ class LayerCache(Protocol):
     def positions(self) -> Tensor:
         """int64 (n, T), ragged (1, T): where the step's tokens stand in their sequences."""
         ...
+
+
+class IndexedLayerCache(LayerCache, Protocol):
+    """One layer of a step whose cache holds the keys of an indexer, too."""
+
+    def append(self, k: Tensor, v: Tensor, index: Tensor | None = None) -> None:
+        """Store the step's index keys (n, 1, T, Di) with the others; ragged: packed as (1, 1, T, Di)."""
+        ...
+
+    def index_view(self) -> KVView:
+        """All index keys of the sequences, the step's own among them: one head without values."""
+        ...
