@@ -297,7 +297,7 @@ class Run {
     // A chunk that several sequences have in common, a tile of as many of them as fit at a time.
     void shared_chunk(const Share& share, int64_t kv_head, int worker) {
         const int64_t width = D::padded(a.Dv);
-        const Program everything(nullptr, 0, nullptr);
+        const Program everything(nullptr, 0, nullptr, a.Hq);
         for (int64_t done = 0, n; done < share.members; done += n) {
             Arena arena = arena_of(worker);
             const DotsMemory memory = dots_memory(arena);

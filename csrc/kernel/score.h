@@ -21,7 +21,7 @@ struct Job {
     bool negate;     // q's sign is flipped: the scale is negative
     int64_t group;
     explicit Job(const Attention& a)
-        : call(&a), program(a.program, a.program_length, a.operands), group(a.Hkv > 0 ? a.Hq / a.Hkv : 0) {
+        : call(&a), program(a.program, a.program_length, a.operands, a.Hq), group(a.Hkv > 0 ? a.Hq / a.Hkv : 0) {
         const double scale = a.scale, size = std::fabs(scale);
         transform =
             a.softcap > 0 || a.bias_count > 0 || a.sinks != nullptr || is_scaled(a) || !(size > 1e-30 && size < 1e30);

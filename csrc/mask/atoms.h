@@ -39,7 +39,7 @@ QKV_INLINE uint64_t mix(int64_t seed, int64_t block, int64_t t) {
 
 class Atoms {
   public:
-    explicit Atoms(const Operand* operands) : operands_(operands) {}
+    Atoms(const Operand* operands, int64_t heads) : operands_(operands), heads_(heads) {}
 
     // Of the rows `which`: keys that may be seen by any, and keys that are seen by all.
     void bounds(const int64_t* w, const Rows& rows, uint64_t which, Bounds& to) const {
@@ -51,6 +51,7 @@ class Atoms {
             case kMaskGlobal: return global_bounds(w, rows, which, to);
             case kMaskRandom: return random_bounds(w, rows, which, to);
             case kMaskBlocks: return blocks_bounds(w, rows, which, to);
+            case kMaskSelected: return selected_bounds(w, rows, which, 0, rows.key_count, to);
             default: return;
         }
     }
@@ -67,6 +68,7 @@ class Atoms {
             case kMaskRandom: return random_bits(w, rows, which, j0, n, words);
             case kMaskBlocks: return blocks_bits(w, rows, which, j0, n, words);
             case kMaskDense: return dense_bits(w, rows, which, j0, n, words);
+            case kMaskSelected: return selected_bits(w, rows, which, j0, n, words);
             default: return;
         }
     }
@@ -129,6 +131,44 @@ class Atoms {
         if (row < 0 || row >= w[4]) return nullptr;
         const int64_t b = w[2] > 1 ? batch_of(rows) : 0, h = w[3] > 1 ? rows.head[r] : 0;
         return operand<uint8_t>(w[1]) + ((b * w[3] + h) * w[4] + row) * w[5];
+    }
+
+    // The number of the list of blocks that row r reads.
+    int64_t list_of(const int64_t* w, const Rows& rows, int r) const {
+        const int64_t b = w[3] > 1 ? batch_of(rows) : 0, h = rows.head[r] / (heads_ / w[4]);
+        return (b * w[4] + h) * w[5] + rows.index[r] / w[8];
+    }
+
+    // Calls f(block) for the blocks of a list in [from, to), ascending and once each.
+    template <class F>
+    void each_listed(const int64_t* w, int64_t list, int64_t from, int64_t to, F f) const {
+        const int64_t n = w[6];
+        if (w[2] != 0)
+            scan(operand<int64_t>(w[1]) + list * n, n, from, to, f);
+        else
+            scan(operand<int32_t>(w[1]) + list * n, n, from, to, f);
+    }
+    template <class T, class F>
+    static QKV_INLINE void scan(const T* sorted, int64_t n, int64_t from, int64_t to, F f) {
+        int64_t previous = -1;
+        for (int64_t i = first_at(sorted, n, from); i < n && sorted[i] < to; ++i) {
+            if (sorted[i] != previous && sorted[i] >= from) f(static_cast<int64_t>(sorted[i]));
+            previous = sorted[i];
+        }
+    }
+
+    // The place of the first number that is not below x.
+    template <class T>
+    static QKV_INLINE int64_t first_at(const T* sorted, int64_t n, int64_t x) {
+        int64_t lo = 0, hi = n;
+        while (lo < hi) {
+            const int64_t mid = (lo + hi) / 2;
+            if (sorted[mid] < x)
+                lo = mid + 1;
+            else
+                hi = mid;
+        }
+        return lo;
     }
 
     // The chosen key blocks of query block qb, ascending, by Floyd's sampling. Returns how many.
@@ -248,16 +288,31 @@ class Atoms {
         if (one && to.seen.count < kMaxRanges) to.full = to.seen;
     }
 
+    // Of the keys in [k0, k1) alone.
+    void selected_bounds(const int64_t* w, const Rows& rows, uint64_t which, int64_t k0, int64_t k1, Bounds& to) const {
+        const int64_t from = k0 / w[7], stop = k1 > k0 ? (k1 - 1) / w[7] + 1 : from;
+        int64_t previous = -1;
+        to.seen.clear();
+        Ranges row, joined;
+        bool one = true;
+        each(which, [&](int r) {
+            const int64_t list = list_of(w, rows, r);
+            if (list == previous) return;
+            one &= previous < 0;
+            previous = list;
+            row.clear();
+            each_listed(w, list, from, stop, [&](int64_t block) {
+                append<true>(row, upper(block * w[7], k0), lower(block * w[7] + w[7], k1));
+            });
+            unite<true>(to.seen, row, joined);
+            to.seen = joined;
+        });
+        if (one && to.seen.count < kMaxRanges) to.full = to.seen;
+    }
+
     static bool contains(const int64_t* sorted, int64_t n, int64_t x) {
-        int64_t lo = 0, hi = n;
-        while (lo < hi) {
-            const int64_t mid = (lo + hi) / 2;
-            if (sorted[mid] < x)
-                lo = mid + 1;
-            else
-                hi = mid;
-        }
-        return lo < n && sorted[lo] == x;
+        const int64_t at = first_at(sorted, n, x);
+        return at < n && sorted[at] == x;
     }
 
     static QKV_INLINE void toggle(uint64_t* words, int n, int64_t j0, int64_t a, int64_t b, uint64_t bit) {
@@ -354,7 +409,30 @@ class Atoms {
         });
     }
 
+    void selected_bits(const int64_t* w, const Rows& rows, uint64_t which, int64_t j0, int n, uint64_t* words) const {
+        const int64_t from = j0 / w[7], stop = (j0 + n - 1) / w[7] + 1;
+        int64_t list = -1;
+        uint64_t readers = 0;  // rows next to each other that read one list
+        const auto mark = [&] {
+            if (readers == 0) return;
+            each_listed(w, list, from, stop,
+                        [&](int64_t block) { toggle(words, n, j0, block * w[7], block * w[7] + w[7], readers); });
+        };
+        each(which, [&](int r) {
+            const int64_t own = list_of(w, rows, r);
+            if (own != list) {
+                mark();
+                readers = 0;
+            }
+            list = own;
+            readers |= UINT64_C(1) << r;
+        });
+        mark();
+        carry(words, n);
+    }
+
     const Operand* operands_;
+    int64_t heads_;  // query heads of the call
 };
 
 }  // namespace QKV_ISA

@@ -25,6 +25,8 @@
 //   PerHead    Hq                           and after it Hq times: the length of a program, the program
 //   Dense      operand stride_b stride_h    uint8; strides in elements, 0 where broadcast
 //              stride_i stride_j
+//   Selected   operand wide rows_b heads    int32, or int64 where wide, (rows_b, heads, rows, n): ascending blocks of
+//              rows n block queries         keys; heads divides Hq, and `queries` queries share a row
 #pragma once
 
 // clang-format off
@@ -48,5 +50,8 @@
     KIND(Dense, 12, (operand, size, size, size, size), true, spans(count(w[1]), w + 2)) \
     KIND(And, 13, (), true, true) \
     KIND(Or, 14, (), true, true) \
-    KIND(Not, 15, (), true, true)
+    KIND(Not, 15, (), true, true) \
+    KIND(Selected, 16, (operand, any, size, positive, size, size, positive, positive), product(w[5], w[8]), \
+         rows(w[3], batches) && a.Hq % w[4] == 0 && (queries == 0 || (queries - 1) / w[8] < w[5]) && \
+             holds(count(w[1]), w[3], w[4], w[5], w[6]))
 // clang-format on

@@ -16,8 +16,8 @@ struct Scratch {
 
 class Program {
   public:
-    Program(const int64_t* words, int64_t length, const Operand* operands)
-        : words_(words), length_(length), atoms_(operands) {}
+    Program(const int64_t* words, int64_t length, const Operand* operands, int64_t heads)
+        : words_(words), length_(length), atoms_(operands, heads) {}
 
     bool empty() const { return length_ == 0; }
 

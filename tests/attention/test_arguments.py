@@ -43,6 +43,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "mask: random seed": {"mask": ("random_blocks", 2, 4, 2)},
     "mask: blocks": {"mask": ("blocks", _rng.random((5, 5)) < 0.5, 4)},
     "mask: per head": {"mask": ("per_head", ("causal",), ("prefix", 3), ("chunked", 4), ("causal",))},
+    "mask: selected": {"mask": ("selected_blocks", _rng.integers(-1, 5, (2, 2, 12, 2)), 4, 1)},
     "mask: dense": {"mask": ("dense", _rng.random((2, 4, 12, 20)) < 0.5)},
     "mask: mod": {"mask": ("mask_mod", "checker")},
     "mask: bigbird": {"mask": ("bigbird", 2, 1, 1, 1, 0)},

@@ -61,6 +61,7 @@ def sample(*shape: int) -> Tensor:
 Q, K, V, X = sample(2, 4, 12, 8), sample(2, 2, 12, 8), sample(2, 2, 12, 7), sample(2, 12, 32)
 IDS, SEEN = torch.tensor([[0] * 5 + [1] * 7] * 2), torch.ones(12, 12).tril().bool()
 TABLE, BUCKETS, MAP = sample(4, 7), sample(4, 8), torch.tensor([[True, False], [True, True]])
+LISTS = torch.tensor([[0, 2], [3, -1], [1, 1]])[None, None]
 
 
 def _layers() -> tuple[Any, Any, Any]:
@@ -158,6 +159,7 @@ MASKS: dict[str, Callable[[], Any]] = {
     "global": lambda: qkv.global_tokens([0, 3]),
     "random blocks": lambda: qkv.random_blocks(2, 3, seed=4),
     "blocks": lambda: qkv.blocks(MAP, 6),
+    "selected blocks": lambda: qkv.selected_blocks(LISTS, 3, queries=4) & qkv.causal(),
     "bigbird": lambda: qkv.bigbird(4),
     "longformer": lambda: qkv.longformer(4, [0]),
     "per head": lambda: qkv.per_head([qkv.causal(), qkv.sliding_window(3)] * 2),

@@ -41,6 +41,7 @@ CONFIGS = {
     "chunked": Config(**_SIZES, mask=("chunked", 24)),
     "strided": Config(**_SIZES | {"Lq": 2}, mask=("strided", 7, 0)),
     "blocks": Config(**_SIZES, mask=("blocks", _rng.random((2, 1, 5, 5)) < 0.3, 16)),
+    "selected": Config(**_SIZES, mask=("selected_blocks", _rng.integers(-1, 5, (2, 2, 10, 2)), 16, 2)),
     "dense": Config(**_SIZES, mask=("dense", _half)),
     "function": Config(**_SIZES | {"Lq": 3}, mask=("mask_mod", "hollow")),
     "per head": Config(**_SIZES, mask=("per_head", ("causal",), ("prefix", 3), ("chunked", 64), ("window", 0, 0))),

@@ -172,6 +172,12 @@ def test_expressions_are_read(expression: str, mask: qkv.Mask) -> None:
     assert parse(expression) == mask
 
 
+def test_lists_are_read_as_integers() -> None:
+    found = parse("selected_blocks([[[[0, 2], [1, -1]]]], 2)")
+    lists = torch.tensor([[0, 2], [1, -1]])[None, None]
+    assert torch.equal(found.tensor(2, 6), qkv.selected_blocks(lists, 2).tensor(2, 6))
+
+
 def test_every_constructor_but_mask_mod_can_be_written() -> None:
     made = {name for name in vars(qkv.masks.constructors) if not name.startswith("_")}
     assert set(CONSTRUCTORS) == made - {"mask_mod"}

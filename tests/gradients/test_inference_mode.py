@@ -43,6 +43,7 @@ MADE: dict[str, Callable[[], dict[str, Any]]] = {
     "prefix": lambda: {"mask": qkv.causal() | qkv.prefix(torch.tensor([3, 5]))},
     "global": lambda: {"mask": qkv.longformer(4, [0])},
     "blocks": lambda: {"mask": qkv.blocks(torch.ones(2, 2).tril().bool(), 6)},
+    "selected": lambda: {"mask": qkv.selected_blocks(torch.arange(12).view(1, 1, 12, 1) // 4, 3)},
     "bool": lambda: {"mask": torch.tensor(SEEN)},
     "dense": lambda: {"mask": ~qkv.dense(torch.tensor(SEEN)) | qkv.causal()},
     "mask_mod": lambda: {"mask": _looked_up()},

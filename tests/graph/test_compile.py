@@ -64,6 +64,7 @@ RULES = {
     "blocks": lambda L: qkv.blocks(torch.eye(-(-L // 2)).bool(), 2),
     "bigbird": lambda L: qkv.bigbird(4, seed=L),
     "dense": lambda L: qkv.dense(normal(L, L) > 0),
+    "selected blocks": lambda L: qkv.selected_blocks(torch.arange(L)[None, None, :, None] // 2, 2),
     "a tensor": lambda L: normal(L, L) > 0,
     "heads": lambda L: qkv.per_head([CAUSAL, qkv.prefix(2), qkv.global_tokens([0, L - 1]), qkv.dilated(2, 2)]),
 }

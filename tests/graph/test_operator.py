@@ -19,6 +19,7 @@ from qkv.masks.portable import decode, depends_on_position, encode
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 SEED = 30
+LISTS = torch.tensor([[2, 0], [1, 3], [-1, 1]])[None, None].expand(2, 2, 3, 2)
 BOOLS = torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(SEED)) > 0.4
 MASKS: dict[str, Mask] = {
     "causal": qkv.causal(),
@@ -42,6 +43,7 @@ MASKS: dict[str, Mask] = {
     "blocks": qkv.blocks(BOOLS[:, :, :4, :4], 2),
     "dense": qkv.dense(BOOLS),
     "dense 2-D": qkv.dense(BOOLS[0, 0]),
+    "selected_blocks": qkv.selected_blocks(LISTS, 2, queries=3),
     "per_head": qkv.per_head([qkv.causal(), qkv.prefix([2, 5]), ~qkv.strided(2), qkv.documents([4, 4])]),
     "nested": (~(qkv.causal() | qkv.prefix([0, 2])) & qkv.dense(BOOLS)) | (qkv.padding([1, 3]) & ~qkv.chunked(2)),
 }  # fmt: skip
@@ -58,7 +60,7 @@ def test_masks_survive_the_graph(name: str) -> None:
     back = decode(words, tensors)
     assert back is not None
     assert repr(back) == repr(mask)
-    if "dense" not in repr(mask):  # such a mask is its tensor, not its values
+    if "dense" not in repr(mask) and "selected" not in repr(mask):  # such a mask is its tensor, not its values
         assert back == mask
     sizes = dict(positions="end", B=2, Hq=4)
     assert torch.equal(back.tensor(8, 8, **sizes), mask.tensor(8, 8, **sizes))

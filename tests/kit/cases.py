@@ -101,7 +101,7 @@ def positions_argument(config: Config) -> Any:
     return {"none": None, "start": "start", "end": "end"}.get(kind) if kind != "int" else rest[0]
 
 
-_BY_INDEX = ("padding", "prefix", "dense")
+_BY_INDEX = ("padding", "prefix", "dense", "selected_blocks")
 
 
 def uses_position(spec: Spec | None) -> bool:
@@ -137,6 +137,8 @@ def qkv_mask(spec: Spec | None, device: str = "cpu") -> qkv.Mask | torch.Tensor 
         return qkv.prefix(args[0] if isinstance(args[0], int) else list(args[0]))
     if kind == "blocks":
         return qkv.blocks(torch.from_numpy(args[0]), args[1])
+    if kind == "selected_blocks":
+        return qkv.selected_blocks(torch.from_numpy(args[0].copy()).to(device), args[1], queries=args[2])
     if kind == "global_tokens":
         return qkv.global_tokens(list(args[0]))
     if kind == "mask_mod":

@@ -116,6 +116,21 @@ def _dense(rng: random.Random, s: Sizes) -> Spec:
     return Spec(f"dense({tuple(t.shape)})", qkv.dense(t), dense, False, tensors=[t])
 
 
+def _selected(rng: random.Random, s: Sizes) -> Spec:
+    block, queries, n = rng.choice([1, 3, 16]), rng.choice([1, 1, 2, 5]), rng.choice([0, 1, 2, 5])
+    rb, heads = rng.choice([1, s.B]), rng.choice([h for h in range(1, s.Hq + 1) if s.Hq % h == 0])
+    shape = (rb, heads, -(-s.Lq // queries), n)
+    drawn = [rng.randint(-2, -(-s.Lk // block) + 1) for _ in range(shape[0] * shape[1] * shape[2] * n)]
+    t = torch.tensor(drawn, dtype=rng.choice([torch.int32, torch.int64])).view(shape)
+    lists = t.tolist()
+
+    def selected(b: int, h: int, i: int, p: int, j: int) -> bool:
+        return j // block in lists[b % rb][h // (s.Hq // heads)][i // queries]
+
+    mask = qkv.selected_blocks(t, block, queries=queries)
+    return Spec(f"selected_blocks({shape}, {block}, {queries})", mask, selected, True, tensors=[t])
+
+
 def _mask_mod(rng: random.Random, s: Sizes) -> Spec:
     return Spec(
         "mask_mod(...)",
@@ -145,6 +160,7 @@ _MAKERS = {
     "blocks": _blocks,
     "per_head": _per_head,
     "dense": _dense,
+    "selected_blocks": _selected,
     "mask_mod": _mask_mod,
 }
 EXACT_KINDS, KINDS = list(_EXACT), list(_MAKERS)

@@ -195,6 +195,11 @@ def _blocks(r: Row, table: Array, block: int) -> Array:
     return t[r.b if t.shape[0] > 1 else 0, r.h if t.shape[1] > 1 else 0, row][r.j // block]
 
 
+def _selected(r: Row, lists: Array, block: int, queries: int) -> Array:
+    rows_b, heads = lists.shape[:2]
+    return np.isin(r.j // block, lists[r.b if rows_b > 1 else 0, r.h // (r.geo.Hq // heads), r.i // queries])
+
+
 def _dense(r: Row, table: Array) -> Array:
     t = table.reshape((1,) * (4 - table.ndim) + table.shape)
     t = t[r.b if t.shape[0] > 1 else 0, r.h if t.shape[1] > 1 else 0, r.i if t.shape[2] > 1 else 0]
@@ -281,6 +286,14 @@ def _draw_blocks(d: Draw) -> tuple[Any, ...]:
     lead = d.pick((), (B, 1), (1, Hq), (B, Hq))
     shape = (*lead, -(-max(d.last + 1, d.sizes["Lq"]) // block), -(-d.sizes["Lk"] // block))
     return d.rng.random(shape) < 0.6, block
+
+
+def _draw_selected(d: Draw) -> tuple[Any, ...]:
+    block, (B, Hq, Lq, Lk) = d.block(), (d.sizes[n] for n in ("B", "Hq", "Lq", "Lk"))
+    queries, heads = d.pick(1, 1, 1, 2, 7), d.pick(*(n for n in range(1, Hq + 1) if Hq % n == 0)) if Hq else 1
+    blocks, kind = -(-Lk // block), d.pick(np.int32, np.int64)
+    shape = (d.pick(1, B), heads, -(-Lq // queries), d.pick(0, 1, 2, 3, 3, max(1, blocks // 2)))
+    return d.rng.integers(d.pick(0, 0, -2), blocks + 1, shape).astype(kind), block, queries
 
 
 def _draw_dense(d: Draw) -> tuple[Any, ...]:
@@ -411,6 +424,7 @@ KINDS = (
     Kind("random_blocks", 1, _random, _draw_random, _small_random),
     Kind("blocks", 2, _blocks, _draw_blocks),
     Kind("dense", 4, _dense, _draw_dense),
+    Kind("selected_blocks", 2, _selected, _draw_selected),
     Kind(
         "mask_mod",
         1,

@@ -77,7 +77,7 @@ def _mask_by_row(spec: Any) -> bool:
         return any(_mask_by_row(part) for part in spec[1:]) if spec else False
     if spec[0] == "prefix":
         return not isinstance(spec[1], int)
-    return spec[0] in ("padding", "segments", "blocks", "dense", "mask_mod")
+    return spec[0] in ("padding", "segments", "blocks", "dense", "mask_mod", "selected_blocks")
 
 
 def by_row(config: ViewConfig) -> bool:

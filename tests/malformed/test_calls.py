@@ -27,6 +27,13 @@ def b(*shape: int) -> torch.Tensor:
     return torch.ones(shape, dtype=torch.bool)
 
 
+def changed_lists() -> qkv.Mask:
+    lists = torch.zeros(1, 1, 6, 2, dtype=torch.int64)
+    mask = qkv.selected_blocks(lists, 4)
+    lists[0, 0, 1] = 1
+    return mask
+
+
 def changed_mask() -> qkv.Mask:
     seen = b(6, 9)
     mask = qkv.dense(seen)
@@ -84,6 +91,7 @@ CALLS: dict[str, Entry] = {
     "mask is 3-D": ({"mask": b(2, 6, 9)}, S, ("(2, 6, 9)",)),
     "mask is 1-D": ({"mask": b(9)}, S, ("(9,)",)),
     "mask was changed": ({"mask": changed_mask()}, A, ("changed", "dense")),
+    "selected blocks were changed": ({"mask": changed_lists()}, A, ("changed", "selected_blocks")),
     "mask on another device": ({"mask": torch.empty(6, 9, dtype=torch.bool, device="meta")}, A, ("meta",)),
     "padding of another batch": ({"mask": qkv.padding([9])}, S, ("B=2", "1 value")),
     "padding beyond the keys": ({"mask": qkv.padding([3, 10])}, S, ("10", "Lk=9")),

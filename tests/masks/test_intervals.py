@@ -61,7 +61,9 @@ def check_intervals(spec: Spec, s: Sizes, rng: random.Random) -> None:
     first, last, index = tiles(rng, s)
     b, h = rng.randrange(s.B), rng.randrange(s.Hq)
     as_tensors = [torch.tensor(x, dtype=torch.int64) for x in (first, last, index)]
-    found = spec.mask.intervals(as_tensors[0], as_tensors[1], i_first=as_tensors[2], b=b, h=h, Lq=s.Lq, Lk=s.Lk)
+    found = spec.mask.intervals(
+        as_tensors[0], as_tensors[1], i_first=as_tensors[2], b=b, h=h, Lq=s.Lq, Lk=s.Lk, Hq=s.Hq
+    )
     visible = covered(*found[:3], s.Lk)
     full = covered(*found[3:], s.Lk)
     for t in range(len(first)):

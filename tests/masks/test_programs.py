@@ -96,6 +96,16 @@ class Cell(NamedTuple):
         here = 0 <= row < nq and self.j // block < nk
         return here and bool(table[self.b if rows_b > 1 else 0, self.h if rows_h > 1 else 0, row, self.j // block])
 
+    def selected(
+        self, which: int, wide: int, rows_b: int, heads: int, rows: int, n: int, block: int, queries: int
+    ) -> bool:
+        lists = self.program.operands[which]
+        assert lists.dtype == (torch.int64 if wide else torch.int32)
+        assert lists.shape == (rows_b, heads, rows, n)
+        row = lists[self.b if rows_b > 1 else 0, self.h // (self.s.Hq // heads), self.i // queries].tolist()
+        assert row == sorted(row)
+        return self.j // block in row
+
     def dense(self, which: int, *strides: int) -> bool:
         t = self.program.operands[which]
         offset = sum(x * stride for x, stride in zip((self.b, self.h, self.i, self.j), strides, strict=True))
@@ -116,6 +126,7 @@ ATOMS: dict[int, tuple[int, Callable[..., bool]]] = {
     9: (3, lambda c, n, block, seed: c.j // block in drawn_blocks(n, block, seed, c.p // block, c.s.Lk)),
     10: (6, Cell.blocks),
     12: (5, Cell.dense),
+    16: (8, Cell.selected),
 }
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import pickle
 import random
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from tests.kit.mask_specs import KINDS, Sizes, drawn, leaf, seeds
 
 @seeds(40)
 def test_equal_masks_are_equal_values(seed: int) -> None:
-    kinds = [k for k in KINDS if k not in ("dense", "mask_mod")]
+    kinds = [k for k in KINDS if k not in ("dense", "selected_blocks", "mask_mod")]
     first, s, _ = drawn(seed, depth=2, kinds=kinds)
     second, _, _ = drawn(seed, depth=2, kinds=kinds)
     assert first.mask == second.mask
@@ -31,7 +33,7 @@ def test_equal_masks_are_equal_values(seed: int) -> None:
 
 
 def test_different_masks_are_different_values() -> None:
-    t = torch.ones(2, 2, dtype=torch.bool)
+    t, n = torch.ones(2, 2, dtype=torch.bool), torch.ones(1, 1, 2, 2, dtype=torch.int64)
     masks = [
         *(qkv.causal(), qkv.sliding_window(2), qkv.sliding_window(3), qkv.window(1, 0), qkv.window(None, 0)),
         *(qkv.prefix(1), qkv.prefix([1]), qkv.prefix([2]), qkv.padding([1]), qkv.padding([1], side="left")),
@@ -40,6 +42,8 @@ def test_different_masks_are_different_values() -> None:
         *(qkv.chunked(2), qkv.strided(2), qkv.strided(2, 1), qkv.dilated(1, 2), qkv.dilated(2, 1)),
         *(qkv.global_tokens([1]), qkv.global_tokens([]), qkv.random_blocks(1, 2, 0), qkv.random_blocks(1, 2, 1)),
         *(qkv.blocks(t, 1), qkv.blocks(t, 2), qkv.blocks(~t, 1), qkv.blocks(t[None, None], 3)),
+        *(qkv.selected_blocks(n, 1), qkv.selected_blocks(n, 2), qkv.selected_blocks(n.clone(), 1)),
+        *(qkv.selected_blocks(n, 1, queries=2), qkv.selected_blocks(n, 2, queries=1) & qkv.causal()),
         *(qkv.per_head([qkv.causal()]), qkv.per_head([qkv.causal()] * 2), qkv.dense(t), qkv.dense(t.clone())),
         *(qkv.causal() & qkv.prefix(1), qkv.prefix(1) & qkv.causal(), qkv.causal() | qkv.prefix(1), ~qkv.causal()),
         *(qkv.mask_mod(lambda b, h, p, j: j <= p), qkv.mask_mod(lambda b, h, p, j: j <= p)),
@@ -49,6 +53,7 @@ def test_different_masks_are_different_values() -> None:
         assert [a == b for b in masks] == [i == k for k in range(len(masks))]
         assert a != "a mask"
     assert qkv.dense(t) == qkv.dense(t)
+    assert qkv.selected_blocks(n, 1) == qkv.selected_blocks(n, 1)
     assert qkv.strided(4, -1) == qkv.strided(4, 7)
     assert qkv.global_tokens([3, 1, 3]) == qkv.global_tokens(torch.tensor([1, 3]))
 
@@ -99,12 +104,31 @@ def test_arguments_are_copied() -> None:
         assert torch.equal(mask.tensor(*seen.shape[2:], B=seen.shape[0]), seen)
 
 
-def test_a_dense_tensor_is_held_and_guarded() -> None:
-    t = torch.ones(4, 4, dtype=torch.bool)
-    mask = qkv.dense(t)
+def selected(t: torch.Tensor) -> Mask:
+    return qkv.selected_blocks(t, 2, queries=2)
+
+
+@pytest.mark.parametrize(
+    ("make", "t", "changed", "shown"),
+    [
+        (qkv.dense, torch.ones(4, 4, dtype=torch.bool), (1, 2), (0, 0, 1, 2)),
+        (selected, torch.tensor([[0, 1], [0, 1]])[None, None], (0, 0, 0, 1), (0, 0, 1, 2)),
+    ],
+    ids=["dense", "selected_blocks"],
+)
+def test_a_tensor_is_held_and_guarded(
+    make: Callable[[torch.Tensor], Any], t: torch.Tensor, changed: tuple[int, ...], shown: tuple[int, ...]
+) -> None:
+    t = t.clone()
+    mask = make(t)
     assert mask.t is t
-    other = mask & qkv.causal()
-    t[1, 2] = False
+    other = mask & qkv.window(None, None)
+    assert other.tensor(4, 4)[shown]
+    assert mask.program() is not None
+    again = pickle.loads(pickle.dumps(mask))
+    assert again != mask
+    assert torch.equal(again.tensor(4, 4), mask.tensor(4, 4))
+    t[changed] = 0
     for use in (
         lambda: mask.tensor(4, 4),
         lambda: other.tensor(4, 4),
@@ -113,11 +137,11 @@ def test_a_dense_tensor_is_held_and_guarded() -> None:
     ):
         with pytest.raises(qkv.ArgumentError, match="changed in place"):
             use()
-    assert qkv.dense(t) != mask
-    assert not qkv.dense(t).tensor(4, 4)[0, 0, 1, 2]
+    assert make(t) != mask
+    assert not make(t).tensor(4, 4)[shown]
     with torch.inference_mode():
-        unversioned = torch.ones(2, 2, dtype=torch.bool)
-    assert qkv.dense(unversioned).tensor(2, 2).all()
+        unversioned = t.clone().fill_(1)
+    assert make(unversioned).tensor(4, 4)[0, 0, 3, 3]
 
 
 def test_bool_tensors_combine_on_either_side() -> None:
@@ -145,6 +169,8 @@ def test_bool_tensors_combine_on_either_side() -> None:
         (qkv.dense(torch.ones(1, 1, 3, 3).bool()), False, False, False),
         (qkv.dense(torch.ones(2, 2, 3, 3).bool()), False, True, True),
         (qkv.blocks(torch.ones(2, 3, 1, 1).bool(), 9), True, True, True),
+        (qkv.selected_blocks(torch.ones(2, 3, 1, 1).int(), 9), False, True, True),
+        (qkv.selected_blocks(torch.ones(1, 1, 1, 1).int(), 9), False, False, False),
         (qkv.per_head([qkv.prefix(1), qkv.prefix(2)]), False, False, True),
         (qkv.per_head([qkv.prefix(1), qkv.prefix(1)]), False, False, False),
         (~qkv.chunked(2) & qkv.padding([1, 2]), True, True, False),

@@ -24,6 +24,7 @@ struct Mask {
     std::vector<int64_t> args;                 // the instruction's words after the opcode
     std::vector<std::vector<int64_t>> tables;  // what it reads, in the order of the operands
     std::vector<Mask> parts;                   // of AND, OR, NOT, PER_HEAD
+    int64_t shared = 1;                        // query heads that read one list, of SELECTED
 };
 
 inline int64_t batch_entry(const std::vector<int64_t>& table, int64_t b) {
@@ -86,6 +87,11 @@ inline bool visible(const Mask& m, const Where& w) {
         case qkv::kMaskPerHead: return visible(m.parts[static_cast<size_t>(w.h)], w);
         case qkv::kMaskDense:
             return m.tables[0][static_cast<size_t>(w.b * a[1] + w.h * a[2] + w.i * a[3] + w.j * a[4])] != 0;
+        case qkv::kMaskSelected: {
+            const int64_t line = ((a[2] > 1 ? w.b : 0) * a[3] + w.h / m.shared) * a[4] + w.i / a[7];
+            const auto from = m.tables[0].begin() + line * a[5];
+            return std::find(from, from + a[5], w.j / a[6]) != from + a[5];
+        }
         case qkv::kMaskAnd: return visible(m.parts[0], w) && visible(m.parts[1], w);
         case qkv::kMaskOr: return visible(m.parts[0], w) || visible(m.parts[1], w);
         case qkv::kMaskNot: return !visible(m.parts[0], w);
@@ -102,14 +108,14 @@ struct Lowered {
         false;  // flags lie in as many bytes as integers would: a changed program may take one operand for another
 };
 
-inline int64_t add_operand(Lowered& to, const std::vector<int64_t>& table, bool bytes, Guard guard) {
-    auto slab = std::make_shared<Slab>(static_cast<int64_t>(table.size()) * (bytes && !to.roomy ? 1 : 8),
+inline int64_t add_operand(Lowered& to, const std::vector<int64_t>& table, int64_t bytes, Guard guard) {
+    auto slab = std::make_shared<Slab>(static_cast<int64_t>(table.size()) * (to.roomy ? 8 : bytes),
                                        to.roomy ? Guard::heap : guard, 0);
     for (size_t i = 0; i < table.size(); ++i) {
-        if (bytes)
+        if (bytes == 1)
             slab->data()[i] = static_cast<char>(table[i]);
-        else
-            std::memcpy(slab->data() + 8 * i, &table[i], 8);
+        else  // the low bytes stand first
+            std::memcpy(slab->data() + static_cast<size_t>(bytes) * i, &table[i], static_cast<size_t>(bytes));
     }
     to.operands.push_back({slab->data(), static_cast<int64_t>(table.size())});
     to.memory.push_back(slab);
@@ -130,7 +136,8 @@ inline void lower(const Mask& m, Lowered& to, Guard guard) {
     }
     for (const Mask& part : m.parts) lower(part, to, guard);
     std::vector<int64_t> args = m.args;
-    const bool bytes = m.op == qkv::kMaskBlocks || m.op == qkv::kMaskDense;
+    const bool flags = m.op == qkv::kMaskBlocks || m.op == qkv::kMaskDense;
+    const int64_t bytes = flags ? 1 : m.op == qkv::kMaskSelected && args[1] == 0 ? 4 : 8;
     std::vector<int64_t> index;
     for (const auto& table : m.tables) index.push_back(add_operand(to, table, bytes, guard));
     switch (m.op) {
@@ -237,6 +244,21 @@ inline Mask random_dense(Random& random, const Sizes& z) {
     return m;
 }
 
+inline Mask random_selected(Random& random, const Sizes& z) {
+    Mask m{qkv::kMaskSelected, {}, {}, {}};
+    const int64_t block = random.pick<int64_t>({1, 2, 3, 16, 17, 64}), blocks = (z.Lk + block - 1) / block;
+    const int64_t queries = random.pick<int64_t>({1, 1, 2, 7, 100}), rows = (z.Lq + queries - 1) / queries;
+    const int64_t heads = random.chance(0.4) ? 1 : random.chance(0.5) ? z.Hq : z.Hkv;
+    const int64_t rows_b = random.chance(0.5) ? z.B : 1, n = random.in(0, random.chance(0.8) ? 6 : 2 * blocks);
+    m.shared = heads > 0 ? z.Hq / heads : 1;
+    const int64_t more = random.chance(0.2), all = rows_b * std::max<int64_t>(heads, 1) * (rows + more);
+    m.tables = {table_of(random, all * n, random.chance(0.5) ? 0 : -3, blocks + 2)};
+    for (int64_t line = 0; line < all; ++line)
+        std::sort(m.tables[0].begin() + line * n, m.tables[0].begin() + (line + 1) * n);
+    m.args = {0, random.in(0, 1), rows_b, std::max<int64_t>(heads, 1), rows + more, n, block, queries};
+    return m;
+}
+
 // `nested` counts the per-head masks around it: at most two.
 inline Mask random_leaf(Random& random, const Sizes& z, bool ragged, int nested = 0) {
     const int64_t n = z.Lk;
@@ -288,6 +310,7 @@ inline Mask random_leaf(Random& random, const Sizes& z, bool ragged, int nested 
             }
             break;
         case qkv::kMaskDense: return random_dense(random, z);
+        case qkv::kMaskSelected: return random_selected(random, z);
         default: std::abort();  // a kind that is only half here
     }
     return m;

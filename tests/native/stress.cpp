@@ -209,7 +209,7 @@ std::string fuzz(Random& random) {
     for (int n = 0; n < 20000; ++n) {
         const int64_t length = random.in(0, kMost);
         std::vector<int64_t> words(static_cast<size_t>(length));
-        for (auto& w : words) w = random.chance(0.6) ? random.in(-1, 16) : odd_word(random);
+        for (auto& w : words) w = random.chance(0.6) ? random.in(-1, 17) : odd_word(random);
         if (random.chance(0.3) && length > 2) words[0] = qkv::kMaskPerHead;
         char* at = slab.data() + (kMost - length) * 8;
         if (length > 0) std::memcpy(at, words.data(), static_cast<size_t>(length) * 8);

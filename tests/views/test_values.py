@@ -188,8 +188,8 @@ def test_the_generator_covers_what_it_promises() -> None:
     assert {x for c in configs for x in c.pools} == set(views.POOLS)
     text = " ".join(map(repr, configs))
     for kind in ("causal", "prefix", "sliding_window", "chunked", "strided", "dilated", "global_tokens", "documents",
-                 "padding", "per_head", "blocks", "dense", "random_blocks", "mask_mod", "segments", "window",
-                 "alibi", "relative", "tensor", "score_mod", "t5"):  # fmt: skip
+                 "padding", "per_head", "blocks", "dense", "selected_blocks", "random_blocks", "mask_mod", "segments",
+                 "window", "alibi", "relative", "tensor", "score_mod", "t5"):  # fmt: skip
         assert f"('{kind}'" in text, kind
     split = [c for c in configs if max(c.lengths) > 512]
     shared = [c for c in split if any(pages * c.P >= 512 for _, pages in c.share)]

@@ -20,7 +20,8 @@ LONGEST = 2000  # letters of an expression; Python's parser is not meant for end
 CONSTRUCTORS: dict[str, Callable[..., Any]] = {
     name: make for name, make in vars(constructors).items() if inspect.isfunction(make) and name != "mask_mod"
 }
-_TENSORS = {"blocks": "map", "dense": "t"}  # constructors whose first argument is a tensor: write a nested list
+# Constructors whose first argument is a tensor: write a nested list.
+_TENSORS = {"blocks": ("map", torch.bool), "dense": ("t", torch.bool), "selected_blocks": ("indices", torch.int64)}
 
 
 def parse(expression: str) -> masks.Mask:
@@ -77,8 +78,9 @@ def _call(node: ast.Call) -> masks.Mask:
         arguments = [_literal(argument) for argument in node.args]
     keywords = {k.arg: _literal(k.value) for k in node.keywords if k.arg is not None}
     if name in _TENSORS:
-        arguments = [_tensor(a, node) if index == 0 else a for index, a in enumerate(arguments)]
-        keywords = {key: _tensor(a, node) if key == _TENSORS[name] else a for key, a in keywords.items()}
+        first, dtype = _TENSORS[name]
+        arguments = [_tensor(a, dtype, node) if index == 0 else a for index, a in enumerate(arguments)]
+        keywords = {key: _tensor(a, dtype, node) if key == first else a for key, a in keywords.items()}
     try:
         found = CONSTRUCTORS[name](*arguments, **keywords)
     except TypeError as error:
@@ -113,11 +115,12 @@ def _literal(node: ast.expr) -> Any:
         ) from None
 
 
-def _tensor(value: Any, node: ast.Call) -> torch.Tensor:
+def _tensor(value: Any, dtype: torch.dtype, node: ast.Call) -> torch.Tensor:
     try:
-        return torch.tensor(value, dtype=torch.bool)
+        return torch.tensor(value, dtype=dtype, device="cpu")
     except (TypeError, ValueError, RuntimeError):
-        raise refuse("this constructor takes a nested list of 0 and 1", _text(node), "Write [[1, 0], [1, 1]]") from None
+        what = "0 and 1" if dtype == torch.bool else "integers"
+        raise refuse(f"this constructor takes a nested list of {what}", _text(node), "Write [[1, 0], [1, 1]]") from None
 
 
 def _text(node: ast.AST) -> str:

@@ -31,7 +31,7 @@ def cover(problem: Problem, positions: Tensor | None, b: int = 0, h: int = 0, ce
     if len(starts) > 1 << 16:
         return torch.ones((rows, columns), dtype=torch.uint8, device="cpu")
     ends = torch.cat((starts[1:], torch.tensor([p.Lq], dtype=torch.int64, device="cpu"))) - 1
-    found = p.mask.intervals(line[starts], line[ends], b=b, h=h, Lk=p.Lk, Lq=p.Lq, i_first=starts)
+    found = p.mask.intervals(line[starts], line[ends], b=b, h=h, Lk=p.Lk, Lq=p.Lq, i_first=starts, Hq=p.Hq)
     seen = _binned(found.visible_start, found.visible_stop, columns, p.Lk, touched=True)
     full = _binned(found.full_start, found.full_stop, columns, p.Lk, touched=False)
     bins = starts * rows // p.Lq

@@ -376,12 +376,57 @@ def _combine(combination: type[And] | type[Or], left: Any, right: Any) -> Mask:
     return combination(tuple(parts))
 
 
+class ByReference(Mask):
+    """A mask that holds a tensor of the user's own, `t`, by reference: to change it in place is an error."""
+
+    t: Tensor
+    version: int | None
+
+    made_by: ClassVar[str]
+    noun: ClassVar[str]
+
+    def check(self, call: str, sizes: Sizes) -> None:
+        self._unchanged(call)
+        device, mine = sizes.device, self.t.device
+        if mine.type != device.type or (None not in (mine.index, device.index) and mine.index != device.index):
+            rule = f"{self.noun} must be on the device of the queries"
+            raise ArgumentError.of(call, rule, f"a mask on {mine} and queries on {device}", "Move it with .to()")
+
+    def _unchanged(self, call: str) -> None:
+        if self.version is not None and self.t._version != self.version:
+            rule = f"{self.noun} must not be changed in place after the mask was made"
+            given = f"{self!r} changed {self.t._version - self.version} time(s)"
+            fix = f"Make a new mask from it with {self.made_by}(t), or pass a copy"
+            raise ArgumentError.of(call, rule, given, fix)
+
+    def _device(self) -> torch.device:
+        return self.t.device
+
+    def _numbers(self) -> tuple[int, ...]:
+        return ()
+
+    def _tensors(self) -> tuple[Tensor, ...]:
+        return (self.t,)
+
+    def _key(self) -> tuple[Any, ...]:
+        # The tensor is held, so its id is not given to another one while this mask lives.
+        return id(self.t), self.version, self._numbers()
+
+
+def version_of(t: Tensor) -> int | None:
+    """How often a tensor was changed; None for one made in inference mode, whose changes cannot be noticed."""
+    return None if not readable(t) or t.is_inference() else t._version
+
+
 @dataclass(frozen=True, eq=False, repr=False)
-class Dense(Mask, op=12):
+class Dense(ByReference, op=12):
     """A bool tensor as a mask; made by `dense`."""
 
     t: Tensor
     version: int | None
+
+    made_by = "dense"
+    noun = "a mask tensor"
 
     @property
     def varies_by_batch(self) -> bool:
@@ -392,7 +437,6 @@ class Dense(Mask, op=12):
         return self.t.ndim == 4 and self.t.shape[1] > 1
 
     def check(self, call: str, sizes: Sizes) -> None:
-        self._unchanged(call)
         full = sizes[:4][-self.t.ndim :]
         if any(have not in (1, want) for have, want in zip(self.t.shape, full, strict=True)):
             names = ("B", "Hq", "Lq", "Lk")[-self.t.ndim :]
@@ -400,10 +444,7 @@ class Dense(Mask, op=12):
             rule = f"a mask tensor must broadcast to ({', '.join(names)})"
             fix = f"Pass a bool tensor of shape {full}, with 1 where it is shared"
             raise ShapeError.of(call, rule, f"mask {tuple(self.t.shape)} and {want}", fix)
-        device, mine = sizes.device, self.t.device
-        if mine.type != device.type or (None not in (mine.index, device.index) and mine.index != device.index):
-            rule = "a mask tensor must be on the device of the queries"
-            raise ArgumentError.of(call, rule, f"a mask on {mine} and queries on {device}", "Move it with .to()")
+        super().check(call, sizes)
 
     def words(self) -> str:
         return f"the keys that a tensor {tuple(self.t.shape)} allows"
@@ -412,38 +453,18 @@ class Dense(Mask, op=12):
         self._unchanged("dense()")
         index = (at.b, at.h, at.i, at.j)[-self.t.ndim :]
         if self.t.numel() == 0:
-            return torch.zeros(
-                torch.broadcast_shapes(*(x.shape for x in index)), dtype=torch.bool, device=self.t.device
-            )
+            shape = torch.broadcast_shapes(*(x.shape for x in index))
+            return torch.zeros(shape, dtype=torch.bool, device=self.t.device)
         return self.t[tuple(torch.zeros_like(x) if n == 1 else x for x, n in zip(index, self.t.shape, strict=True))]
-
-    def _unchanged(self, call: str) -> None:
-        if self.version is not None and self.t._version != self.version:
-            rule = "a mask tensor must not be changed in place after the mask was made"
-            given = f"{self!r} changed {self.t._version - self.version} time(s)"
-            raise ArgumentError.of(call, rule, given, "Make a new mask from it with dense(t), or pass a copy")
-
-    def _device(self) -> torch.device:
-        return self.t.device
 
     def _lower(self, builder: Builder) -> None:
         self._unchanged("dense()")
         strides = [0 if n == 1 else s for n, s in zip(self.t.shape, self.t.stride(), strict=True)]
         builder.emit(self.op, builder.operand(self.t), *([0] * (4 - self.t.ndim)), *strides)
 
-    def _numbers(self) -> tuple[int, ...]:
-        return ()
-
-    def _tensors(self) -> tuple[Tensor, ...]:
-        return (self.t,)
-
     @classmethod
     def _decode(cls, words: Iterator[int], tensors: Iterator[Tensor]) -> Rule:
         return dense(next(tensors))
-
-    def _key(self) -> tuple[Any, ...]:
-        # The tensor is held, so its id is not given to another one while this mask lives.
-        return id(self.t), self.version
 
     def __reduce__(self) -> tuple[Any, ...]:
         return dense, (self.t,)
@@ -497,8 +518,7 @@ def dense(t: Tensor) -> Dense:
     if t.is_meta or t.layout != torch.strided:
         given = f"{shown(t)} on {t.device}, {t.layout}"
         raise ArgumentError.of(call, "a mask tensor must hold its values in a strided tensor", given, "Fill it")
-    # A tensor made in inference mode keeps no version; its changes cannot be noticed.
-    return Dense(t, None if not readable(t) or t.is_inference() else t._version)
+    return Dense(t, version_of(t))
 
 
 def as_mask(x: Any, call: str = "qkv.attention()") -> Mask | None:

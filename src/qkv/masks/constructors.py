@@ -6,5 +6,6 @@
 from qkv.masks.base import *
 from qkv.masks.function import *
 from qkv.masks.segments import *
+from qkv.masks.selected import *
 from qkv.masks.shapes import *
 from qkv.masks.sparse import *

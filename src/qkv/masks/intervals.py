@@ -61,6 +61,7 @@ class Rows(NamedTuple):
     h: int
     Lq: int
     Lk: int
+    Hq: int | None = None  # where lists are shared by heads, it says by how many
 
 
 class Spans(NamedTuple):
@@ -109,20 +110,30 @@ def groups(starts: Tensor, stops: Tensor, begin: Tensor, end: Tensor) -> Spans:
 
 
 def compute(
-    mask: Expression, first: Tensor, last: Tensor, i_first: Tensor, *, b: int, h: int, Lq: int, Lk: int
+    mask: Expression,
+    first: Tensor,
+    last: Tensor,
+    i_first: Tensor,
+    *,
+    b: int,
+    h: int,
+    Lq: int,
+    Lk: int,
+    Hq: int | None = None,
 ) -> Intervals:
     """The intervals of `mask` for tiles at positions first..last (inclusive), whose first queries are i_first."""
     tiles, size = first.numel(), last - first + 1
     some = size > 0
     if not bool(some.all()):
-        found = compute(mask, first[some], last[some], i_first[some], b=b, h=h, Lq=Lq, Lk=Lk)
+        found = compute(mask, first[some], last[some], i_first[some], b=b, h=h, Lq=Lq, Lk=Lk, Hq=Hq)
         return Intervals(*(x.new_zeros((tiles, *x.shape[1:])).index_put((some,), x) for x in found))
     # Tiles that follow one another are one stretch: its pieces, not the tiles, are what has to be thought about.
     begins = (first[1:] != last[:-1] + 1) | (i_first[1:] - i_first[:-1] != size[:-1])
     head = torch.nn.functional.pad(begins, (1, 0), value=True)[:tiles].nonzero()[:, 0]
     line = size.cumsum(0) - size  # where each tile begins if all rows of all tiles stood in one line
     tail = torch.cat([head[1:], head.new_tensor([tiles])]) - 1 if tiles else head
-    pieces = _pieces(mask, first[head], last[tail], i_first[head], b=b, h=h, Lq=Lq, Lk=Lk, limit=4 * tiles + 4096)
+    where = Rows(first[head], i_first[head], b, h, Lq, Lk, Hq)
+    pieces = _pieces(mask, where, last[tail], limit=4 * tiles + 4096)
 
     # Tiles and pieces both divide that line; the parts of the two together belong to one tile and one piece each.
     start = line[head][pieces.stretch] + pieces.row
@@ -153,10 +164,9 @@ class Pieces(NamedTuple):
     hidden: Ranges
 
 
-def _pieces(
-    mask: Expression, first: Tensor, last: Tensor, i_first: Tensor, *, b: int, h: int, Lq: int, Lk: int, limit: int
-) -> Pieces:
+def _pieces(mask: Expression, whole: Rows, last: Tensor, limit: int) -> Pieces:
     """Steps 1 and 2: stretches of rows cut into pieces of one form each, and the mask decided for every cell."""
+    first, i_first, b, h, *_ = whole
     leaves = list(dict.fromkeys(mask._leaves(h)))
     stretch = torch.arange(first.numel(), device="cpu")
     row, rows = torch.zeros_like(stretch), last - first + 1
@@ -172,7 +182,7 @@ def _pieces(
             found.append(more)
     stretch, row, rows = _cut(rows, found)
 
-    where = Rows(first[stretch] + row, i_first[stretch] + row, b, h, Lq, Lk)
+    where = whole._replace(p=first[stretch] + row, i=i_first[stretch] + row)
     spans = [anything() if leaf in coarse else leaf._spans(where) for leaf in leaves]
     fixed, moving = _ends(spans, rows.numel())
     crossing = _crossings(fixed, moving, rows)

@@ -78,7 +78,16 @@ class Rule:
         raise NotImplementedError
 
     def intervals(
-        self, first: Tensor, last: Tensor, *, b: int = 0, h: int = 0, Lk: int, Lq: int, i_first: Tensor | None = None
+        self,
+        first: Tensor,
+        last: Tensor,
+        *,
+        b: int = 0,
+        h: int = 0,
+        Lk: int,
+        Lq: int,
+        i_first: Tensor | None = None,
+        Hq: int | None = None,
     ) -> Intervals:
         """The key ranges that tiles of queries see, for batch row b and query head h.
 
@@ -91,6 +100,8 @@ class Rule:
             The numbers of keys and queries.
         i_first : Tensor, int64, shape (T,)
             The index of each tile's first query; the same as `first` unless given.
+        Hq : int
+            The number of query heads: `selected_blocks`, whose lists heads share, is conservative without it.
 
         Returns
         -------
@@ -113,7 +124,7 @@ class Rule:
         """
         first, last = (x.detach().to("cpu", torch.int64) for x in (first, last))
         i_first = first if i_first is None else i_first.detach().to("cpu", torch.int64)
-        return compute(self, first, last, i_first, b=b, h=h, Lq=Lq, Lk=Lk)
+        return compute(self, first, last, i_first, b=b, h=h, Lq=Lq, Lk=Lk, Hq=Hq)
 
     def words(self) -> str:
         """Which keys a query sees, as the end of a sentence.

@@ -100,6 +100,40 @@ CASES: list[tuple[str, type[qkv.QKVError], str]] = [
         "qkv.blocks(): block must be an integer >= 1. Got block=0. Pass a whole number >= 1.",
     ),
     (
+        "qkv.selected_blocks(torch.ones(1, 1, 2, 2), 4)",
+        qkv.ArgumentTypeError,
+        "qkv.selected_blocks(): indices must be an int32 or int64 tensor. Got a float32 tensor of shape "
+        "(1, 1, 2, 2). Pass what torch.topk returns, or convert it with .to(torch.int64).",
+    ),
+    (
+        "qkv.selected_blocks([[[[0]]]], 4)",
+        qkv.ArgumentTypeError,
+        "qkv.selected_blocks(): indices must be an int32 or int64 tensor. Got [[[[0]]]] (list). Pass what "
+        "torch.topk returns, or convert it with .to(torch.int64).",
+    ),
+    (
+        "qkv.selected_blocks(torch.ones(2, 2, dtype=torch.int32), 4)",
+        qkv.ShapeError,
+        "qkv.selected_blocks(): indices must be (B or 1, H, rows, n) with H >= 1. Got an int32 tensor of "
+        "shape (2, 2). Add dimensions of size 1 for B and H.",
+    ),
+    (
+        'qkv.selected_blocks(torch.ones(1, 1, 2, 2, dtype=torch.int32, device="meta"), 4)',
+        qkv.ArgumentError,
+        "qkv.selected_blocks(): indices must hold their values in a strided tensor. Got an int32 tensor of "
+        "shape (1, 1, 2, 2) on meta, torch.strided. Fill it.",
+    ),
+    (
+        "qkv.selected_blocks(torch.ones(1, 1, 2, 2, dtype=torch.int32), 0)",
+        qkv.ArgumentError,
+        "qkv.selected_blocks(): block must be an integer >= 1. Got block=0. Pass a whole number >= 1.",
+    ),
+    (
+        "qkv.selected_blocks(torch.ones(1, 1, 2, 2, dtype=torch.int32), 1, queries=0)",
+        qkv.ArgumentError,
+        "qkv.selected_blocks(): queries must be an integer >= 1. Got queries=0. Pass a whole number >= 1.",
+    ),
+    (
         "qkv.per_head(qkv.causal())",
         qkv.ArgumentTypeError,
         "qkv.per_head(): masks must be a list of masks. Got causal() (Window). Pass one mask a query head.",

@@ -146,6 +146,31 @@ CASES: list[tuple[str, type[qkv.QKVError], str]] = [
         "blocks of 4, B=3 and Hq=1. Give it one entry for each, or one for all.",
     ),
     (
+        "qkv.selected_blocks(torch.ones(2, 1, 2, 2).int(), 4).tensor(2, 8, B=3)",
+        qkv.ShapeError,
+        "Mask.tensor(): selected_blocks: indices must be (B or 1, H, rows, n), and H must divide Hq. Got "
+        "indices (2, 1, 2, 2), B=3 and Hq=1. Give them a list for each batch row and head of keys, or one for all.",
+    ),
+    (
+        "qkv.selected_blocks(torch.ones(1, 2, 2, 2).int(), 4).tensor(2, 8, Hq=3)",
+        qkv.ShapeError,
+        "Mask.tensor(): selected_blocks: indices must be (B or 1, H, rows, n), and H must divide Hq. Got "
+        "indices (1, 2, 2, 2), B=1 and Hq=3. Give them a list for each batch row and head of keys, or one for all.",
+    ),
+    (
+        "qkv.selected_blocks(torch.ones(1, 1, 2, 2).int(), 4, queries=3).tensor(7, 8)",
+        qkv.ShapeError,
+        "Mask.tensor(): selected_blocks: there must be a list for every query. Got indices (1, 1, 2, 2) with "
+        "queries=3, which cover 6, and Lq=7. Pass 3 rows of lists.",
+    ),
+    (
+        "qkv.selected_blocks(torch.ones(1, 1, 2, 2).int(), 4)"
+        '.check("f()", qkv.masks.Sizes(1, 1, 2, 2, device=torch.device("cuda")))',
+        qkv.ArgumentError,
+        "f(): the indices of selected blocks must be on the device of the queries. Got a mask on cpu and queries "
+        "on cuda. Move it with .to().",
+    ),
+    (
         "qkv.per_head([qkv.causal()] * 3).tensor(4, 4, Hq=2)",
         qkv.ShapeError,
         "Mask.tensor(): per_head needs one mask for each query head. Got 3 masks and Hq=2. Pass 2 masks.",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qkv.call.problem import Problem
-from qkv.masks import Mask
+from qkv.masks import Intervals, Mask
 
 # Arbitrary positions cut the queries into runs of consecutive positions. Beyond this many runs a tile, asking the mask
 # for intervals costs more than it can save, and every tile counts as mixed.
@@ -52,13 +52,14 @@ class HeadRow(NamedTuple):
     h: int
     offset: int
     positions: Tensor | None  # int64 (Lq,) on the CPU
+    Hq: int | None = None  # of how many heads
 
 
 def head_row(problem: Problem, positions: Tensor | None, b: int, h: int) -> HeadRow:
     """Query head h of batch row b; `positions` are the problem's, (B or 1, Lq), where they are data."""
     if positions is None:
-        return HeadRow(b, h, problem.offset(b), None)
-    return HeadRow(b, h, 0, positions[b if positions.shape[0] > 1 else 0].cpu())
+        return HeadRow(b, h, problem.offset(b), None, problem.Hq)
+    return HeadRow(b, h, 0, positions[b if positions.shape[0] > 1 else 0].cpu(), problem.Hq)
 
 
 class Schedule:
@@ -80,7 +81,7 @@ class Schedule:
             if runs is None:
                 self._ranges = None
                 return
-            found = mask.intervals(runs.first, runs.last, b=line.b, h=line.h, Lk=Lk, Lq=Lq, i_first=runs.i_first)
+            found = _intervals(mask, line, runs, Lq, Lk)
             per_tile: list[list[tuple[list[int], list[int]]]] = [[] for _ in range(-(-Lq // T))]
             visible = _rows(found.visible_start, found.visible_stop, found.visible_count)
             full = _rows(found.full_start, found.full_stop, found.full_count)
@@ -107,6 +108,12 @@ class Schedule:
                 whole = mine if whole is None else whole & mine
         for index in sorted(touched):
             yield KeyTile(index * K, min(index * K + K, Lk), whole is not None and index in whole)
+
+
+def _intervals(mask: Mask, line: HeadRow, runs: _Runs, Lq: int, Lk: int) -> Intervals:
+    """The key ranges of each run."""
+    first, last, i_first, _ = runs
+    return mask.intervals(first, last, b=line.b, h=line.h, Hq=line.Hq, Lk=Lk, Lq=Lq, i_first=i_first)
 
 
 def _rows(start: Tensor, stop: Tensor, count: Tensor) -> list[list[int]]:
@@ -143,7 +150,7 @@ def count_tiles(mask: Mask | None, lines: Sequence[HeadRow], Lq: int, Lk: int, T
             continue
         runs = _runs(line, Lq, T)
         assert runs is not None
-        found = mask.intervals(runs.first, runs.last, b=line.b, h=line.h, Lk=Lk, Lq=Lq, i_first=runs.i_first)
+        found = _intervals(mask, line, runs, Lq, Lk)
         visible += _touched(found.visible_start, found.visible_stop, found.visible_count, K)
         full += _covered(found.full_start, found.full_stop, found.full_count, K, Lk)
     return TileCount(visible, full, each * len(lines))
