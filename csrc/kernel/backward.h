@@ -235,7 +235,7 @@ class Gradients {
         if (program_.empty()) {
             span = {0, rows.key_count};
         } else {
-            program_.bounds(rows, w.scratch, w.bounds);
+            program_.bounds(rows, keys_between(0, rows.key_count), w.scratch, w.bounds);
             const Ranges& seen = w.bounds.seen;
             if (seen.count > 0) span = {seen.first[0], lower(seen.last[seen.count - 1], rows.key_count)};
         }

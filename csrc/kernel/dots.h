@@ -47,6 +47,7 @@ class Dots {
     struct Work {
         Scratch scratch;
         Block block;
+        Walk<kStepGranules> walk;
         Tile tile;
         Single* queries;  // [rows][padded D], in the order in which M loads numbers
         E* out;           // [rows][padded Dv], likewise
@@ -103,8 +104,8 @@ class Dots {
     }
 
     static void run(const Job& job, const Program& program, Work& w, int64_t k0, int64_t k1, bool careful) {
-        walk<kStepGranules>(program, w.tile.rows, k0, k1, w.scratch, w.block,
-                            [&](Block& block) { step(job, w, block, careful); });
+        w.walk.begin(program, w.tile.rows, w.scratch, keys_between(k0, k1), !program.empty());
+        while (w.walk.next(w.scratch, w.block)) step(job, w, w.block, careful);
     }
 
     static bool spoiled(const Attention& a, const Work& w) {
@@ -232,18 +233,18 @@ class Dots {
             return M::load(from);
     }
 
-    // The granule of keys (or values) from j: where it lies if it can be loaded there, else in `copy`.
-    static Row16 resident(const Source<S>& source, int64_t D, int64_t j, int64_t keys, S* copy) {
+    // The keys (or values) of granule g: where they lie if they can be loaded there, else in `copy`.
+    static Row16 resident(const Source<S>& source, int64_t D, const Block& block, int g, S* copy) {
         const int64_t width = padded(D);
         const bool straight = source.straight();
-        const S* first = straight ? source.row(j) : nullptr;
+        const S* first = straight && block.straight(g) ? source.row(block.key[g]) : nullptr;
         if (source.stride_d == 1 && (M::kParts || D == width) && first != nullptr &&
-            (M::kPair == 1 || j + kGranule <= keys))
+            (M::kPair == 1 || block.live[g] == kGranule))
             return {first, source.stride, D / M::kStep * M::kStep};
         // Rows past the end are not read, but for the second of a pair.
-        const int64_t rows = lower(kGranule, keys - j);
-        for (int64_t i = 0; i < rows; ++i) {
-            const S* from = source.row_of(first, straight, j, i);
+        const int rows = block.live[g];
+        for (int i = 0; i < rows; ++i) {
+            const S* from = source.row_of(block, g, first, straight, i);
             S* to = copy + i * width;
             if (from == nullptr)
                 std::memset(static_cast<void*>(to), 0, sizeof(S) * static_cast<size_t>(D));
@@ -347,10 +348,10 @@ class Dots {
         for (int g = 0; g < block.granules; ++g) all_scores(a, w, block, g, k, v, laid);
         if constexpr (kScaled)
             for (int g = 0; g < block.granules; ++g)
-                gather_scales(a, sequence, w.tile.kv_head, block.key[g], w.k_scales + g * kGranule,
+                gather_scales(a, sequence, w.tile.kv_head, block, g, w.k_scales + g * kGranule,
                               w.v_scales + g * kGranule);
         for (int j = 0; j < n && a.dropout_below > 0; ++j)
-            w.draws[j] = draw_index(block.key[j / kGranule] + j % kGranule);
+            w.draws[j] = draw_index(block.at(j / kGranule, j % kGranule));
         E keep[kTileRows];
         for (int r = 0; r < w.tile.rows.count; ++r) keep[r] = weigh(job, w, block, r);
         w.masked |= block.masked;
@@ -360,13 +361,15 @@ class Dots {
     // The scores of a granule's keys as products, and where its values lie.
     static void all_scores(const Attention& a, Work& w, const Block& block, int g, const Source<S>& k,
                            const Source<S>& v, Laid& laid) {
-        const int64_t j = block.key[g], keys = w.tile.sequence->k_count, then = j + kAheadKeys;
-        const int rows = w.tile.rows.count;
-        laid.live[g] = static_cast<int>(lower(kGranule, keys - j));
+        const int64_t j = block.key[g], keys = w.tile.sequence->k_count;
+        const int rows = w.tile.rows.count, later = g + kAheadKeys / kGranule;
+        // What comes next; past the block, what would if keys went on.
+        const int64_t then = later < block.granules ? block.key[later] : block.key[block.granules - 1] + kAheadKeys;
+        laid.live[g] = block.live[g];
         Products of{};
         of.D = a.D, of.width = padded(a.D), of.live = laid.live[g];
-        of.keys = resident(k, a.D, j, keys, w.keys);
-        const Row16 values = resident(v, a.Dv, j, keys, w.values + g * kGranule * padded(a.Dv));
+        of.keys = resident(k, a.D, block, g, w.keys);
+        const Row16 values = resident(v, a.Dv, block, g, w.values + g * kGranule * padded(a.Dv));
         laid.values[g] = values.first, laid.strides[g] = values.stride;
         laid.whole = lower(laid.whole, values.whole);
         of.next = Ahead::of(then < keys ? k.row(then) : nullptr, k.stride, a.D);
@@ -469,8 +472,7 @@ class Dots {
         const int n = block.keys();
         if (a.bias_count > 0) {
             std::memset(w.bias, 0, sizeof(E) * static_cast<size_t>(n));
-            for (int g = 0; g < block.granules; ++g)
-                gather_bias<E>(a, w.tile, r, block.key[g], kGranule, w.bias + g * kGranule, 1);
+            for (int g = 0; g < block.granules; ++g) gather_bias<E>(a, w.tile, r, block, g, w.bias + g * kGranule, 1);
             hide_by_bias<E>(block, r, 0, n, w.bias, 1);
         }
         for (int j = 0; j < n; j += W) {

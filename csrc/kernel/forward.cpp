@@ -159,7 +159,7 @@ class Run {
                 bounds.full.set(0, s.k_count);
             } else {
                 schedule.rows_of(s, schedule.cuts[i], 0, 0, *search.tile);
-                job.program.bounds(search.tile->rows, *search.scratch, bounds);
+                job.program.bounds(search.tile->rows, keys_between(0, s.k_count), *search.scratch, bounds);
             }
             x.set_full(bounds.full);
         }

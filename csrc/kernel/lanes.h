@@ -49,11 +49,12 @@ class Lanes {
             for (int at = 0; at < kGranules; ++at) key[at] = -1;
             oldest = 0;
         }
-        // Where each granule of a block is, or is to be put; returns which are there already, one bit each.
+        // Where each granule of a block is, or is to be put; returns which are there already, one bit each. Gathered
+        // granules are nobody else's.
         uint32_t find(const Block& block, int (&place)[kGranules]) {
             uint32_t used = 0, there = 0;
             for (int g = 0; g < block.granules; ++g)
-                for (int at = 0; at < kGranules; ++at)
+                for (int at = 0; at < kGranules && block.straight(g); ++at)
                     if (key[at] == block.key[g]) {
                         place[g] = at;
                         used |= 1u << at, there |= 1u << g;
@@ -64,7 +65,7 @@ class Lanes {
                 while (used >> oldest & 1) oldest = (oldest + 1) % kGranules;
                 used |= 1u << oldest;
                 place[g] = oldest;
-                key[oldest] = block.key[g];
+                key[oldest] = block.straight(g) ? block.key[g] : -1;
             }
             return there;
         }
@@ -78,6 +79,7 @@ class Lanes {
         E* bias;            // likewise
         Single* keys;       // converted keys of granules
         Lane* values;       // their converted values, or the pairs of those
+        Lane* picked;       // pairs of values that were gathered
         E* rows;            // [kTileRows][max(D, Dv) rounded up]
         E* k_scales;        // [kWindowKeys], of stored keys that have them
         E* v_scales;        // likewise
@@ -97,6 +99,7 @@ class Lanes {
         w.bias = memory.template take<E>(kWindowKeys * kTileRows);
         w.keys = memory.template take<Single>(kWindowKeys * units(a.D) * M::kPair);
         w.values = memory.template take<Lane>(kWindowKeys * a.Dv);
+        w.picked = memory.template take<Lane>(M::kPair == 2 && a.program_length > 0 ? kWindowKeys / 2 * a.Dv : 0);
         w.rows = memory.template take<E>(kTileRows * row_width(a));
         w.k_scales = memory.template take<E>(kWindowKeys);
         w.v_scales = memory.template take<E>(kWindowKeys);
@@ -148,7 +151,8 @@ class Lanes {
     static void run(const Job& job, State* const* states, int64_t count, Work& work, int64_t k0, int64_t k1,
                     bool careful) {
         for (int64_t t = 0; t < count; ++t)
-            states[t]->walk.begin(job.program, states[t]->tile.rows, work.scratch, k0, k1);
+            states[t]->walk.begin(job.program, states[t]->tile.rows, work.scratch, keys_between(k0, k1),
+                                  !job.program.empty());
         for (;;) {
             State* behind = nullptr;
             for (int64_t t = 0; t < count; ++t)
@@ -210,13 +214,19 @@ class Lanes {
                     a = j < keys ? v.row(j) : nullptr;
                     b = j + 1 < keys ? v.row(j + 1) : nullptr;
                 }
-                int64_t d = 0;
-                if (a != nullptr && b != nullptr && v.stride_d == 1) d = M::zip(a, b, Dv, to);
-                for (; d < Dv; ++d) {
-                    const uint32_t low = a != nullptr ? a[d * v.stride_d].bits : 0u;
-                    const uint32_t high = b != nullptr ? b[d * v.stride_d].bits : 0u;
-                    to[d] = low | high << 16;
-                }
+                zip_rows(a, b, v.stride_d, Dv, to);
+            }
+        }
+    }
+    // Two rows as pairs; null counts as zeros.
+    static QKV_INLINE void zip_rows(const T* a, const T* b, int64_t stride, int64_t Dv, Lane* to) {
+        if constexpr (M::kPair == 2) {
+            int64_t d = 0;
+            if (a != nullptr && b != nullptr && stride == 1) d = M::zip(a, b, Dv, to);
+            for (; d < Dv; ++d) {
+                const uint32_t low = a != nullptr ? a[d * stride].bits : 0u;
+                const uint32_t high = b != nullptr ? b[d * stride].bits : 0u;
+                to[d] = low | high << 16;
             }
         }
     }
@@ -351,7 +361,7 @@ class Lanes {
             for (int r = 0; r < s.tile.rows.count; ++r)
                 for (int g = 0; g < block.granules; ++g) {
                     E* add = work.bias + g * kGranule * n + r;
-                    gather_bias<E>(a, s.tile, r, block.key[g], kGranule, add, n);
+                    gather_bias<E>(a, s.tile, r, block, g, add, n);
                     hide_by_bias<E>(block, r, g * kGranule, kGranule, add, n);
                 }
         }
@@ -429,17 +439,17 @@ class Lanes {
     template <class S>
     struct Granule {
         const Source<S>& source;
-        const S* first;  // its row 0, where rows lie one stride apart
-        bool straight;
-        int64_t j, keys;  // its first key, and the keys of the sequence
-        int rows;
+        const Block& block;
+        int g;
+        bool straight;   // rows lie one stride apart
+        const S* first;  // row 0, if they do
+        int rows;        // those that there are, rounded up to pairs
         int64_t columns;
+        const S* row(int i) const { return source.row_of(block, g, first, straight, i); }
         // Rows as numbers of type To, `width` apart; those past the end as zeros.
         template <class To>
         void convert(To* to, int64_t width) const {
-            for (int i = 0; i < rows; ++i)
-                convert_row(j + i < keys ? source.row_of(first, straight, j, i) : nullptr, source.stride_d, columns,
-                            width, to + i * width);
+            for (int i = 0; i < rows; ++i) convert_row(row(i), source.stride_d, columns, width, to + i * width);
         }
     };
 
@@ -459,13 +469,13 @@ class Lanes {
         else
             for (int g = 0; g < block.granules; ++g) place[g] = g;
         for (int g = 0; g < block.granules; ++g) {
-            const int64_t j = block.key[g], keys = sequence.k_count;
-            const bool done = there >> g & 1;
-            const bool whole = j + kGranule <= keys, in_place = kInPlace && whole;
-            const int rows = whole ? kGranule : static_cast<int>(keys - j + kFewKeys - 1) / kFewKeys * kFewKeys;
-            const Granule<S> of_k{k, straight ? k.row(j) : nullptr, straight, j, keys, rows, a.D};
-            const Granule<S> of_v{v, straight ? v.row(j) : nullptr, straight, j, keys, rows, a.Dv};
-            laid.live[g] = static_cast<int>(lower(kGranule, keys - j));
+            const int64_t j = block.key[g];
+            const bool done = there >> g & 1, in_row = straight && block.straight(g);
+            const bool in_place = kInPlace && block.live[g] == kGranule;
+            const int rows = (block.live[g] + kFewKeys - 1) / kFewKeys * kFewKeys;
+            const Granule<S> of_k{k, block, g, straight, in_row ? k.row(j) : nullptr, rows, a.D};
+            const Granule<S> of_v{v, block, g, straight, in_row ? v.row(j) : nullptr, rows, a.Dv};
+            laid.live[g] = block.live[g];
             if (in_place && of_k.first != nullptr && a.k_stride[2] == 1 && a.D % M::kPair == 0) {
                 laid.keys[g] = reinterpret_cast<const Single*>(of_k.first);
                 laid.key_strides[g] = a.k_stride[1];
@@ -477,7 +487,7 @@ class Lanes {
                 laid.key_strides[g] = width;
             }
             if constexpr (kScaled)
-                gather_scales(a, sequence, s.tile.kv_head, j, work.k_scales + g * kGranule,
+                gather_scales(a, sequence, s.tile.kv_head, block, g, work.k_scales + g * kGranule,
                               work.v_scales + g * kGranule);
             laid.value_strides[g] = a.Dv;
             if constexpr (M::kPair == 2) {
@@ -496,11 +506,14 @@ class Lanes {
     // The interleaved values of a granule: those of the whole sequence where they were made, else its own.
     template <class S>
     static const Lane* gather_pairs(const Attention& a, Work& work, const Granule<S>& of, int place, bool done) {
-        if (work.pairs != nullptr) return work.pairs + (of.j - work.pairs_first) / 2 * a.Dv;
-        Lane* to = work.values + place * kGranule / 2 * a.Dv;
+        const bool straight = of.block.straight(of.g);
+        if (work.pairs != nullptr && straight) return work.pairs + (of.block.key[of.g] - work.pairs_first) / 2 * a.Dv;
+        // Pairs that were made of the keys as they lie may stand in `values`.
+        Lane* to = (work.pairs != nullptr ? work.picked : work.values) + place * kGranule / 2 * a.Dv;
         if (done) return to;
         if constexpr (std::is_same_v<S, T>) {
-            interleave(of.source, of.keys, of.j, of.rows, a.Dv, to);
+            for (int i = 0; i < of.rows; i += 2)
+                zip_rows(of.row(i), of.row(i + 1), of.source.stride_d, a.Dv, to + i / 2 * a.Dv);
         } else {
             of.convert(work.staged, a.Dv);
             interleave(Source<T>{work.staged, a.Dv, 1, nullptr, 0, 0}, of.rows, 0, of.rows, a.Dv, to);
@@ -603,7 +616,7 @@ class Lanes {
     template <int Z>
     static QKV_APART void draw(const Attention& a, const State& s, Work& work, const Block& block) {
         for (int j = 0; j < block.keys(); ++j) {
-            const uint64_t key = draw_index(block.key[j / kGranule] + j % kGranule);
+            const uint64_t key = draw_index(block.at(j / kGranule, j % kGranule));
             work.kept[j] = 0;
             for (int r = 0; r < Z * W; r += kDrawLanes)
                 work.kept[j] |= static_cast<uint64_t>(keep_bits(s.draws + r, key, a.dropout_below)) << r;

@@ -53,12 +53,13 @@ QKV_INLINE E number_at(Type type, const void* data, int64_t at) {
     }
 }
 
-// Adds the score terms of row r for n keys from j0 to add[j * stride].
-template <class E>
-inline void gather_bias(const Attention& call, const Tile& tile, int r, int64_t j0, int n, E* add, int64_t stride) {
+// Adds the score terms of row r for `stop` keys to add[j * stride]: those from j0 on, or picked[j].
+template <class E, bool Picked>
+inline void gather_terms(const Attention& call, const Tile& tile, int r, int64_t j0,
+                         [[maybe_unused]] const int64_t* picked, int stop, E* add, int64_t stride) {
     const Rows& rows = tile.rows;
-    const int64_t keys = rows.key_count, h = rows.head[r], p = rows.position[r];
-    const int stop = static_cast<int>(lower(n, keys - j0));
+    const int64_t h = rows.head[r], p = rows.position[r];
+    const auto key = [&](int j) { return Picked ? picked[j] : j0 + j; };
     // One term of -inf hides its key, whatever the others are: -inf and NaN would be NaN.
     const bool several = call.bias_count > 1;
     const E hidden = -static_cast<E>(INFINITY);
@@ -69,25 +70,39 @@ inline void gather_bias(const Attention& call, const Tile& tile, int r, int64_t 
         if (bias.kind == BiasKind::alibi) {
             const E slope = value(h * bias.stride[1]);
             for (int j = 0; j < stop; ++j) {
-                const int64_t away = p - (j0 + j);
+                const int64_t away = p - key(j);
                 plus(add[j * stride], -(slope * static_cast<E>(away < 0 ? -away : away)));
             }
         } else if (bias.kind == BiasKind::relative) {
             const int64_t table = h * bias.stride[1];
             for (int j = 0; j < stop; ++j)
                 plus(add[j * stride],
-                     value(table + (clamp(j0 + j - p, -bias.reach, bias.reach) + bias.reach) * bias.stride[3]));
+                     value(table + (clamp(key(j) - p, -bias.reach, bias.reach) + bias.reach) * bias.stride[3]));
         } else {
-            const int64_t row =
-                rows.batch * bias.stride[0] + h * bias.stride[1] + rows.index[r] * bias.stride[2] + j0 * bias.stride[3];
-            if (bias.type == Type::f32 && bias.stride[3] == 1) {
-                const float* from = static_cast<const float*>(bias.data) + row;
+            const int64_t row = rows.batch * bias.stride[0] + h * bias.stride[1] + rows.index[r] * bias.stride[2];
+            if (!Picked && bias.type == Type::f32 && bias.stride[3] == 1) {
+                const float* from = static_cast<const float*>(bias.data) + row + j0;
                 for (int j = 0; j < stop; ++j) plus(add[j * stride], static_cast<E>(from[j]));
             } else {
-                for (int j = 0; j < stop; ++j) plus(add[j * stride], value(row + j * bias.stride[3]));
+                for (int j = 0; j < stop; ++j) plus(add[j * stride], value(row + key(j) * bias.stride[3]));
             }
         }
     }
+}
+
+template <class E>
+inline void gather_bias(const Attention& call, const Tile& tile, int r, int64_t j0, int n, E* add, int64_t stride) {
+    const int stop = static_cast<int>(lower(n, tile.rows.key_count - j0));
+    gather_terms<E, false>(call, tile, r, j0, nullptr, stop, add, stride);
+}
+// Those of the keys of granule g.
+template <class E>
+inline void gather_bias(const Attention& call, const Tile& tile, int r, const Block& block, int g, E* add,
+                        int64_t stride) {
+    if (block.straight(g))
+        gather_terms<E, false>(call, tile, r, block.key[g], nullptr, block.live[g], add, stride);
+    else
+        gather_terms<E, true>(call, tile, r, 0, block.picked + g * kGranule, block.live[g], add, stride);
 }
 
 // A bias of -inf hides its key from its row, whatever the key and value hold.

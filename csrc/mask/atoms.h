@@ -41,34 +41,38 @@ class Atoms {
   public:
     Atoms(const Operand* operands, int64_t heads) : operands_(operands), heads_(heads) {}
 
-    // Of the rows `which`: keys that may be seen by any, and keys that are seen by all.
-    void bounds(const int64_t* w, const Rows& rows, uint64_t which, Bounds& to) const {
-        if (is_interval(w) || w[0] == kMaskDocuments) return interval_bounds(w, rows, which, to);
-        to.seen.set(0, rows.key_count);
+    // Of the rows `which`, and the keys that the sieve asks for: those that may be seen by any, and those that are seen
+    // by all.
+    void bounds(const int64_t* w, const Rows& rows, const Sieve& sieve, uint64_t which, Bounds& to) const {
+        if (is_interval(w) || w[0] == kMaskDocuments) return interval_bounds(w, rows, sieve, which, to);
+        to.seen.set(sieve.from, sieve.to);
         to.full.clear();
         switch (w[0]) {
-            case kMaskDilated: return dilated_bounds(w, rows, which, to);
-            case kMaskGlobal: return global_bounds(w, rows, which, to);
-            case kMaskRandom: return random_bounds(w, rows, which, to);
-            case kMaskBlocks: return blocks_bounds(w, rows, which, to);
-            case kMaskSelected: return selected_bounds(w, rows, which, 0, rows.key_count, to);
+            case kMaskStrided: return strided_bounds(w, rows, sieve, which, to);
+            case kMaskDilated: return dilated_bounds(w, rows, sieve, which, to);
+            case kMaskGlobal: return global_bounds(w, rows, sieve, which, to);
+            case kMaskRandom: return random_bounds(w, rows, sieve, which, to);
+            case kMaskBlocks: return blocks_bounds(w, rows, sieve, which, to);
+            case kMaskSelected: return selected_bounds(w, rows, sieve, which, to);
             default: return;
         }
     }
 
-    // words[j], j in [0, n): the rows of `which` that see key j0 + j. words has n + 1 entries.
-    void bits(const int64_t* w, const Rows& rows, uint64_t which, int64_t j0, int n, uint64_t* words) const {
+    // words[j], j in [0, n): the rows of `which` that see the key at place x0 + j. words has n + 1 entries.
+    void bits(const int64_t* w, const Rows& rows, const Sieve& sieve, uint64_t which, int64_t x0, int n,
+              uint64_t* words) const {
         std::memset(words, 0, sizeof(uint64_t) * static_cast<size_t>(n + 1));
-        if (is_interval(w)) return interval_bits(w, rows, which, j0, n, words);
+        const Some some{sieve, x0, n, words};
+        if (is_interval(w)) return interval_bits(w, rows, which, some);
         switch (w[0]) {
-            case kMaskDocuments: return documents_bits(w, rows, which, j0, n, words);
-            case kMaskStrided: return strided_bits(w, rows, which, j0, n, words);
-            case kMaskDilated: return dilated_bits(w, rows, which, j0, n, words);
-            case kMaskGlobal: return global_bits(w, rows, which, j0, n, words);
-            case kMaskRandom: return random_bits(w, rows, which, j0, n, words);
-            case kMaskBlocks: return blocks_bits(w, rows, which, j0, n, words);
-            case kMaskDense: return dense_bits(w, rows, which, j0, n, words);
-            case kMaskSelected: return selected_bits(w, rows, which, j0, n, words);
+            case kMaskDocuments: return documents_bits(w, rows, which, some);
+            case kMaskStrided: return strided_bits(w, rows, which, some);
+            case kMaskDilated: return dilated_bits(w, rows, which, some);
+            case kMaskGlobal: return global_bits(w, rows, which, some);
+            case kMaskRandom: return random_bits(w, rows, which, some);
+            case kMaskBlocks: return blocks_bits(w, rows, which, some);
+            case kMaskDense: return dense_bits(w, rows, which, some);
+            case kMaskSelected: return selected_bits(w, rows, which, some);
             default: return;
         }
     }
@@ -191,15 +195,15 @@ class Atoms {
         return n;
     }
 
-    void interval_bounds(const int64_t* w, const Rows& rows, uint64_t which, Bounds& to) const {
+    void interval_bounds(const int64_t* w, const Rows& rows, const Sieve& sieve, uint64_t which, Bounds& to) const {
         const int64_t keys = rows.key_count;
         int64_t lo = kFar, hi = -kFar, lo_all = -kFar, hi_all = kFar;
         bool blind = false;
         each(which, [&](int r) {
             int64_t a, b;
             interval(w, rows, r, a, b);
-            a = clamp(a, 0, keys);
-            b = clamp(b, 0, keys);
+            a = sieve.place(clamp(a, 0, keys));
+            b = sieve.place(clamp(b, 0, keys));
             if (a < b) {
                 lo = lower(lo, a);
                 hi = upper(hi, b);
@@ -209,26 +213,45 @@ class Atoms {
             lo_all = upper(lo_all, a);
             hi_all = lower(hi_all, b);
         });
-        to.seen.set(lo, hi);
+        to.seen.set(upper(lo, sieve.from), lower(hi, sieve.to));
         if (blind || !is_interval(w)) {
             to.full.clear();
         } else {
-            to.full.set(upper(lo_all, 0), lower(hi_all, keys));
+            to.full.set(upper(lo_all, sieve.from), lower(hi_all, sieve.to));
         }
     }
 
-    void dilated_bounds(const int64_t* w, const Rows& rows, uint64_t which, Bounds& to) const {
-        const int64_t keys = rows.key_count;
-        int64_t lo = kFar, hi = -kFar;
+    // Where all keys of the sieve are alike modulo the mask's step, so that a row sees all of them or none.
+    static bool alike(const Sieve& sieve, int64_t step) { return sieve.step % step == 0; }
+
+    void strided_bounds(const int64_t* w, const Rows& rows, const Sieve& sieve, uint64_t which, Bounds& to) const {
+        if (!alike(sieve, w[1])) return;
+        bool any = false, every = true;
         each(which, [&](int r) {
-            lo = lower(lo, rows.position[r] - w[1] * w[2]);
-            hi = upper(hi, rows.position[r] + w[1] * w[2] + 1);
+            const bool in = floor_mod(rows.position[r] - w[2] - sieve.first, w[1]) == 0;
+            any |= in;
+            every &= in;
         });
-        to.seen.set(upper(lo, 0), lower(hi, keys));
+        if (!any) to.seen.clear();
+        if (every) to.full = to.seen;
     }
 
-    void global_bounds(const int64_t* w, const Rows& rows, uint64_t which, Bounds& to) const {
-        const int64_t keys = rows.key_count;
+    void dilated_bounds(const int64_t* w, const Rows& rows, const Sieve& sieve, uint64_t which, Bounds& to) const {
+        const int64_t keys = rows.key_count, reach = w[1] * w[2];
+        int64_t lo = kFar, hi = -kFar, lo_all = -kFar, hi_all = kFar;
+        bool every = alike(sieve, w[2]);
+        each(which, [&](int r) {
+            const int64_t p = rows.position[r];
+            const int64_t a = sieve.place(clamp(p - reach, 0, keys)), b = sieve.place(clamp(p + reach + 1, 0, keys));
+            lo = lower(lo, a), hi = upper(hi, b);
+            lo_all = upper(lo_all, a), hi_all = lower(hi_all, b);
+            every = every && floor_mod(p - sieve.first, w[2]) == 0;
+        });
+        to.seen.set(upper(lo, sieve.from), lower(hi, sieve.to));
+        if (every) to.full.set(upper(lo_all, sieve.from), lower(hi_all, sieve.to));
+    }
+
+    void global_bounds(const int64_t* w, const Rows& rows, const Sieve& sieve, uint64_t which, Bounds& to) const {
         const int64_t* index = operand<int64_t>(w[1]);
         const int64_t n = operands_[w[1]].count;
         bool any = false, every = true;
@@ -237,17 +260,17 @@ class Atoms {
             any |= in;
             every &= in;
         });
-        if (every) to.full.set(0, keys);
-        if (!any) {
-            to.seen.clear();
-            for (int64_t i = 0; i < n; ++i)
-                if (index[i] >= 0 && index[i] < keys) append<true>(to.seen, index[i], index[i] + 1);
-            to.full = to.seen;
-            if (to.full.count == kMaxRanges) to.full.clear();  // the list may have been joined
-        }
+        if (every) to.full = to.seen;
+        if (any) return;
+        to.seen.clear();
+        const int64_t last = lower(rows.key_count, sieve.key(sieve.to));
+        for (int64_t i = first_at(index, n, upper(0, sieve.key(sieve.from))); i < n && index[i] < last; ++i)
+            append_keys<true>(sieve, index[i], index[i] + 1, to.seen);
+        to.full = to.seen;
+        if (to.full.count > 0 && to.full.end != kFar) --to.full.count;  // the last range was joined of several
     }
 
-    void random_bounds(const int64_t* w, const Rows& rows, uint64_t which, Bounds& to) const {
+    void random_bounds(const int64_t* w, const Rows& rows, const Sieve& sieve, uint64_t which, Bounds& to) const {
         const int64_t keys = rows.key_count;
         int64_t previous = 0, chosen[kMaxRanges];
         bool first = true;
@@ -260,15 +283,18 @@ class Atoms {
             previous = qb;
             const int n = random_row(w, qb, keys, chosen, kMaxRanges);
             row.clear();
-            if (n < 0) row.set(0, keys);
-            for (int i = 0; i < n; ++i) append<true>(row, chosen[i] * w[2], lower(chosen[i] * w[2] + w[2], keys));
+            if (n < 0) row.set(sieve.from, sieve.to);
+            for (int i = 0; i < n; ++i)
+                append_keys<true>(sieve, chosen[i] * w[2], lower(chosen[i] * w[2] + w[2], keys), row);
             unite<true>(to.seen, row, joined);
             to.seen = joined;
         });
     }
 
-    void blocks_bounds(const int64_t* w, const Rows& rows, uint64_t which, Bounds& to) const {
+    void blocks_bounds(const int64_t* w, const Rows& rows, const Sieve& sieve, uint64_t which, Bounds& to) const {
         const int64_t keys = rows.key_count;
+        const int64_t from = clamp(floor_div(sieve.key(sieve.from), w[6]), 0, w[5]),
+                      stop = clamp(floor_div(sieve.key(sieve.to - 1), w[6]) + 1, from, w[5]);
         const uint8_t* previous = nullptr;
         to.seen.clear();
         Ranges row, joined;
@@ -280,17 +306,20 @@ class Atoms {
             first = false;
             previous = map;
             row.clear();
-            for (int64_t c = 0; map != nullptr && c < w[5]; ++c)
-                if (map[c]) append<true>(row, lower(c * w[6], keys), lower(c * w[6] + w[6], keys));
+            for (int64_t c = map != nullptr ? next_set(map, from, stop) : stop; c < stop;
+                 c = next_set(map, c + 1, stop))
+                append_keys<true>(sieve, lower(c * w[6], keys), lower(c * w[6] + w[6], keys), row);
             unite<true>(to.seen, row, joined);
             to.seen = joined;
         });
-        if (one && to.seen.count < kMaxRanges) to.full = to.seen;
+        if (!one) return;
+        to.full = to.seen;
+        if (to.full.count > 0 && to.full.end != kFar) --to.full.count;  // the last range was joined of several
     }
 
-    // Of the keys in [k0, k1) alone.
-    void selected_bounds(const int64_t* w, const Rows& rows, uint64_t which, int64_t k0, int64_t k1, Bounds& to) const {
-        const int64_t from = k0 / w[7], stop = k1 > k0 ? (k1 - 1) / w[7] + 1 : from;
+    void selected_bounds(const int64_t* w, const Rows& rows, const Sieve& sieve, uint64_t which, Bounds& to) const {
+        const int64_t keys = rows.key_count, from = floor_div(sieve.key(sieve.from), w[7]),
+                      stop = floor_div(sieve.key(sieve.to - 1), w[7]) + 1;
         int64_t previous = -1;
         to.seen.clear();
         Ranges row, joined;
@@ -302,12 +331,31 @@ class Atoms {
             previous = list;
             row.clear();
             each_listed(w, list, from, stop, [&](int64_t block) {
-                append<true>(row, upper(block * w[7], k0), lower(block * w[7] + w[7], k1));
+                append_keys<true>(sieve, block * w[7], lower(block * w[7] + w[7], keys), row);
             });
             unite<true>(to.seen, row, joined);
             to.seen = joined;
         });
-        if (one && to.seen.count < kMaxRanges) to.full = to.seen;
+        if (!one) return;
+        to.full = to.seen;
+        if (to.full.count > 0 && to.full.end != kFar) --to.full.count;  // the last range was joined of several
+    }
+
+    // The keys [a, b), as far as the sieve asks for them.
+    template <bool Superset>
+    static QKV_INLINE void append_keys(const Sieve& sieve, int64_t a, int64_t b, Ranges& to) {
+        append<Superset>(to, upper(sieve.place(a), sieve.from), lower(sieve.place(b), sieve.to));
+    }
+
+    // The next column of a row of a map that is set, or `stop`: maps are mostly zeros, eight at a time.
+    static QKV_INLINE int64_t next_set(const uint8_t* map, int64_t c, int64_t stop) {
+        for (; c + 8 <= stop; c += 8) {
+            uint64_t eight;
+            std::memcpy(&eight, map + c, sizeof eight);
+            if (eight != 0) break;
+        }
+        while (c < stop && map[c] == 0) ++c;
+        return c;
     }
 
     static bool contains(const int64_t* sorted, int64_t n, int64_t x) {
@@ -315,66 +363,84 @@ class Atoms {
         return at < n && sorted[at] == x;
     }
 
-    static QKV_INLINE void toggle(uint64_t* words, int n, int64_t j0, int64_t a, int64_t b, uint64_t bit) {
-        const int64_t from = clamp(a - j0, 0, n), to = clamp(b - j0, 0, n);
-        if (from >= to) return;
-        words[from] ^= bit;
-        words[to] ^= bit;  // words has n + 1 entries
-    }
+    // The n keys from place x0 on, and their words.
+    struct Some {
+        const Sieve& sieve;
+        int64_t x0;
+        int n;
+        uint64_t* words;  // n + 1 of them
+        QKV_INLINE int64_t key(int64_t j) const { return sieve.key(x0 + j); }
+        // The keys [a, b).
+        QKV_INLINE void toggle(int64_t a, int64_t b, uint64_t bit) const {
+            const int64_t from = clamp(sieve.place(a) - x0, 0, n), to = clamp(sieve.place(b) - x0, 0, n);
+            if (from >= to) return;
+            words[from] ^= bit;
+            words[to] ^= bit;
+        }
+        QKV_INLINE void carry() const {
+            uint64_t on = 0;
+            for (int j = 0; j < n; ++j) words[j] = on ^= words[j];
+        }
+        // The keys [a, b) that are p modulo step.
+        QKV_INLINE void comb(int64_t a, int64_t b, int64_t p, int64_t step, uint64_t bit) const {
+            const int64_t from = clamp(sieve.place(a) - x0, 0, n), to = clamp(sieve.place(b) - x0, 0, n);
+            if (sieve.step == 1) {
+                for (int64_t j = from + floor_mod(p - key(from), step); j < to; j += step) words[j] |= bit;
+            } else if (alike(sieve, step)) {
+                if (floor_mod(p - sieve.first, step) == 0)
+                    for (int64_t j = from; j < to; ++j) words[j] |= bit;
+            } else {
+                for (int64_t j = from; j < to; ++j)
+                    if (floor_mod(p - key(j), step) == 0) words[j] |= bit;
+            }
+        }
+    };
 
-    static QKV_INLINE void carry(uint64_t* words, int n) {
-        uint64_t on = 0;
-        for (int j = 0; j < n; ++j) words[j] = on ^= words[j];
-    }
-
-    void interval_bits(const int64_t* w, const Rows& rows, uint64_t which, int64_t j0, int n, uint64_t* words) const {
+    void interval_bits(const int64_t* w, const Rows& rows, uint64_t which, const Some& some) const {
         each(which, [&](int r) {
             int64_t a, b;
             interval(w, rows, r, a, b);
-            toggle(words, n, j0, a, b, UINT64_C(1) << r);
+            some.toggle(a, b, UINT64_C(1) << r);
         });
-        carry(words, n);
+        some.carry();
     }
 
-    void documents_bits(const int64_t* w, const Rows& rows, uint64_t which, int64_t j0, int n, uint64_t* words) const {
+    void documents_bits(const int64_t* w, const Rows& rows, uint64_t which, const Some& some) const {
         const int64_t* ids = operand<int64_t>(w[8]) + (w[9] > 1 ? batch_of(rows) : 0) * rows.key_count;
         each(which, [&](int r) {
             const int64_t x = w[1] ? rows.index[r] : rows.position[r];
             if (x < 0 || x >= w[6]) return;
             const int64_t id = operand<int64_t>(w[7])[(w[5] > 1 ? batch_of(rows) : 0) * w[6] + x];
             if (id < 0) return;
-            const int64_t stop = lower(n, rows.key_count - j0);
-            for (int64_t j = 0; j < stop; ++j) words[j] |= static_cast<uint64_t>(ids[j0 + j] == id) << r;
+            const int64_t stop = live(rows, some);
+            for (int64_t j = 0; j < stop; ++j) some.words[j] |= static_cast<uint64_t>(ids[some.key(j)] == id) << r;
         });
     }
 
-    void strided_bits(const int64_t* w, const Rows& rows, uint64_t which, int64_t j0, int n, uint64_t* words) const {
-        each(which, [&](int r) {
-            for (int64_t j = floor_mod(rows.position[r] - w[2] - j0, w[1]); j < n; j += w[1])
-                words[j] |= UINT64_C(1) << r;
-        });
+    void strided_bits(const int64_t* w, const Rows& rows, uint64_t which, const Some& some) const {
+        const int64_t first = some.key(0), last = some.key(some.n);
+        each(which, [&](int r) { some.comb(first, last, rows.position[r] - w[2], w[1], UINT64_C(1) << r); });
     }
 
-    void dilated_bits(const int64_t* w, const Rows& rows, uint64_t which, int64_t j0, int n, uint64_t* words) const {
+    void dilated_bits(const int64_t* w, const Rows& rows, uint64_t which, const Some& some) const {
         each(which, [&](int r) {
             const int64_t p = rows.position[r], far = w[1] * w[2];
-            const int64_t from = upper(j0, p - far), to = lower(j0 + n, p + far + 1);
-            for (int64_t j = from + floor_mod(p - from, w[2]); j < to; j += w[2]) words[j - j0] |= UINT64_C(1) << r;
+            some.comb(p - far, p + far + 1, p, w[2], UINT64_C(1) << r);
         });
     }
 
-    void global_bits(const int64_t* w, const Rows& rows, uint64_t which, int64_t j0, int n, uint64_t* words) const {
+    void global_bits(const int64_t* w, const Rows& rows, uint64_t which, const Some& some) const {
         const int64_t* index = operand<int64_t>(w[1]);
-        const int64_t count = operands_[w[1]].count;
+        const int64_t count = operands_[w[1]].count, first = some.key(0), last = some.key(some.n);
         each(which, [&](int r) {
-            if (contains(index, count, rows.position[r])) toggle(words, n, j0, j0, j0 + n, UINT64_C(1) << r);
+            if (contains(index, count, rows.position[r])) some.toggle(first, last, UINT64_C(1) << r);
         });
-        carry(words, n);
-        for (int64_t i = 0; i < count; ++i)
-            if (index[i] >= j0 && index[i] < j0 + n) words[index[i] - j0] |= which;
+        some.carry();
+        for (int64_t i = first_at(index, count, first); i < count && index[i] < last; ++i)
+            if ((index[i] - first) % some.sieve.step == 0) some.words[(index[i] - first) / some.sieve.step] |= which;
     }
 
-    void random_bits(const int64_t* w, const Rows& rows, uint64_t which, int64_t j0, int n, uint64_t* words) const {
+    void random_bits(const int64_t* w, const Rows& rows, uint64_t which, const Some& some) const {
         int64_t previous = 0, chosen[kMaxRanges];
         int count = 0;
         bool first = true;
@@ -383,40 +449,41 @@ class Atoms {
             if (first || qb != previous) count = random_row(w, qb, rows.key_count, chosen, kMaxRanges);
             first = false;
             previous = qb;
-            for (int i = 0; i < count; ++i)
-                toggle(words, n, j0, chosen[i] * w[2], chosen[i] * w[2] + w[2], UINT64_C(1) << r);
+            for (int i = 0; i < count; ++i) some.toggle(chosen[i] * w[2], chosen[i] * w[2] + w[2], UINT64_C(1) << r);
         });
-        carry(words, n);
+        some.carry();
     }
 
-    void blocks_bits(const int64_t* w, const Rows& rows, uint64_t which, int64_t j0, int n, uint64_t* words) const {
+    void blocks_bits(const int64_t* w, const Rows& rows, uint64_t which, const Some& some) const {
+        const int64_t from = clamp(floor_div(some.key(0), w[6]), 0, w[5]),
+                      to = clamp(floor_div(some.key(some.n - 1), w[6]) + 1, from, w[5]);
         each(which, [&](int r) {
             const uint8_t* map = block_row(w, rows, r);
             if (map == nullptr) return;
-            const int64_t to = lower(w[5], floor_div(j0 + n - 1, w[6]) + 1);
-            for (int64_t c = floor_div(j0, w[6]); c < to; ++c)
-                if (map[c]) toggle(words, n, j0, c * w[6], c * w[6] + w[6], UINT64_C(1) << r);
+            for (int64_t c = from; c < to; ++c)
+                if (map[c]) some.toggle(c * w[6], c * w[6] + w[6], UINT64_C(1) << r);
         });
-        carry(words, n);
+        some.carry();
     }
 
-    void dense_bits(const int64_t* w, const Rows& rows, uint64_t which, int64_t j0, int n, uint64_t* words) const {
-        const int64_t stop = lower(n, rows.key_count - j0);
+    void dense_bits(const int64_t* w, const Rows& rows, uint64_t which, const Some& some) const {
+        const int64_t stop = live(rows, some);
         each(which, [&](int r) {
             const uint8_t* row =
                 operand<uint8_t>(w[1]) + batch_of(rows) * w[2] + rows.head[r] * w[3] + rows.index[r] * w[4];
-            for (int64_t j = 0; j < stop; ++j) words[j] |= static_cast<uint64_t>(row[(j0 + j) * w[5]] != 0) << r;
+            for (int64_t j = 0; j < stop; ++j)
+                some.words[j] |= static_cast<uint64_t>(row[some.key(j) * w[5]] != 0) << r;
         });
     }
 
-    void selected_bits(const int64_t* w, const Rows& rows, uint64_t which, int64_t j0, int n, uint64_t* words) const {
-        const int64_t from = j0 / w[7], stop = (j0 + n - 1) / w[7] + 1;
+    void selected_bits(const int64_t* w, const Rows& rows, uint64_t which, const Some& some) const {
+        const int64_t from = floor_div(some.key(0), w[7]), stop = floor_div(some.key(some.n - 1), w[7]) + 1;
         int64_t list = -1;
         uint64_t readers = 0;  // rows next to each other that read one list
         const auto mark = [&] {
             if (readers == 0) return;
             each_listed(w, list, from, stop,
-                        [&](int64_t block) { toggle(words, n, j0, block * w[7], block * w[7] + w[7], readers); });
+                        [&](int64_t block) { some.toggle(block * w[7], block * w[7] + w[7], readers); });
         };
         each(which, [&](int r) {
             const int64_t own = list_of(w, rows, r);
@@ -428,7 +495,12 @@ class Atoms {
             readers |= UINT64_C(1) << r;
         });
         mark();
-        carry(words, n);
+        some.carry();
+    }
+
+    // How many of the keys there are.
+    static int64_t live(const Rows& rows, const Some& some) {
+        return lower(some.n, some.sieve.place(rows.key_count) - some.x0);
     }
 
     const Operand* operands_;

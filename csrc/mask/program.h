@@ -21,20 +21,23 @@ class Program {
 
     bool empty() const { return length_ == 0; }
 
-    void bounds(const Rows& rows, Scratch& scratch, Bounds& to) const {
-        run_bounds(words_, length_, rows, all_rows(rows), scratch.bounds);
+    // Of the keys that the sieve asks for.
+    void bounds(const Rows& rows, const Sieve& sieve, Scratch& scratch, Bounds& to) const {
+        run_bounds(words_, length_, rows, sieve, all_rows(rows), scratch.bounds);
         to = scratch.bounds[0];
     }
 
-    // words[j], j in [0, n): the rows that see key j0 + j. n <= kWindowKeys.
-    void bits(const Rows& rows, int64_t j0, int n, Scratch& scratch, uint64_t* words) const {
+    // words[j], j in [0, n): the rows that see the key at place x0 + j. n <= kWindowKeys.
+    void bits(const Rows& rows, const Sieve& sieve, int64_t x0, int n, Scratch& scratch, uint64_t* words) const {
         const uint64_t all = all_rows(rows);
-        run_bits(words_, length_, rows, all, j0, n, scratch.words);
-        for (int j = 0; j < n; ++j) words[j] = j0 + j < rows.key_count ? scratch.words[0][j] & all : 0;
+        run_bits(words_, length_, rows, sieve, all, x0, n, scratch.words);
+        const int64_t live = lower(n, sieve.place(rows.key_count) - x0);
+        for (int j = 0; j < n; ++j) words[j] = j < live ? scratch.words[0][j] & all : 0;
     }
 
   private:
-    void run_bounds(const int64_t* w, int64_t length, const Rows& rows, uint64_t which, Bounds* stack) const {
+    void run_bounds(const int64_t* w, int64_t length, const Rows& rows, const Sieve& sieve, uint64_t which,
+                    Bounds* stack) const {
         int top = -1;
         for (int64_t at = 0; at < length; at += instruction_length(w, at, length)) {
             switch (w[at]) {
@@ -58,8 +61,8 @@ class Program {
                 }
                 case kMaskNot: {
                     Ranges seen, full;
-                    complement<true>(stack[top].full, rows.key_count, seen);
-                    complement<false>(stack[top].seen, rows.key_count, full);
+                    complement<true>(stack[top].full, sieve, seen);
+                    complement<false>(stack[top].seen, sieve, full);
                     stack[top].seen = seen;
                     stack[top].full = full;
                     break;
@@ -74,7 +77,7 @@ class Program {
                         const uint64_t mine = of_head(rows, which, h);
                         if (mine == 0) continue;
                         Bounds* own = stack + top + (first ? 0 : 1);
-                        run_bounds(w + sub + 1, w[sub], rows, mine, own);
+                        run_bounds(w + sub + 1, w[sub], rows, sieve, mine, own);
                         if (!first) {
                             Ranges t;
                             unite<true>(stack[top].seen, own->seen, t);
@@ -86,7 +89,7 @@ class Program {
                     }
                     break;
                 }
-                default: atoms_.bounds(w + at, rows, which, stack[++top]);
+                default: atoms_.bounds(w + at, rows, sieve, which, stack[++top]);
             }
         }
     }
@@ -98,8 +101,8 @@ class Program {
         return mine & which;
     }
 
-    void run_bits(const int64_t* w, int64_t length, const Rows& rows, uint64_t which, int64_t j0, int n,
-                  uint64_t (*stack)[kWindowKeys + 1]) const {
+    void run_bits(const int64_t* w, int64_t length, const Rows& rows, const Sieve& sieve, uint64_t which, int64_t x0,
+                  int n, uint64_t (*stack)[kWindowKeys + 1]) const {
         int top = -1;
         for (int64_t at = 0; at < length; at += instruction_length(w, at, length)) {
             switch (w[at]) {
@@ -121,12 +124,12 @@ class Program {
                     for (int64_t h = 0; h < w[at + 1]; sub += 1 + w[sub], ++h) {
                         const uint64_t mine = of_head(rows, which, h);
                         if (mine == 0) continue;
-                        run_bits(w + sub + 1, w[sub], rows, mine, j0, n, stack + top + 1);
+                        run_bits(w + sub + 1, w[sub], rows, sieve, mine, x0, n, stack + top + 1);
                         for (int j = 0; j < n; ++j) stack[top][j] |= stack[top + 1][j] & mine;
                     }
                     break;
                 }
-                default: atoms_.bits(w + at, rows, which, j0, n, stack[++top]);
+                default: atoms_.bits(w + at, rows, sieve, which, x0, n, stack[++top]);
             }
         }
     }
