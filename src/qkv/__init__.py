@@ -38,6 +38,7 @@ if TYPE_CHECKING:  # what `__getattr__` below gives, so that type checkers and e
         nn as nn,
         rotary as rotary,
     )
+    from qkv.indexing import index_scores as index_scores, select_tokens as select_tokens
     from qkv.insight.see import see as see
     from qkv.insight.watch import watch as watch
     from qkv.insight.why import why as why
@@ -49,6 +50,8 @@ _LAZY = {
     "watch": ("qkv.insight.watch", "watch"),
     "see": ("qkv.insight.see", "see"),
     "why": ("qkv.insight.why", "why"),
+    "index_scores": ("qkv.indexing", "index_scores"),
+    "select_tokens": ("qkv.indexing", "select_tokens"),
     "cache": ("qkv.cache", None),
     "nn": ("qkv.nn", None),
     "rotary": ("qkv.rotary", None),
@@ -64,8 +67,10 @@ if not TYPE_CHECKING:  # a checker takes what is written "as" above, and would t
         *(
             "relative",
             "rotary",
+            "index_scores",
             "score_mod",
             "see",
+            "select_tokens",
             "weights",
             "watch",
             "why",

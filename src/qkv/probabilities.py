@@ -85,8 +85,8 @@ def weights(
         raise UnsupportedError.of(call, "torch.func cannot follow weights", f"{named(q=q, k=k)} inside", fix)
     if rows is None and heads is None:
         _refuse_gigabytes(call, q, k, problem)
-    chosen = _indices(call, "rows", rows, problem.Lq, "Lq").to(q.device)
-    mine = None if heads is None else _indices(call, "heads", heads, problem.Hq, "Hq").to(q.device)
+    chosen = indices_of(call, "rows", rows, problem.Lq, "Lq").to(q.device)
+    mine = None if heads is None else indices_of(call, "heads", heads, problem.Hq, "Hq").to(q.device)
     step = max(1, (1 << 22) // max(problem.B * (problem.Hq if mine is None else len(mine)) * problem.Lk, 1))
     with no_autocast(problem.device):
         parts = [definition(problem, inputs, some, mine)[0].to(problem.accumulate) for some in chosen.split(step)]
@@ -114,7 +114,7 @@ def _keys_of_view(call: str, q: Any, view: KVView, mask: Any, options: Options) 
     return q, gathered(view)[0], joined(call, mask, view.held), "end"
 
 
-def _indices(call: str, name: str, wanted: Any, size: int, size_name: str) -> Tensor:
+def indices_of(call: str, name: str, wanted: Any, size: int, size_name: str) -> Tensor:
     """The chosen rows or heads, int64 in 0 .. size - 1."""
     what = "query rows" if name == "rows" else "query heads"
     if wanted is None:

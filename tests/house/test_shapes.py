@@ -45,6 +45,25 @@ def _weights() -> Example:
     return Example(qkv.weights, {"q": q, "k": k, "rows": [0, 1, 2, 3], "heads": [0, 5]}, {"rows": 4, "heads": 2})
 
 
+def _indexer_tensors() -> dict[str, Tensor]:
+    return {"q": torch.randn(B, 4, LQ, D), "k": torch.randn(B, 1, LK, D), "weights": torch.randn(B, LQ, 4)}
+
+
+def _select_tokens() -> Example:
+    return Example(qkv.select_tokens, _indexer_tensors() | {"top_k": 2})
+
+
+def _index_scores() -> Example:
+    keys = torch.zeros(B, 3, 9, dtype=torch.int64)
+    return Example(qkv.index_scores, _indexer_tensors() | {"rows": [0, 2, 4], "keys": keys}, {"rows": 3})
+
+
+def _indexer() -> Example:
+    layer = qkv.nn.Indexer(24, 4, 10, 3, q_lora_rank=17, rope_dim=6)
+    given = {"x": torch.randn(B, LQ, 24), "q_latent": torch.randn(B, LQ, 17)}
+    return Example(layer, given, {"dim": 24, "q_lora_rank": 17, "Hi": 4, "Di": 10, "L": LQ}, layer.forward)
+
+
 def _merge() -> Example:
     outs, lses = torch.randn(2, B, HQ, LQ, DV), torch.randn(2, B, HQ, LQ)
     return Example(qkv.merge, {"out1": outs[0], "out2": outs[1], "lse1": lses[0], "lse2": lses[1]})
@@ -112,6 +131,9 @@ EXAMPLES: dict[str, Callable[[], Example]] = {
     "attention": _attention,
     "attention, positions": _attention_with_positions,
     "weights": _weights,
+    "select_tokens": _select_tokens,
+    "index_scores": _index_scores,
+    "Indexer": _indexer,
     "merge": _merge,
     "alibi": _alibi,
     "relative": _relative,
@@ -124,7 +146,8 @@ EXAMPLES: dict[str, Callable[[], Example]] = {
     "sdpa": _sdpa,
 }
 PROMISED = {  # the tensors whose shapes have to be bound, by example
-    "attention": 6, "attention, positions": 6, "weights": 3, "merge": 6, "alibi": 1, "relative": 1, "rotary": 3,
+    "attention": 6, "attention, positions": 6, "weights": 3, "select_tokens": 3, "index_scores": 5, "Indexer": 5,
+    "merge": 6, "alibi": 1, "relative": 1, "rotary": 3,
     "Attention": 3, "LatentAttention": 3, "MultiheadAttention": 6, "append": 2, "append of a layer": 2, "sdpa": 4,
 }  # fmt: skip
 

@@ -7,16 +7,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from qkv.nn.attention import Attention
+    from qkv.nn.indexer import Indexer
     from qkv.nn.latent import LatentAttention
     from qkv.nn.multihead import MultiheadAttention
 
 _LAZY = {
     "Attention": "qkv.nn.attention",
+    "Indexer": "qkv.nn.indexer",
     "LatentAttention": "qkv.nn.latent",
     "MultiheadAttention": "qkv.nn.multihead",
 }
 
-__all__ = ["Attention", "LatentAttention", "MultiheadAttention"]
+__all__ = ["Attention", "Indexer", "LatentAttention", "MultiheadAttention"]
 
 
 if not TYPE_CHECKING:  # a checker that saw it would take every misspelt name for Any

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from array import array
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from qkv.call import keywords
-from qkv.call.keys import Clock, KVLayout, KVView, LayerCache
+from qkv.call.keys import Clock, IndexedLayerCache, KVLayout, KVView, LayerCache
 from qkv.call.view import gathered
 from qkv.checks import integer
 from qkv.errors import ArgumentError, ArgumentTypeError, ShapeError
 from qkv.graph import eager
+from qkv.indexing import select_tokens
 from qkv.masks import Mask, as_mask
+from qkv.nn.indexer import Indexer
 from qkv.nn.layer import Layer, RMSNorm, check_step, check_tokens, matrix_of
 from qkv.rotary import Rotary, as_positions
 
@@ -55,6 +57,9 @@ class LatentAttention(Layer):
         The form to compute in, see Notes; None takes the one of fewer FLOPs. Over a cache, which holds latents, it is
         the absorbed form. Only a matrix can be absorbed: a kv_b_proj that is no plain Linear is called, whatever
         `absorb` says.
+    indexer : qkv.nn.Indexer
+        Each token attends only to the tokens that it chooses, as in DeepSeek-V3.2: of those that masks show, the
+        top_k. It has this layer's dim and q_lora_rank. None: to all that masks show.
     norm_eps : float
     mask, softcap, scale, dropout_p, backend
         As in `qkv.nn.Attention`.
@@ -137,6 +142,7 @@ class LatentAttention(Layer):
         rotary: Rotary | None = None,
         bias: bool = False,
         absorb: bool | None = None,
+        indexer: Indexer | None = None,
         norm_eps: float = 1e-6,
         mask: Mask | Tensor | None = None,
         softcap: float | None = None,
@@ -155,6 +161,7 @@ class LatentAttention(Layer):
         self.v_head_dim = integer(_CALL, "v_head_dim", v_head_dim, low=1)
         self.rotary = Rotary(self.qk_rope_head_dim, interleaved=True) if rotary is None else rotary
         self._check_rotary()
+        self._check_indexer(indexer)
         if absorb not in (None, False, True):
             fix = "Pass True, False, or None for the cheaper form"
             raise ArgumentError.of(_CALL, "absorb is a bool or None", f"absorb={absorb!r}", fix)
@@ -173,6 +180,7 @@ class LatentAttention(Layer):
         self.kv_a_layernorm = RMSNorm(R, norm_eps, **made)
         self.kv_b_proj = nn.Linear(R, H * (self.qk_nope_head_dim + self.v_head_dim), bias=False, **made)
         self.o_proj = nn.Linear(H * self.v_head_dim, self.dim, bias=bias, **made)
+        self.indexer = indexer
 
     def forward(
         self,
@@ -181,8 +189,9 @@ class LatentAttention(Layer):
         mask: Mask | Tensor | None = None,
         positions: int | Tensor | None = None,
         cache: LayerCache | None = None,
+        return_mask: bool = False,
         **unknown: Any,
-    ) -> Tensor:
+    ) -> Any:
         """Attend within x.
 
         Parameters
@@ -197,7 +206,10 @@ class LatentAttention(Layer):
             One layer of a step of a `qkv.cache.LatentCache` with rank R and rope_dim dr: `cache.step(seqs, T=...)
             .layer(i)`. x is (n, T, dim), the next T tokens of each sequence, or ragged (1, sum T, dim). Their latents
             are stored, and each token attends to what its sequence holds; masks and rotary read its position there.
-            For inference only.
+            For inference only. With an indexer the cache holds its keys, too: index_dim=indexer.head_dim.
+        return_mask : bool
+            Return (out, mask) with the mask that attention ran with, the chosen tokens in it: a layer without an
+            indexer that takes it as `mask=` attends to the same ones, as every other layer of GLM does.
 
         Returns
         -------
@@ -228,12 +240,14 @@ class LatentAttention(Layer):
         """
         if unknown:
             raise keywords.unknown(_FORWARD, unknown, LatentAttention.forward)
-        run = LatentAttention._forward if cache is None else eager(LatentAttention._forward)
-        return run(self, x, mask, positions, cache)
+        plain = cache is None and self.indexer is None
+        run = LatentAttention._forward if plain else eager(LatentAttention._forward)
+        out, seen = run(self, x, mask, positions, cache)
+        return (out, as_mask(seen, _FORWARD)) if return_mask else out
 
     def _forward(
         self, x: Tensor, mask: Mask | Tensor | None, positions: int | Tensor | None, cache: LayerCache | None
-    ) -> Tensor:
+    ) -> tuple[Tensor, Mask | Tensor | None]:
         at: int | Tensor
         seen = self._seen(mask)
         matrix: Tensor | None = None  # W_UK and W_UV, of the absorbed form
@@ -244,12 +258,11 @@ class LatentAttention(Layer):
         else:
             check_tokens(_FORWARD, "x", x, "dim", self.dim)
             at = check_step(_FORWARD, self, x, positions, self.rotary, cache)
+            self._check_cache(cache)
             seen, matrix = as_mask(seen, _FORWARD), matrix_of(self.kv_b_proj)
-        q_nope, q_rope, latent = self._project(x, at)
-        view: KVView | None = None
-        if cache is not None:
-            cache.append(*latent[:, 0].split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1))
-            view = cache.view()
+        c_q = self.query_latent(x)
+        q_nope, q_rope, latent = self._project(x, c_q, at)
+        view, seen = self._stored(x, c_q, latent, at, seen, cache)
         keys: Tensor | KVView
         values: Tensor | None = None
         if matrix is None:
@@ -266,8 +279,43 @@ class LatentAttention(Layer):
         out = self._attend(torch.cat((q_nope, q_rope), dim=-1), keys, values, seen, scale=scale)
         if matrix is not None:
             out = out @ w_uv.transpose(1, 2)  # (B, H, L, R) @ (H, R, dv)
-        result: Tensor = self.o_proj(out.transpose(1, 2).flatten(2))
-        return result
+        return self.o_proj(out.transpose(1, 2).flatten(2)), seen
+
+    def _stored(
+        self, x: Tensor, c_q: Tensor, latent: Tensor, at: int | Tensor, seen: Any, cache: LayerCache | None
+    ) -> tuple[KVView | None, Mask | Tensor | None]:
+        """What a cache holds once it has the step, None without one; and of what is seen what the indexer chooses."""
+        index = None if self.indexer is None else self.indexer(x, c_q, positions=at)
+        view: KVView | None = None
+        keys: Tensor | KVView | None = None if index is None else index[1]
+        if cache is not None:
+            parts = latent[:, 0].split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
+            if index is None:
+                cache.append(*parts)
+            else:
+                own = cast("IndexedLayerCache", cache)
+                own.append(parts[0], parts[1], index[1])
+                keys = own.index_view()
+            view = cache.view()
+        if self.indexer is None or index is None or keys is None:
+            return view, seen
+        top_k = self.indexer.top_k
+        return view, select_tokens(index[0], keys, index[2], top_k, mask=seen, heads=self.num_heads)
+
+    def query_latent(self, x: Tensor) -> Tensor:
+        """What queries are made of: the normed query latent, or x itself where there is no compression.
+
+        Parameters
+        ----------
+        x : Tensor, shape (B, L, dim)
+
+        Returns
+        -------
+        Tensor, shape (B, L, Rq or dim)
+        """
+        check_tokens(_FORWARD, "x", x, "dim", self.dim)
+        found: Tensor = x if self.q_lora_rank is None else self.q_a_layernorm(self.q_a_proj(x))
+        return found
 
     def latent(self, x: Tensor, *, positions: int | Tensor | None = None) -> Tensor:
         """What a cache keeps of each token: the normed latent and the rotated key, [c | k_r].
@@ -290,12 +338,11 @@ class LatentAttention(Layer):
         k_rope = self.rotary.apply(k_rope.unsqueeze(1), cos, sin)
         return torch.cat((self.kv_a_layernorm(c).unsqueeze(1), k_rope), dim=-1)
 
-    def _project(self, x: Tensor, at: int | Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _project(self, x: Tensor, c_q: Tensor, at: int | Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (B, H, L, dn) and (B, H, L, dr), and what a cache keeps of each token."""
         dn, dr = self.qk_nope_head_dim, self.qk_rope_head_dim
         cos, sin = self._tables(x, at)
-        compressed = self.q_lora_rank is not None
-        q: Tensor = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x))) if compressed else self.q_proj(x)
+        q: Tensor = self.q_proj(x) if self.q_lora_rank is None else self.q_b_proj(c_q)
         q_nope, q_rope = q.unflatten(-1, (self.num_heads, dn + dr)).transpose(1, 2).split([dn, dr], dim=-1)
         return q_nope, self.rotary.apply(q_rope, cos, sin), self._latent(x, cos, sin)
 
@@ -341,6 +388,24 @@ class LatentAttention(Layer):
             given = f"rotary.dim={self.rotary.dim} and qk_rope_head_dim={self.qk_rope_head_dim}"
             fix = f"Use Rotary({self.qk_rope_head_dim}, interleaved=True)"
             raise ArgumentError.of(_CALL, "rotary must turn exactly the rotary part", given, fix)
+
+    def _check_indexer(self, indexer: Any) -> None:
+        if indexer is None:
+            return
+        if not isinstance(indexer, Indexer):
+            fix = "Pass qkv.nn.Indexer(dim, num_heads, head_dim, top_k, ...), or leave it out"
+            raise ArgumentTypeError.of(_CALL, "indexer must be a qkv.nn.Indexer", f"{type(indexer).__name__}", fix)
+        if (indexer.dim, indexer.q_lora_rank) != (self.dim, self.q_lora_rank):
+            given = f"dim={indexer.dim}, q_lora_rank={indexer.q_lora_rank} and {self.dim}, {self.q_lora_rank}"
+            rule = "an indexer must have the dim and the q_lora_rank of its layer"
+            raise ArgumentError.of(_CALL, rule, given, "Build both with the same sizes")
+
+    def _check_cache(self, cache: Any) -> None:
+        """A cache must be able to hold index keys before a step is begun that has some."""
+        if self.indexer is not None and not callable(getattr(cache, "index_view", None)):
+            rule, given = "a layer with an indexer needs a cache that holds index keys", type(cache).__name__
+            fix = f"Build it as qkv.cache.LatentCache(..., index_dim={self.indexer.head_dim})"
+            raise ArgumentTypeError.of(_FORWARD, rule, given, fix)
 
     def extra_repr(self) -> str:
         """The sizes and options, for `print`."""
