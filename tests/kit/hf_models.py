@@ -40,6 +40,21 @@ _common = {
 }
 _grouped = {**_common, "num_key_value_heads": 2, "head_dim": 16}
 
+_latent = {
+    "num_key_value_heads": 8,
+    "q_lora_rank": 32,
+    "kv_lora_rank": 24,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+    "moe_intermediate_size": 32,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 2,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+}
+
 _CONFIGS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", "LlamaForCausalLM", _grouped),
     "mistral": ("MistralConfig", "MistralForCausalLM", {**_grouped, "sliding_window": 7}),
@@ -64,22 +79,22 @@ _CONFIGS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "deepseek_v3": (
         "DeepseekV3Config",
         "DeepseekV3ForCausalLM",
-        {
-            **_common,
-            "num_key_value_heads": 8,
-            "q_lora_rank": 32,
-            "kv_lora_rank": 24,
-            "qk_nope_head_dim": 16,
-            "qk_rope_head_dim": 8,
-            "v_head_dim": 12,
-            "moe_intermediate_size": 32,
-            "n_routed_experts": 4,
-            "num_experts_per_tok": 2,
-            "n_group": 2,
-            "topk_group": 1,
-            "first_k_dense_replace": 1,
-        },
+        {**_common, **_latent},
     ),
+    **{
+        name: (
+            f"{kind}Config",
+            f"{kind}ForCausalLM",
+            {
+                **_common,
+                **_latent,
+                "index_topk": 6,
+                "index_n_heads": 16,  # with few, scores of 0 are frequent, and which of equal keys is taken is not said
+                "index_head_dim": 16,
+            },
+        )
+        for name, kind in (("deepseek_v32", "DeepseekV32"), ("glm_moe_dsa", "GlmMoeDsa"))
+    },
     "bert": ("BertConfig", "BertForMaskedLM", {**_common, "hidden_dropout_prob": 0.0}),
     "t5": (
         "T5Config",
@@ -100,6 +115,7 @@ _CONFIGS: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 DECODERS = ("llama", "mistral", "qwen3", "gemma2", "gpt_oss", "deepseek_v3")
 MODELS = (*DECODERS, "bert", "t5")
+INDEXED = ("deepseek_v32", "glm_moe_dsa")  # an indexer selects 6 keys for each query
 
 
 @cache

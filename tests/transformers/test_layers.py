@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, masking_utils
 
 import qkv
 import qkv.integrations.transformers as adapter
 from qkv.integrations import features
-from qkv.integrations.transformers import parts
 from tests.kit import hf_models as hf
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -234,20 +234,28 @@ def truth(q: Any, k: Any, v: Any, seen: Any, sinks: Any = None) -> torch.Tensor:
     return (p @ v.repeat_interleave(n, 1)).transpose(1, 2)
 
 
-@pytest.fixture
-def _told(monkeypatch: pytest.MonkeyPatch) -> None:
-    """That a tensor of Lq x Lk is made has been said."""
-    monkeypatch.setattr(parts, "_warned", True)
+class _Largest(TorchDispatchMode):
+    """The most elements of a tensor that an operator made."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        for x in found if isinstance(found, (list, tuple)) else [found]:
+            self.numel = max(self.numel, x.numel() if isinstance(x, torch.Tensor) else 0)
+        return found
 
 
-def test_a_selection_says_that_its_mask_is_quadratic(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parts, "_warned", False)
-    call(B=2, Lq=1, Lk=9, is_causal=False, indices=chosen(1, 9, 4))  # not where it is not
-    with pytest.warns(UserWarning, match="selects keys for each query.*quadratic"):
-        call(B=2, Lq=9, Lk=9, indices=chosen(9, 9, 4))
+@pytest.mark.parametrize("kind", ["keys", "blocks"])
+def test_nothing_of_a_selection_is_quadratic(kind: str, recwarn: pytest.WarningsRecorder) -> None:
+    module = SimpleNamespace(training=False, indexer=SimpleNamespace(block_size=4))
+    given = {"indices": chosen(900, 900, 4)} if kind == "keys" else {"block_indices": chosen(900, 225, 2, groups=2)}
+    with _Largest() as largest:
+        call(B=2, Lq=900, Lk=900, mask=adapter.model_mask(2, 900, 900), module=module, **given)
+    assert largest.numel < 2 * 900 * 100
+    assert not recwarn.list
 
 
-@pytest.mark.usefixtures("_told")
 @pytest.mark.parametrize("masked", ["causal", "left padding", "bool", "nothing"])
 @pytest.mark.parametrize("Lq", [7, 1])
 def test_selected_keys_are_those_that_are_seen(masked: str, Lq: int) -> None:
@@ -268,7 +276,6 @@ def test_selected_keys_are_those_that_are_seen(masked: str, Lq: int) -> None:
     assert (out - truth(q, k, v, shown.expand(2, 1, Lq, 9))).abs().max() > 1e-2  # to leave the selection out shows
 
 
-@pytest.mark.usefixtures("_told")
 def test_a_selection_of_every_key_is_plain_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
     monkeypatch.setattr(adapter, "attention", lambda *a, **k: seen.append(a[3]) or qkv.attention(*a, **k))
@@ -284,7 +291,6 @@ def test_a_selection_of_every_key_is_plain_attention(monkeypatch: pytest.MonkeyP
     assert (out - truth(q, k, v, shown)).abs().max() < 1e-6
 
 
-@pytest.mark.usefixtures("_told")
 def test_selected_keys_of_a_static_cache_are_counted_from_its_beginning() -> None:
     mask = adapter.model_mask(2, 5, 12)  # keys from 5 on are not filled yet, and are cut off
     indices = chosen(5, 12, 8)
@@ -294,7 +300,6 @@ def test_selected_keys_of_a_static_cache_are_counted_from_its_beginning() -> Non
     assert (out - truth(q, k, v, shown)).abs().max() < 1e-6
 
 
-@pytest.mark.usefixtures("_told")
 def test_selected_blocks_are_those_that_are_seen() -> None:
     """MiniMax M3: blocks for each group of heads, -1 for none."""
     module = SimpleNamespace(training=False, indexer=SimpleNamespace(block_size=4))

@@ -50,6 +50,29 @@ def test_logits_are_those_of_eager(name: str, side: str) -> None:
     assert difference(name, side) <= _BOUND
 
 
+@pytest.mark.filterwarnings("ignore:qkv. the model uses its attention mask as a tensor")  # its indexer does
+@pytest.mark.parametrize("name", hf.INDEXED)
+def test_models_whose_layers_select_keys(name: str) -> None:
+    """Logits and greedy tokens, as eager; to attend to all keys shows."""
+    model, ids = hf.build(name), hf.tokens()
+    assert min(hf.score_std(model, ids)) > 2
+    for side in ("none", "right", "left", "holes"):
+        assert difference(name, side) <= _BOUND, side
+    with torch.no_grad():
+        found = hf.logits(model, ids, None)
+        model.config.index_topk, kept = hf.LENGTH, model.config.index_topk
+        for layer in model.model.layers:
+            layer.self_attn.indexer.index_topk = hf.LENGTH
+        full = hf.logits(model, ids, None)
+        model.config.index_topk = kept
+        for layer in model.model.layers:
+            layer.self_attn.indexer.index_topk = kept
+    assert (found - full).abs().max() > 1e-2
+    for cache in (None, "static"):
+        want = hf.greedy(model, "eager", 3, "left", cache_implementation=cache)
+        assert torch.equal(hf.greedy(model, "qkv", 3, "left", cache_implementation=cache), want), cache
+
+
 def test_cross_attention_hides_padding_and_follows_other_lengths() -> None:
     model, ids, mask = hf.build("t5"), hf.tokens(), hf.padded("right")
     decoder = hf.tokens(length=11, seed=3)

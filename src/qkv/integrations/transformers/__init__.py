@@ -29,7 +29,7 @@ from qkv.integrations.features import features
 from qkv.integrations.transformers.askers import is_only_eager
 from qkv.integrations.transformers.mask import MaskTensor, ModelMask, model_mask
 from qkv.integrations.transformers.selection import selected
-from qkv.masks import Mask, causal, dense, documents, sliding_window, window
+from qkv.masks import Mask, causal, documents, sliding_window, window
 
 __all__ = [
     "NAME",
@@ -149,8 +149,7 @@ def attention_forward(
     ------
     UnsupportedError for keyword arguments that change attention and are not supported; ShapeError, ArgumentTypeError.
 
-    Cost: as `qkv.attention`. Where `indices` select fewer than all keys, or blocks are selected, a bool mask of
-    (B, 1 or Hq, Lq, Lk) bytes is made of them, with one warning.
+    Cost: as `qkv.attention`; selected keys and blocks are masks of lists, whose cost is that of what was selected.
     """
     if kwargs:
         _check_others(kwargs)
@@ -174,8 +173,7 @@ def attention_forward(
         mask, positions = _packed(mask, positions, query, key, cu_seq_lens_q, cu_seq_lens_k)
     chosen = selected(module, query, lengths, indices, block_indices)
     if chosen is not None:
-        chosen = chosen[..., : key.shape[2]]
-        mask = chosen if mask is None else mask & (dense(chosen) if isinstance(mask, Mask) else chosen)
+        mask = chosen if mask is None else chosen & mask
     if sinks is not None and sinks.shape == query.shape[1:2] and s_aux is None:
         sinks, s_aux = None, sinks
     if isinstance(scaling, Tensor):

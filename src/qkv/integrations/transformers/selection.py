@@ -9,40 +9,35 @@ from torch import Tensor
 
 from qkv.checks import shown
 from qkv.errors import ShapeError, UnsupportedError
-from qkv.integrations.transformers.parts import quadratic
+from qkv.masks import Mask, selected_blocks
 
 _CALL = "attn_implementation='qkv'"
 
 
-def selected(
-    module: Any, query: Tensor, Lk: int, indices: Tensor | None, block_indices: Tensor | None
-) -> Tensor | None:
-    """Which of Lk keys are selected by both, where they are given: bool (B, 1 or Hq, Lq, Lk), or None = all of them."""
-    keys = None if indices is None else selected_keys(indices, query, Lk)
+def selected(module: Any, query: Tensor, Lk: int, indices: Tensor | None, block_indices: Tensor | None) -> Mask | None:
+    """Which of Lk keys are selected by both, where they are given; None = all of them."""
+    keys = None if indices is None else _keys(indices, query, Lk)
     if block_indices is None:
         return keys
-    blocks = selected_blocks(block_indices, module, query, Lk)
+    blocks = _blocks(block_indices, module, query)
     return blocks if keys is None else keys & blocks
 
 
-def selected_keys(indices: Tensor, query: Tensor, Lk: int) -> Tensor | None:
-    """Which keys are selected by int `indices` (B, Lq, n): bool (B, 1, Lq, Lk), or None = all of them.
-
-    Negative entries select nothing. Cost: B Lq Lk bytes where n < Lk, with one warning; else nothing.
-    """
+def _keys(indices: Tensor, query: Tensor, Lk: int) -> Mask | None:
+    """The keys of int `indices` (B, Lq, n), negative for none; None = all of them. Cost: nothing a pair."""
     B, Lq = query.shape[0], query.shape[2]
     if indices.ndim != 3 or indices.shape[:2] != (B, Lq):
         rule = "indices must select keys for each query: int (B, Lq, n)"
         raise ShapeError.of(_CALL, rule, f"indices {shown(indices)}, B={B} and Lq={Lq}", "Use 'eager'")
     if indices.shape[2] >= Lk and (torch.compiler.is_compiling() or bool((indices >= 0).all())):
         return None  # the best n of no more than n
-    return _scattered(indices, Lk, Lq)[:, None]
+    return selected_blocks(indices[:, None], 1)
 
 
-def selected_blocks(block_indices: Tensor, module: Any, query: Tensor, Lk: int) -> Tensor:
-    """Which keys lie in selected blocks, `block_indices` (B, groups of heads, Lq, n): bool (B, Hq, Lq, Lk).
+def _blocks(block_indices: Tensor, module: Any, query: Tensor) -> Mask:
+    """The blocks of int `block_indices` (B, groups of heads, Lq, n), negative for none.
 
-    The size of a block is that of the layer's indexer. Negative entries select nothing. Cost: B Hq Lq Lk bytes.
+    The size of a block is that of the layer's indexer.
     """
     B, Hq, Lq = query.shape[:3]
     size = getattr(getattr(module, "indexer", None), "block_size", None)
@@ -54,14 +49,4 @@ def selected_blocks(block_indices: Tensor, module: Any, query: Tensor, Lk: int) 
         rule = "block_indices must select blocks for each group of heads and query: int (B, groups, Lq, n)"
         given = f"block_indices {shown(block_indices)}, B={B}, Hq={Hq} and Lq={Lq}"
         raise ShapeError.of(_CALL, rule, given, "Use attn_implementation='eager'")
-    blocks = _scattered(block_indices, -(-Lk // size), Lq)
-    return blocks.repeat_interleave(size, 3)[..., :Lk].repeat_interleave(Hq // block_indices.shape[1], 1)
-
-
-def _scattered(indices: Tensor, count: int, Lq: int) -> Tensor:
-    """bool (..., count): True at the indices."""
-    if Lq > 1:
-        quadratic("a layer selects keys for each query")
-    seen = torch.zeros(*indices.shape[:-1], count + 1, dtype=torch.bool, device=indices.device)
-    seen.scatter_(-1, torch.where(indices < 0, count, indices).long(), True)
-    return seen[..., :count]
+    return selected_blocks(block_indices, size)
