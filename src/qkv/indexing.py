@@ -21,9 +21,9 @@ from qkv.masks import Mask, Tile, as_mask, selected_blocks, window
 from qkv.numerics import no_autocast
 from qkv.probabilities import indices_of
 
-# Products of all heads in one tile: with them a tile of keys stays in the second-level cache.
-_PRODUCTS = 1 << 19
-_KEYS = 1024, 4096  # of a tile, with many queries and with few
+# Products of all heads in one tile, and numbers of its keys: both stay in the second-level cache.
+_PRODUCTS = 1 << 18
+_KEYS = 1024, 8192  # of a tile, with many products a key and with few
 _QUERIES = 64  # of a tile, at most
 _SPAN = 1 << 15  # scores of a query that are kept before the best are taken
 _KEPT = 1 << 24  # products that a backward pass computes again at a time
@@ -312,6 +312,13 @@ def _pages(view: KVView, i: int) -> Callable[[int, int], Tensor]:
 
 
 # ------------------------------------------------------------------------------------------------------------- choice
+class _Scratch(NamedTuple):
+    """Memory that tiles use in turn: fresh memory for each costs a fifth of the time."""
+
+    keys: Tensor  # (K, Di)
+    products: Tensor  # (T Hi K,)
+
+
 class _Best(NamedTuple):
     """Candidates in ascending order of keys, as many for each head and query; -inf is a key that it does not see."""
 
@@ -321,26 +328,28 @@ class _Best(NamedTuple):
 
 def _chosen(row: _Row, top_k: int) -> Tensor:
     """The chosen keys of all queries, int32 (H, Lq, min(top_k, Lk)), ascending, -1 for none."""
-    p, (Hi, Lq, _) = row.problem, row.q.shape
+    p, (Hi, Lq, Di) = row.problem, row.q.shape
     T = max(1, min(_QUERIES, Lq, _PRODUCTS // (Hi * _KEYS[0])))
-    K = max(_KEYS[0], min(_KEYS[1], _PRODUCTS // (Hi * T)))
+    K = max(_KEYS[0], min(_KEYS[1], _PRODUCTS // max(Hi * T, Di)))
     H = p.Hq if p.varies_by_head else 1
+    made: Any = {"dtype": p.accumulate, "device": row.q.device}
     if row.positions is None:
         lines = [HeadRow(row.b, h, p.offset(row.b), None) for h in range(H)]
     else:
         lines = [HeadRow(row.b, h, 0, row.positions.cpu()) for h in range(H)]
     schedule = Schedule(p.mask, lines, Lq, p.Lk, T, K)
+    scratch = _Scratch(torch.empty((K, Di), **made), torch.empty((T * Hi * K,), **made))
     chosen = torch.full((H, Lq, min(top_k, p.Lk)), -1, dtype=torch.int32, device=row.q.device)
     for tile, first in enumerate(range(0, Lq, T)):
         here = slice(first, min(first + T, Lq))
-        found = _best(row, here, list(schedule.keys(tile)), H, top_k)
+        found = _best(row, here, list(schedule.keys(tile)), H, top_k, scratch)
         if found is not None:
             keys = found.keys.masked_fill(found.scores == -torch.inf, -1).sort(-1).values
             chosen[:, here, chosen.shape[2] - keys.shape[2] :] = keys.to(torch.int32)
     return chosen
 
 
-def _best(row: _Row, here: slice, tiles: list[KeyTile], H: int, top_k: int) -> _Best | None:
+def _best(row: _Row, here: slice, tiles: list[KeyTile], H: int, top_k: int, scratch: _Scratch) -> _Best | None:
     """The best keys of a tile of queries; None where its mask shows no tile of keys."""
     p, T, device = row.problem, here.stop - here.start, row.q.device
     q = row.q[:, here].to(p.accumulate).transpose(0, 1).flatten(0, 1)  # (T Hi, Di)
@@ -354,7 +363,7 @@ def _best(row: _Row, here: slice, tiles: list[KeyTile], H: int, top_k: int) -> _
         if all_fit:
             scores = torch.zeros((T, tile.stop - tile.start), dtype=p.accumulate, device=device)
         else:
-            scores = _scores(q, weights, row.keys(tile.start, tile.stop).to(p.accumulate))
+            scores = _scores(q, weights, row.keys(tile.start, tile.stop), scratch)
         j = torch.arange(tile.start, tile.stop, device=device)
         scores = scores.expand(H, -1, -1)
         if not tile.full:
@@ -368,10 +377,14 @@ def _best(row: _Row, here: slice, tiles: list[KeyTile], H: int, top_k: int) -> _
     return best
 
 
-def _scores(q: Tensor, weights: Tensor, k: Tensor) -> Tensor:
+def _scores(q: Tensor, weights: Tensor, k: Tensor, scratch: _Scratch) -> Tensor:
     """(T, K) scores of queries (T Hi, Di) with weights (T, 1, Hi); what is NaN is +inf, -inf a finite number."""
-    products = torch.mm(q, k.t()).relu_().view(weights.shape[0], weights.shape[2], k.shape[0])
-    scores = torch.bmm(weights, products)[:, 0]
+    rows, width = q.shape[0], k.shape[0]
+    if k.dtype != q.dtype:
+        k = scratch.keys[:width].copy_(k)
+    products = scratch.products[: rows * width].view(rows, width)
+    torch.mm(q, k.t(), out=products).relu_()
+    scores = torch.bmm(weights, products.view(weights.shape[0], weights.shape[2], width))[:, 0]
     return scores.nan_to_num_(nan=torch.inf, posinf=torch.inf, neginf=torch.finfo(scores.dtype).min)
 
 
