@@ -78,7 +78,7 @@ class CpuBackend(Backend):
         if p.mask is not None:
             if p.program is None:
                 return "mask_mod is a Python function"
-            if not module.program_fits(p.program.words, len(p.program.operands)):
+            if not module.program_fits(p.program.words, len(p.program.sources)):
                 return "the mask is nested too deeply or has more than 96 random blocks a row"
         return None
 
@@ -169,7 +169,7 @@ class CpuBackend(Backend):
         module = self.module
         assert not isinstance(module, str)
         program = None if p.mask is None else p.program
-        words, operands = ([], ()) if program is None else program
+        words, operands = ([], ()) if program is None else (program.words, program.operands)
         q, k, v = tensors
         return module.Prepared(
             isa=self.isa, type=_TYPES[p.dtype], sizes=(p.B, p.Hq, p.Hkv, *sizes, p.D, p.Dv),

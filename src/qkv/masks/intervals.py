@@ -127,23 +127,45 @@ def compute(
     if not bool(some.all()):
         found = compute(mask, first[some], last[some], i_first[some], b=b, h=h, Lq=Lq, Lk=Lk, Hq=Hq)
         return Intervals(*(x.new_zeros((tiles, *x.shape[1:])).index_put((some,), x) for x in found))
+    parts = divided(mask, Rows(first, i_first, b, h, Lq, Lk, Hq), last)
+    visible = _union(parts.pieces.visible, parts, tiles, Lk)
+    return Intervals(*visible, *_complement(*_union(parts.pieces.hidden, parts, tiles, Lk), Lk))
+
+
+class Parts(NamedTuple):
+    """Tiles and pieces both divide the line of all rows: what belongs to one tile and one piece each, in order."""
+
+    pieces: Pieces
+    tile: Tensor
+    piece: Tensor
+    skipped: Tensor  # rows of the piece before the part's first
+    rest: Tensor  # rows of the part after its first
+
+    def ends(self, ranges: Ranges, Lk: int) -> tuple[Tensor, Tensor]:
+        """Over the rows of each part, where each of the piece's ranges begins and stops: both (parts, R)."""
+        lo, hi = ranges.lo[self.piece], ranges.hi[self.piece]
+        lo = lo + ranges.lo_step[self.piece] * self.skipped[:, None]
+        hi = hi + ranges.hi_step[self.piece] * (self.skipped + self.rest)[:, None]
+        return lo.clamp_(0, Lk), hi.clamp_(0, Lk)
+
+
+def divided(mask: Expression, whole: Rows, last: Tensor) -> Parts:
+    """Tiles that have rows, from `whole` to the positions `last`, cut into parts."""
+    first, i_first, *_ = whole
+    tiles, size = first.numel(), last - first + 1
     # Tiles that follow one another are one stretch: its pieces, not the tiles, are what has to be thought about.
     begins = (first[1:] != last[:-1] + 1) | (i_first[1:] - i_first[:-1] != size[:-1])
     head = torch.nn.functional.pad(begins, (1, 0), value=True)[:tiles].nonzero()[:, 0]
     line = size.cumsum(0) - size  # where each tile begins if all rows of all tiles stood in one line
     tail = torch.cat([head[1:], head.new_tensor([tiles])]) - 1 if tiles else head
-    where = Rows(first[head], i_first[head], b, h, Lq, Lk, Hq)
-    pieces = _pieces(mask, where, last[tail], limit=4 * tiles + 4096)
+    pieces = _pieces(mask, whole._replace(p=first[head], i=i_first[head]), last[tail], limit=4 * tiles + 4096)
 
-    # Tiles and pieces both divide that line; the parts of the two together belong to one tile and one piece each.
     start = line[head][pieces.stretch] + pieces.row
     part = line if start.numel() == head.numel() else torch.cat([line, start]).unique()
     tile = torch.searchsorted(line, part, right=True) - 1
     piece = torch.searchsorted(start, part, right=True) - 1
-    skipped = part - start[piece]
     rest = torch.nn.functional.pad(part[1:], (0, 1), value=int(size.sum())) - part - 1
-    visible = _union(pieces.visible, tile, piece, skipped, rest, tiles, Lk)
-    return Intervals(*visible, *_complement(*_union(pieces.hidden, tile, piece, skipped, rest, tiles, Lk), Lk))
+    return Parts(pieces, tile, piece, part - start[piece], rest)
 
 
 class Ranges(NamedTuple):
@@ -164,10 +186,32 @@ class Pieces(NamedTuple):
     hidden: Ranges
 
 
-def _pieces(mask: Expression, whole: Rows, last: Tensor, limit: int) -> Pieces:
-    """Steps 1 and 2: stretches of rows cut into pieces of one form each, and the mask decided for every cell."""
-    first, i_first, b, h, *_ = whole
-    leaves = list(dict.fromkeys(mask._leaves(h)))
+class Cells(NamedTuple):
+    """Pieces as in `Pieces`, and what the ends of all ranges divide their keys into: E ends, E + 1 cells."""
+
+    stretch: Tensor
+    row: Tensor
+    rows: Tensor  # (P,) of each piece
+    spans: list[Spans]  # of each leaf, at the pieces' first rows
+    ends: Tensor  # (P, E), sorted
+    step: Tensor
+    lo_key: Tensor  # (P, E + 1): twice the middle of where a cell begins, which orders it among ends that move
+    real: Tensor  # (P, E + 1): whether the cell has a key
+
+    @property
+    def bounds(self) -> Ranges:
+        """Both ends of every cell."""
+        ends, step = self.ends, self.step
+        return Ranges(_edged(ends, -INFINITE, 0), _edged(ends, INFINITE, 1), _edged(step, 0, 0), _edged(step, 0, 1))
+
+    def inside(self, leaf: int) -> tuple[Tensor, Tensor]:
+        """(may, must): whether each cell is in one of the leaf's ranges, and surely visible."""
+        return _inside(self.spans[leaf], self.lo_key, self.rows)
+
+
+def cells(leaves: Sequence[Any], whole: Rows, last: Tensor, limit: int) -> Cells:
+    """Step 1, and the ends of step 2: stretches of rows cut into pieces of one form each."""
+    first, i_first, b, *_ = whole
     stretch = torch.arange(first.numel(), device="cpu")
     row, rows = torch.zeros_like(stretch), last - first + 1
     coarse, found = set(), []
@@ -175,7 +219,7 @@ def _pieces(mask: Expression, whole: Rows, last: Tensor, limit: int) -> Pieces:
         cuts = leaf._cuts(b)
         if cuts is None:
             continue
-        more = _cuts_of(cuts, i_first if cuts.by_index else first, rows, limit)
+        more = cuts_of(cuts, i_first if cuts.by_index else first, rows, limit)
         if more is None:
             coarse.add(leaf)
         elif more[0].numel():
@@ -196,13 +240,17 @@ def _pieces(mask: Expression, whole: Rows, last: Tensor, limit: int) -> Pieces:
     step = torch.cat([torch.zeros_like(fixed[:1]), torch.ones_like(moving[:1])], 1).expand_as(ends)
     # Ends never change their order within a piece, so the sum of an end's first and last value sorts them.
     key, order = (2 * ends + step * (rows - 1)[:, None]).sort(1)
-    ends, step = ends.gather(1, order), step.gather(1, order)
     lo_key, hi_key = _edged(key, -2 * INFINITE, 0), _edged(key, 2 * INFINITE, 1)
-    known = {leaf: _inside(s, lo_key, rows) for leaf, s in zip(leaves, spans, strict=True)}
-    may, must = mask._decide(h, known)
-    cells = Ranges(_edged(ends, -INFINITE, 0), _edged(ends, INFINITE, 1), _edged(step, 0, 0), _edged(step, 0, 1))
-    real = lo_key < hi_key
-    return Pieces(stretch, row, _chosen(may & real, cells), _chosen(~must & real, cells))
+    return Cells(stretch, row, rows, spans, ends.gather(1, order), step.gather(1, order), lo_key, lo_key < hi_key)
+
+
+def _pieces(mask: Expression, whole: Rows, last: Tensor, limit: int) -> Pieces:
+    """Steps 1 and 2: stretches of rows cut into pieces of one form each, and the mask decided for every cell."""
+    leaves = list(dict.fromkeys(mask._leaves(whole.h)))
+    found = cells(leaves, whole, last, limit)
+    may, must = mask._decide(whole.h, {leaf: found.inside(n) for n, leaf in enumerate(leaves)})
+    bounds, real = found.bounds, found.real
+    return Pieces(found.stretch, found.row, _chosen(may & real, bounds), _chosen(~must & real, bounds))
 
 
 def _chosen(cells: Tensor, ends: Ranges) -> Ranges:
@@ -215,7 +263,7 @@ def _chosen(cells: Tensor, ends: Ranges) -> Ranges:
     return Ranges(*(_table(end.masked_select(at), count) for end, at in chosen))
 
 
-def _cuts_of(cuts: Cuts, begin: Tensor, rows: Tensor, limit: int) -> tuple[Tensor, Tensor] | None:
+def cuts_of(cuts: Cuts, begin: Tensor, rows: Tensor, limit: int) -> tuple[Tensor, Tensor] | None:
     """(stretch, row) of every cut after a stretch's first row and up to its last; None if there are too many."""
     end = begin + rows - 1
     if cuts.at is not None:
@@ -293,17 +341,11 @@ def _inside(s: Spans, cell: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     return may, may & s.exact
 
 
-def _union(
-    ranges: Ranges, tile: Tensor, piece: Tensor, skipped: Tensor, rest: Tensor, tiles: int, Lk: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Step 3, the union of each tile's ranges: start and stop (T, R) and count (T,).
-
-    A part of a tile lies in `piece`, skips that piece's first rows and has `rest` rows after its own first.
-    """
+def _union(ranges: Ranges, parts: Parts, tiles: int, Lk: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Step 3, the union of each tile's ranges: start and stop (T, R) and count (T,)."""
     # Tiles stand one after the other with a gap of one key, so that one sweep merges them all.
-    base = (tile * (Lk + 1))[:, None]
-    lo = (ranges.lo[piece] + ranges.lo_step[piece] * skipped[:, None]).clamp_(0, Lk)
-    hi = (ranges.hi[piece] + ranges.hi_step[piece] * (skipped + rest)[:, None]).clamp_(0, Lk)
+    base = (parts.tile * (Lk + 1))[:, None]
+    lo, hi = parts.ends(ranges, Lk)
     chosen = lo < hi
     start, stop = (lo + base).masked_select(chosen), (hi + base).masked_select(chosen)
     if start.numel() == 0:

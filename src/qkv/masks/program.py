@@ -5,16 +5,24 @@ The words of each kind of mask stand in csrc/mask/kinds.h; the opcodes are the c
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, TypeAlias
 
 from torch import Tensor
 
+Source: TypeAlias = "Tensor | Callable[[], Tensor]"
+
 
 class Program(NamedTuple):
-    """A lowered mask: the words and the tensors they name."""
+    """A lowered mask: the words, and the tensors they name, or what makes those once: a plan needs none of them."""
 
     words: list[int]
-    operands: tuple[Tensor, ...]
+    sources: tuple[Source, ...]
+
+    @property
+    def operands(self) -> tuple[Tensor, ...]:
+        """The tensors, the same ones each time."""
+        return tuple([source if isinstance(source, Tensor) else source() for source in self.sources])
 
 
 class Builder:
@@ -22,18 +30,18 @@ class Builder:
 
     def __init__(self) -> None:
         self.words: list[int] = []
-        self.operands: list[Tensor] = []
+        self.sources: list[Source] = []
         self.supported = True
 
     def emit(self, op: int, *words: int) -> None:
         self.words += [int(op), *words]
 
-    def operand(self, tensor: Tensor) -> int:
-        for index, stored in enumerate(self.operands):
-            if stored is tensor:
+    def operand(self, source: Source) -> int:
+        for index, stored in enumerate(self.sources):
+            if stored is source:
                 return index
-        self.operands.append(tensor)
-        return len(self.operands) - 1
+        self.sources.append(source)
+        return len(self.sources) - 1
 
     def finish(self) -> Program | None:
-        return Program(self.words, tuple(self.operands)) if self.supported else None
+        return Program(self.words, tuple(self.sources)) if self.supported else None

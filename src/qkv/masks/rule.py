@@ -158,6 +158,10 @@ class Rule:
     def _spans(self, rows: Rows) -> Spans:
         return anything()
 
+    def _period(self) -> tuple[int, int] | None:
+        """(n, r), where it sees of its ranges exactly the keys with (p - j) % n == r."""
+        return None
+
     def _leaves(self, h: int) -> list[Rule]:
         return [self]
 

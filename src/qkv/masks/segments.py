@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -289,30 +290,39 @@ class Documents(Mask, op=4):
 
     def _lower(self, builder: Builder) -> None:
         rows = max(self.queries.rows, self.keys.rows)
-        size = self.queries.size
-        lo, hi = torch.zeros((2, rows, size), dtype=torch.int64, device="cpu")
         contiguous = True
         for b in range(rows):
             keys = self._by_document(b)
             contiguous &= not bool((keys.id[1:] == keys.id[:-1]).any())
-            queries = self.queries.runs(b)
-            first = torch.searchsorted(keys.id, queries.id)
-            after = torch.searchsorted(keys.id, queries.id, right=True)
-            some = after > first
-            if keys.id.numel() == 0 or queries.id.numel() == 0:
-                continue
-            begin = torch.where(some, keys.start[first.clamp(max=keys.id.numel() - 1)], 0)
-            end = torch.where(some, keys.stop[(after - 1).clamp(min=0)], 0)
-            at = self._tokens(queries)
-            count = queries.stop - queries.start
-            lo[b, at], hi[b, at] = begin.repeat_interleave(count), end.repeat_interleave(count)
-        ranges = builder.operand(lo), builder.operand(hi)
+        both = cache(lambda: self._ranges(rows))
+        ranges = builder.operand(lambda: both()[0]), builder.operand(lambda: both()[1])
         ids = (-1, -1, 1)
         if not contiguous:
             mine = self._table(self.queries).expand(rows, -1).contiguous()
             theirs = self._table(self.keys)
             ids = (builder.operand(mine), builder.operand(theirs), theirs.shape[0])
-        builder.emit(self.op, int(self.by_index), int(contiguous), *ranges, rows, size, *ids)
+        builder.emit(self.op, int(self.by_index), int(contiguous), *ranges, rows, self.queries.size, *ids)
+
+    def _ranges(self, rows: int) -> tuple[Tensor, Tensor]:
+        """Where the keys begin and end that each query sees, both (rows, queries); between them may be others."""
+        lo, hi = torch.zeros((2, rows, self.queries.size), dtype=torch.int64, device="cpu")
+        for b in range(rows):
+            keys, queries = self._by_document(b), self.queries.runs(b)
+            if keys.id.numel() == 0 or queries.id.numel() == 0:
+                continue
+            first = torch.searchsorted(keys.id, queries.id)
+            after = torch.searchsorted(keys.id, queries.id, right=True)
+            some = after > first
+            begin = torch.where(some, keys.start[first.clamp(max=keys.id.numel() - 1)], 0)
+            end = torch.where(some, keys.stop[(after - 1).clamp(min=0)], 0)
+            count = queries.stop - queries.start
+            begin, end = begin.repeat_interleave(count), end.repeat_interleave(count)
+            if begin.numel() == self.queries.size:  # every token is of a document
+                lo[b], hi[b] = begin, end
+            else:
+                at = self._tokens(queries)
+                lo[b, at], hi[b, at] = begin, end
+        return lo, hi
 
     def _numbers(self) -> tuple[int, ...]:
         return int(self.queries.ids is not None), int(self.by_index)

@@ -378,6 +378,9 @@ class Strided(Mask, op=6):
     def _spans(self, rows: Rows) -> Spans:
         return Spans(column(-INFINITE), column(INFINITE), exact=self.n == 1)
 
+    def _period(self) -> tuple[int, int] | None:
+        return self.n, self.offset
+
     @classmethod
     def _decode(cls, words: Iterator[int], tensors: Iterator[Tensor]) -> Rule:
         return strided(next(words), next(words))
@@ -445,6 +448,9 @@ class Dilated(Mask, op=7):
     def _spans(self, rows: Rows) -> Spans:
         reach, p = self.window * self.step, rows.p[:, None]
         return Spans(p - reach, p + (reach + 1), True, True, exact=self.step == 1)
+
+    def _period(self) -> tuple[int, int] | None:
+        return self.step, 0
 
     @classmethod
     def _decode(cls, words: Iterator[int], tensors: Iterator[Tensor]) -> Rule:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from qkv.call.problem import Problem
-from qkv.masks import Intervals, Mask
+from qkv.masks import Mask, counts
+from qkv.masks.intervals import Rows
 
 # Arbitrary positions cut the queries into runs of consecutive positions. Beyond this many runs a tile, asking the mask
 # for intervals costs more than it can save, and every tile counts as mixed.
@@ -81,7 +82,8 @@ class Schedule:
             if runs is None:
                 self._ranges = None
                 return
-            found = _intervals(mask, line, runs, Lq, Lk)
+            first, last, i_first, _ = runs
+            found = mask.intervals(first, last, b=line.b, h=line.h, Hq=line.Hq, Lk=Lk, Lq=Lq, i_first=i_first)
             per_tile: list[list[tuple[list[int], list[int]]]] = [[] for _ in range(-(-Lq // T))]
             visible = _rows(found.visible_start, found.visible_stop, found.visible_count)
             full = _rows(found.full_start, found.full_stop, found.full_count)
@@ -110,26 +112,20 @@ class Schedule:
             yield KeyTile(index * K, min(index * K + K, Lk), whole is not None and index in whole)
 
 
-def _intervals(mask: Mask, line: HeadRow, runs: _Runs, Lq: int, Lk: int) -> Intervals:
-    """The key ranges of each run."""
-    first, last, i_first, _ = runs
-    return mask.intervals(first, last, b=line.b, h=line.h, Hq=line.Hq, Lk=Lk, Lq=Lq, i_first=i_first)
-
-
 def _rows(start: Tensor, stop: Tensor, count: Tensor) -> list[list[int]]:
     """Ranges as flat lists start, stop, start, stop, … without the padding."""
     pairs = torch.stack((start, stop), -1).flatten(1).tolist()
     return [row[: 2 * n] for row, n in zip(pairs, count.tolist(), strict=True)]
 
 
-def _runs(line: HeadRow, Lq: int, T: int) -> _Runs | None:
+def _runs(line: HeadRow, Lq: int, T: int, any_number: bool = False) -> _Runs | None:
     starts = torch.arange(0, Lq, T, device="cpu")
     if line.positions is None:
         ends = (starts + T).clamp(max=Lq)
         return _Runs(starts + line.offset, ends - 1 + line.offset, starts, starts // T)
     p = line.positions
     breaks = (p[1:] - p[:-1] != 1).nonzero().flatten() + 1
-    if breaks.numel() > _MAX_RUNS_PER_TILE * starts.numel():
+    if not any_number and breaks.numel() > _MAX_RUNS_PER_TILE * starts.numel():
         return None
     starts = torch.cat((starts, breaks)).unique()
     ends = torch.cat((starts[1:], starts.new_tensor([Lq]))) if starts.numel() else starts
@@ -137,23 +133,26 @@ def _runs(line: HeadRow, Lq: int, T: int) -> _Runs | None:
 
 
 def count_tiles(mask: Mask | None, lines: Sequence[HeadRow], Lq: int, Lk: int, T: int, K: int) -> TileCount:
-    """Count tiles of T queries by K keys over some heads, without a loop over tiles where positions are consecutive."""
+    """Count tiles of T queries by K keys over some heads, without a loop over tiles."""
     each = -(-Lq // T) * -(-Lk // K)
     if mask is None:
         return TileCount(each * len(lines), each * len(lines), each * len(lines))
     visible = full = 0
     for line in lines:
-        if line.positions is not None:
-            schedule = Schedule(mask, [line], Lq, Lk, T, K)
-            tiles = [key for tile in range(-(-Lq // T)) for key in schedule.keys(tile)]
-            visible, full = visible + len(tiles), full + sum(key.full for key in tiles)
-            continue
-        runs = _runs(line, Lq, T)
-        assert runs is not None
-        found = _intervals(mask, line, runs, Lq, Lk)
-        visible += _touched(found.visible_start, found.visible_stop, found.visible_count, K)
-        full += _covered(found.full_start, found.full_stop, found.full_count, K, Lk)
+        runs, found = _runs(line, Lq, T), (each, 0)
+        if runs is not None:
+            whole = Rows(runs.first, runs.i_first, line.b, line.h, Lq, Lk, line.Hq)
+            found = counts.tiles(mask, whole, runs.last, runs.tile, K)
+        visible, full = visible + found[0], full + found[1]
     return TileCount(visible, full, each * len(lines))
+
+
+def _lines(problem: Problem, positions: Tensor | None) -> tuple[list[HeadRow], int]:
+    """The heads that may differ in what they see, and how many are like each of them."""
+    p = problem
+    batch, heads = (p.B if p.varies_by_batch else min(p.B, 1)), (p.Hq if p.varies_by_head else min(p.Hq, 1))
+    lines = [head_row(p, positions, b, h) for b in range(batch) for h in range(heads)]
+    return lines, (p.B // batch if batch else 0) * (p.Hq // heads if heads else 0)
 
 
 def tiles_of(problem: Problem, positions: Tensor | None, tile: tuple[int, int]) -> TileCount:
@@ -162,28 +161,24 @@ def tiles_of(problem: Problem, positions: Tensor | None, tile: tuple[int, int]) 
     kept: dict[tuple[int, int], TileCount] = p.__dict__.setdefault("_tiles", {})
     if positions is None and tile in kept:  # a plan says tiles and work, and both come from here
         return kept[tile]
-    batch, heads = (p.B if p.varies_by_batch else min(p.B, 1)), (p.Hq if p.varies_by_head else min(p.Hq, 1))
-    lines = [head_row(p, positions, b, h) for b in range(batch) for h in range(heads)]
-    times = (p.B // batch if batch else 0) * (p.Hq // heads if heads else 0)
+    lines, times = _lines(p, positions)
     found = TileCount(*(times * n for n in count_tiles(p.mask, lines, p.Lq, p.Lk, *tile)))
     if positions is None:
         kept[tile] = found
     return found
 
 
-def _touched(start: Tensor, stop: Tensor, count: Tensor, K: int) -> int:
-    if start.numel() == 0:
-        return 0
-    used = torch.arange(start.shape[1], device="cpu") < count[:, None]
-    first, last = start // K, (stop - 1) // K
-    # Sorted disjoint ranges: a tile is counted twice only where a range starts in the tile that ends the one before.
-    again = (first[:, 1:] == last[:, :-1]) & used[:, 1:]
-    return int(((last - first + 1) * used).sum()) - int(again.sum())
-
-
-def _covered(start: Tensor, stop: Tensor, count: Tensor, K: int, Lk: int) -> int:
-    if start.numel() == 0:
-        return 0
-    used = torch.arange(start.shape[1], device="cpu") < count[:, None]
-    last = torch.where(stop >= Lk, -(-stop // K), stop // K)
-    return int(((last - -(-start // K)).clamp(min=0) * used).sum())
+def pairs_of(problem: Problem, positions: Tensor | None, look: counts.Look) -> counts.Pairs:
+    """Visible pairs of a whole call; `positions` are the problem's, where they are data."""
+    p = problem
+    if p.mask is None:
+        every = p.B * p.Hq * p.Lq * p.Lk
+        return counts.Pairs(every, every)
+    lines, times = _lines(p, positions)
+    least = most = 0
+    for line in lines:
+        runs = _runs(line, p.Lq, max(p.Lq, 1), any_number=True)
+        assert runs is not None
+        found = counts.pairs(p.mask, *runs[:3], b=line.b, h=line.h, sizes=p.sizes, look=look)
+        least, most = least + times * found.least, most + times * found.most
+    return counts.Pairs(least, most)

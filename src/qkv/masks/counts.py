@@ -1,0 +1,262 @@
+"""How much a mask leaves, without looking at single rows: tiles that hold a visible key, and visible pairs.
+
+Both come from the pieces of `intervals`, within which every end stands still or moves by one key a row:
+
+* tiles of K keys that a tile of queries touches are a union of ranges, and so are those with a hidden key;
+* a cell of R rows whose ends are lo + s r and hi + t r has R (hi - lo) + (t - s) R (R - 1) / 2 pairs;
+* what a mask sees of a cell by the remainder of p - j (strided, dilated) has a period: its sum over the first x
+  distances is q times that of a period and a rest, and so is the sum of these sums over rows.
+
+A mask without ranges (a tensor, a function) is looked at where the ranges of the others leave it open.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from qkv.masks.intervals import Parts, Ranges, Rows, Spans, cells, column, cuts_of, divided
+from qkv.masks.rule import Rule
+from qkv.masks.tile import Sizes, Tile
+
+_CUTS = 1 << 15  # pieces that are thought about at once
+_PERIOD = 1 << 20  # the longest period that is tabulated
+_AT_ONCE = 1 << 22  # pairs that are looked at at once
+_FEW = 64  # pieces that are not divided further
+_BITS = 60  # masks of an expression that a code has room for
+
+
+class Pairs(NamedTuple):
+    """Visible pairs of query and key: at least, and at most; equal where they were counted."""
+
+    least: int
+    most: int
+
+    @property
+    def exact(self) -> bool:
+        return self.least == self.most
+
+
+def tiles(mask: Rule, whole: Rows, last: Tensor, tile: Tensor, K: int) -> tuple[int, int]:
+    """Tiles with a visible key, and without a hidden one, of K keys by the runs of queries from `whole` to `last`.
+
+    Run r is of query tile `tile[r]`; runs are in the order of their tiles.
+    """
+    Lk = whole.Lk
+    if not last.numel() or not Lk:
+        return 0, 0
+    parts = divided(mask, whole, last)
+    owner = tile[parts.tile]
+    visible = _touched(parts, parts.pieces.visible, owner, Lk, K)
+    every = (int(tile[-1]) - int(tile[0]) + 1) * -(-Lk // K)
+    return visible, every - _touched(parts, parts.pieces.hidden, owner, Lk, K)
+
+
+def _touched(parts: Parts, ranges: Ranges, owner: Tensor, Lk: int, K: int) -> int:
+    """Tiles of keys that the ranges touch, over all query tiles."""
+    lo, hi = parts.ends(ranges, Lk)
+    chosen = lo < hi
+    # Query tiles stand one after the other, with a gap of one tile of keys between them.
+    base = (owner * (-(-Lk // K) + 1))[:, None]
+    start = (lo.div_(K, rounding_mode="floor") + base).masked_select(chosen)
+    stop = (hi.add_(K - 1).div_(K, rounding_mode="floor") + base).masked_select(chosen)
+    if start.numel() == 0:
+        return 0
+    if bool((start[1:] < start[:-1]).any()):
+        start, order = start.sort()
+        stop = stop[order]
+    reach = stop.cummax(0).values
+    covered = torch.maximum(start[1:], reach[:-1])
+    return int((stop[1:] - covered).clamp_(min=0).sum()) + int(stop[0] - start[0])
+
+
+class _Keys:
+    """The keys there are, as if they were a mask."""
+
+    def __init__(self, Lk: int) -> None:
+        self.Lk = Lk
+
+    def _cuts(self, b: int) -> None:
+        return None
+
+    def _spans(self, rows: Rows) -> Spans:
+        return Spans(column(0), column(self.Lk))
+
+
+class Look:
+    """How many pairs may be looked at where ranges do not say what is visible; and who is told of rows counted."""
+
+    def __init__(self, pairs: int, tell: Callable[[int], None] = lambda rows: None) -> None:
+        self.left, self.tell = pairs, tell
+
+
+def pairs(
+    mask: Rule, first: Tensor, last: Tensor, i_first: Tensor, *, b: int, h: int, sizes: Sizes, look: Look
+) -> Pairs:
+    """Visible pairs of runs of queries at consecutive positions, as `Rule.intervals` takes them.
+
+    Exact for all masks whose keys follow from ranges and remainders; of a tensor or a function as long as not more
+    pairs than `look` allows have to be looked at: then the bounds that the other masks give.
+    """
+    some = last >= first
+    first, last, i_first = first[some], last[some], i_first[some]
+    rows, leaves = int((last - first + 1).sum()), list(dict.fromkeys(mask._leaves(h)))
+    cuts = [leaf._cuts(b) for leaf in leaves]
+    each = [cuts_of(c, i_first if c.by_index else first, last - first + 1, rows) for c in cuts if c is not None]
+    pieces = first.numel() + sum(c[0].numel() for c in each if c is not None)
+    least = most = 0
+    for part in _portions(first, last, i_first, -(-pieces // _CUTS)):
+        found = _Portion(mask, leaves, *part, b, h, sizes).count(look)
+        least, most = least + found.least, most + found.most
+        look.tell(int((part[1] - part[0] + 1).sum()))
+    return Pairs(least, most)
+
+
+def _portions(first: Tensor, last: Tensor, i_first: Tensor, parts: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Runs divided into about equal numbers of rows."""
+    if parts <= 1:
+        yield first, last, i_first
+        return
+    size = last - first + 1
+    line, rows = size.cumsum(0) - size, int(size.sum())
+    step = -(-rows // parts)
+    for begin in range(0, rows, step):
+        inside = (line + size > begin) & (line < begin + step)
+        before = (begin - line[inside]).clamp(min=0)
+        after = (line[inside] + size[inside] - begin - step).clamp(min=0)
+        yield first[inside] + before, last[inside] - after, i_first[inside] + before
+
+
+class _Portion:
+    """Some runs of queries of one head, divided into cells."""
+
+    def __init__(
+        self, mask: Rule, leaves: list[Any], first: Tensor, last: Tensor, i_first: Tensor, b: int, h: int, sizes: Sizes
+    ) -> None:
+        self.mask, self.leaves, self.b, self.h, self.sizes = mask, leaves, b, h, sizes
+        self.runs, self.rows = (first, last, i_first), int((last - first + 1).sum())
+        of = [*leaves, _Keys(sizes.Lk)]
+        whole = Rows(first, i_first, b, h, sizes.Lq, sizes.Lk, sizes.Hq)
+        self.cells = cells(of, whole, last, limit=self.rows)
+        self.p, self.i = (start[self.cells.stretch] + self.cells.row for start in (first, i_first))
+        self.known = {leaf: self.cells.inside(n) for n, leaf in enumerate(leaves)}
+        self.real = self.cells.inside(len(leaves))[0] & self.cells.real
+        self.bounds = self.cells.bounds
+        vague = [leaf for leaf, spans in zip(leaves, self.cells.spans, strict=False) if spans.exact is not True]
+        self.periods: dict[Any, tuple[int, int]] = {
+            leaf: period for leaf in vague if (period := leaf._period()) is not None
+        }
+        self.vague = [leaf for leaf in vague if leaf not in self.periods]
+
+    def count(self, look: Look) -> Pairs:
+        """Visible pairs, looked at where they do not follow from ranges."""
+        if self.cells.rows.numel() > _FEW and any(type(leaf)._spans is not Rule._spans for leaf in self.vague):
+            return self._halved(look)  # its ranges were too many to be told for all rows at once
+        if self.periods and not self.vague and (n := self._periodic()) is not None:
+            return Pairs(n, n)
+        may, must = self.mask._decide(self.h, self.known)
+        least, unsure = self._size(must & self.real), may & ~must & self.real
+        if not bool(unsure.any()):
+            return Pairs(least, least)
+        boxes = self._boxes(unsure)
+        cost = sum(rows * (hi - lo) for _, rows, lo, hi, *_ in boxes)
+        if cost > look.left:
+            return Pairs(least, least + self._size(unsure))
+        look.left -= cost
+        least += sum(self._seen(*box) for box in boxes)
+        return Pairs(least, least)
+
+    def _halved(self, look: Look) -> Pairs:
+        halves = [
+            _Portion(self.mask, self.leaves, *part, self.b, self.h, self.sizes).count(look)
+            for part in _portions(*self.runs, 2)
+        ]
+        return Pairs(sum(half.least for half in halves), sum(half.most for half in halves))
+
+    def _size(self, chosen: Tensor) -> int:
+        """Pairs in the chosen cells."""
+        rows, to = self.cells.rows[:, None], self.bounds
+        each = rows * (to.hi - to.lo) + (to.hi_step - to.lo_step) * (rows * (rows - 1)).div(2, rounding_mode="floor")
+        return int(each.masked_select(chosen).sum())
+
+    def _boxes(self, chosen: Tensor) -> list[tuple[int, ...]]:
+        """Of each chosen cell: its piece, rows, the keys of all its rows, its ends at the first row, their steps."""
+        piece, cell = chosen.nonzero(as_tuple=True)
+        lo, hi, lo_step, hi_step = (x.expand(chosen.shape)[piece, cell] for x in self.bounds)
+        rows = self.cells.rows[piece]
+        table = (piece, rows, lo, hi + hi_step * (rows - 1), lo, hi, lo_step, hi_step)
+        return [tuple(row) for row in torch.stack(table, 1).tolist()]
+
+    def _seen(self, piece: int, rows: int, first: int, last: int, lo: int, hi: int, lo_step: int, hi_step: int) -> int:
+        """Visible pairs of one cell, by looking at each."""
+        device, found = self.mask._device(), 0
+        at_b, at_h = (torch.full((1, 1), n, dtype=torch.int64, device=device) for n in (self.b, self.h))
+        p, i = int(self.p[piece]), int(self.i[piece])
+        for left in range(first, last, _AT_ONCE):
+            j = torch.arange(left, min(left + _AT_ONCE, last), device=device)
+            step = max(1, _AT_ONCE // j.numel())
+            for begin in range(0, rows, step):
+                row = torch.arange(begin, min(begin + step, rows), device=device)[:, None]
+                seen = self.mask.visible(Tile.pairs(at_b, at_h, i + row, p + row, j), self.sizes)
+                found += int((seen & (j >= lo + lo_step * row) & (j < hi + hi_step * row)).sum())
+        return found
+
+    def _periodic(self) -> int | None:
+        """Visible pairs where the mask depends on ranges and remainders of p - j; None if the period is too long."""
+        N = math.lcm(*(n for n, _ in self.periods.values()))
+        code = torch.zeros(self.real.shape, dtype=torch.int64, device="cpu")
+        for n, leaf in enumerate(self.leaves):
+            code |= self.known[leaf][0].to(torch.int64) << n
+        kinds, kind = code.masked_select(self.real).unique(return_inverse=True)
+        if kinds.numel() * N > _PERIOD or len(self.leaves) > _BITS:
+            return None
+        remainder, known = torch.arange(N, device="cpu"), {}
+        for n, leaf in enumerate(self.leaves):
+            inside = ((kinds >> n) & 1).bool()[:, None].expand(-1, N)
+            if leaf in self.periods:
+                period, rest = self.periods[leaf]
+                inside = inside & (remainder % period == rest)
+            known[leaf] = inside, inside
+        sums = _Sums(self.mask._decide(self.h, known)[0].expand(kinds.numel(), N), kind)
+        rows, p = (x[:, None].expand(self.real.shape).masked_select(self.real) for x in (self.cells.rows, self.p))
+        total = 0
+        for end, step, sign in ((self.bounds.lo, self.bounds.lo_step, 1), (self.bounds.hi, self.bounds.hi_step, -1)):
+            distance = p + 1 - end.masked_select(self.real)
+            still = step.expand(self.real.shape).masked_select(self.real) == 0  # then the distance grows with each row
+            many = torch.where(still, sums.of_sums(distance + rows) - sums.of_sums(distance), rows * sums(distance))
+            total += sign * int(many.sum())
+        return total
+
+
+class _Sums:
+    """Sums of functions of period N, one of K a distance: over distances below x, and of these sums below x.
+
+    All in the integers modulo 2**64, whose differences are right as long as the counts are below 2**63.
+    """
+
+    def __init__(self, function: Tensor, kind: Tensor) -> None:
+        pad = torch.nn.functional.pad
+        self.N, self.kind = function.shape[1], kind
+        self.once = pad(function.to(torch.int64).cumsum(1), (1, 0))
+        self.twice = pad(self.once[:, :-1].cumsum(1), (1, 0))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        q = x.div(self.N, rounding_mode="floor")
+        return q * self.once[self.kind, self.N] + self.once[self.kind, x - q * self.N]
+
+    def of_sums(self, x: Tensor) -> Tensor:
+        """Sum over y < x of the sum over distances below y."""
+        q = x.div(self.N, rounding_mode="floor")
+        rest, every = x - q * self.N, self.once[self.kind, self.N]
+        even = q % 2 == 0
+        triangle = torch.where(even, q.div(2, rounding_mode="floor"), q) * torch.where(
+            even, q - 1, (q - 1).div(2, rounding_mode="floor")
+        )
+        return (
+            every * self.N * triangle + q * self.twice[self.kind, self.N] + rest * q * every
+            + self.twice[self.kind, rest]
+        )  # fmt: skip

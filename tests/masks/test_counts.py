@@ -1,0 +1,175 @@
+"""What a mask leaves, counted: against every pair looked at, by definitions that share no code with the masks."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+
+import qkv
+from qkv.masks import Sizes as Shape, counts
+from tests.kit.mask_specs import EXACT_KINDS, KINDS, Sizes, Spec, draw_positions, draw_sizes, expression, leaf, seeds
+
+CLOSED = [kind for kind in KINDS if kind not in ("dense", "mask_mod", "per_head")]
+EVERYTHING = 1 << 40
+
+
+def runs(line: list[int]) -> list[tuple[int, int, int]]:
+    """(first position, last position, first index) of queries at consecutive positions."""
+    found: list[tuple[int, int, int]] = []
+    for i, p in enumerate(line):
+        if found and found[-1][1] + 1 == p:
+            found[-1] = (found[-1][0], p, found[-1][2])
+        else:
+            found.append((p, p, i))
+    return found
+
+
+def counted(mask: qkv.Mask, line: list[int], s: Sizes, b: int, h: int, look: int = 0) -> counts.Pairs:
+    first, last, index = (torch.tensor(x, dtype=torch.int64) for x in zip(*runs(line), strict=True))
+    return counts.pairs(mask, first, last, index, b=b, h=h, sizes=Shape(*_numbers(s)), look=counts.Look(look))
+
+
+def _numbers(s: Sizes) -> tuple[int, int, int, int]:
+    return s.B, s.Hq, s.Lq, s.Lk
+
+
+def seen(spec: Spec, line: list[int], s: Sizes, b: int, h: int) -> list[list[bool]]:
+    return [[bool(spec.sees(b, h, i, p, j)) for j in range(s.Lk)] for i, p in enumerate(line)]
+
+
+def check(spec: Spec, s: Sizes, rng: random.Random, closed: bool) -> None:
+    if not s.Lq:
+        return
+    _, table = draw_positions(rng, s)
+    b, h = rng.randrange(s.B), rng.randrange(s.Hq)
+    line = table[b]
+    want = sum(map(sum, seen(spec, line, s, b, h)))
+    where = f"{spec.text} {s} b={b} h={h} {line}"
+    assert counted(spec.mask, line, s, b, h, EVERYTHING) == (want, want), where
+    bound = counted(spec.mask, line, s, b, h)
+    assert bound.least <= want <= bound.most, where
+    assert not closed or bound.exact, where
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@seeds(25)
+def test_pairs_of_each_mask(kind: str, seed: int) -> None:
+    rng = random.Random(f"counts {kind} {seed}")
+    s = draw_sizes(rng)
+    check(leaf(rng, s, kind), s, rng, kind in CLOSED)
+
+
+@seeds(400)
+def test_pairs_of_compositions_in_closed_form(seed: int) -> None:
+    rng = random.Random(f"counts closed {seed}")
+    s = draw_sizes(rng)
+    check(expression(rng, s, rng.randint(1, 3), CLOSED), s, rng, True)
+
+
+@seeds(150)
+def test_pairs_of_compositions_of_all_masks(seed: int) -> None:
+    rng = random.Random(f"counts all {seed}")
+    s = draw_sizes(rng, 24)
+    check(expression(rng, s, rng.randint(1, 3), KINDS), s, rng, False)
+
+
+@pytest.mark.parametrize("kind", ["strided", "dilated"])
+@seeds(60)
+def test_remainders_meet_every_other_mask(kind: str, seed: int) -> None:
+    rng = random.Random(f"counts {kind} with others {seed}")
+    s = draw_sizes(rng)
+    one, two = leaf(rng, s, kind), expression(rng, s, 1, [*EXACT_KINDS, "strided", "dilated"])
+    both = Spec("both", one.mask & ~two.mask, lambda *at: one.sees(*at) and not two.sees(*at), False)
+    check(both, s, rng, True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@seeds(12)
+def test_tiles_of_each_mask(kind: str, seed: int) -> None:
+    """Those with a visible key, and those without a hidden one; more and fewer where ranges are only bounds."""
+    from qkv.backends.tiled.schedule import HeadRow, count_tiles
+
+    rng = random.Random(f"tiles {kind} {seed}")
+    s = draw_sizes(rng)
+    if not s.Lq or not s.Lk:
+        return
+    spec, T, K = leaf(rng, s, kind), rng.choice([1, 3, 8, 64]), rng.choice([1, 2, 5, 16])
+    _, table = draw_positions(rng, s)
+    b, h = rng.randrange(s.B), rng.randrange(s.Hq)
+    dense = torch.tensor(seen(spec, table[b], s, b, h))
+    tiles = [dense[i : i + T, j : j + K] for i in range(0, s.Lq, T) for j in range(0, s.Lk, K)]
+    some, every = sum(bool(t.any()) for t in tiles), sum(bool(t.all()) for t in tiles)
+    found = count_tiles(spec.mask, [HeadRow(b, h, 0, torch.tensor(table[b]), s.Hq)], s.Lq, s.Lk, T, K)
+    assert found.total == len(tiles)
+    many = len(runs(table[b])) > 8 * -(-s.Lq // T)  # positions without order: no tile is thought about
+    if spec.exact and not many:
+        assert (found.visible, found.full) == (some, every), spec.text
+    assert found.visible >= some
+    assert found.full <= every
+
+
+LONG = 1_000_003
+OF_A_MILLION = [
+    (qkv.causal(), LONG * (LONG + 1) // 2),
+    (qkv.sliding_window(4096), 4096 * LONG - 4096 * 4095 // 2),
+    (qkv.window(5, 7), 13 * LONG - 5 * 6 // 2 - 7 * 8 // 2),
+    (qkv.documents([LONG - 1000, 1000]), (LONG - 1000) ** 2 + 1000**2),
+    (qkv.strided(7) & qkv.causal(), sum((LONG - d) for d in range(0, LONG, 7))),
+    (qkv.dilated(64, 16), LONG + 2 * sum(LONG - 16 * d for d in range(1, 65))),
+    (~qkv.chunked(8), LONG**2 - (LONG // 8) * 64 - 9),
+    (qkv.global_tokens([5, LONG - 1]), 4 * LONG - 4),
+    (qkv.random_blocks(3, 64, 0) & qkv.prefix(0), 0),
+]
+
+
+@pytest.mark.parametrize(("mask", "want"), OF_A_MILLION, ids=lambda x: f"{x!r:.40}")
+def test_a_million_tokens_are_counted(mask: qkv.Mask, want: int) -> None:
+    s = Sizes(1, 1, LONG, LONG)
+    assert counted_range(mask, s) == (want, want)
+
+
+def counted_range(mask: qkv.Mask, s: Sizes, offset: int = 0) -> Any:
+    first, last, index = (torch.tensor([x]) for x in (offset, offset + s.Lq - 1, 0))
+    return counts.pairs(mask, first, last, index, b=0, h=0, sizes=Shape(*_numbers(s)), look=counts.Look(0))
+
+
+def test_positions_far_away_do_not_overflow() -> None:
+    s = Sizes(1, 1, 1000, 1000)
+    want = sum((p - j) % 7 == 3 for p in range(2**48, 2**48 + 1000) for j in range(1000))
+    assert counted_range(qkv.strided(7, 3), s, 2**48) == (want, want)
+    want = sum((p - j) % 7 == 3 for p in range(-(2**48), -(2**48) + 1000) for j in range(1000))
+    assert counted_range(qkv.strided(7, 3), s, -(2**48)) == (want, want)
+
+
+def test_rows_are_divided_where_ranges_are_many() -> None:
+    """Every second token global: half a million ranges a row are not held for a million rows at once."""
+    L = 4001
+    even = torch.arange(0, L, 2)
+    s, n = Sizes(1, 1, L, L), even.numel()
+    want = 2 * n * L - n * n
+    assert counted_range(qkv.global_tokens(even), s) == (want, want)
+    ids = torch.arange(L) % 2
+    want = n * n + (L - n) ** 2
+    assert counted_range(qkv.documents(segment_ids=ids), s) == (want, want)
+
+
+def test_a_period_too_long_is_bounded_or_looked_at() -> None:
+    mask, s = qkv.strided(1999) & qkv.strided(2003, 1), Sizes(1, 1, 3000, 3000)
+    want = sum(3000 - abs(d) for d in range(-2999, 3000) if d % 1999 == 0 and (d - 1) % 2003 == 0)
+    bound = counted_range(mask, s)
+    assert bound.least <= want < bound.most
+    first, last, index = (torch.tensor([x]) for x in (0, 2999, 0))
+    look = counts.Look(EVERYTHING)
+    assert counts.pairs(mask, first, last, index, b=0, h=0, sizes=Shape(1, 1, 3000, 3000), look=look) == (want, want)
+
+
+def test_looking_keeps_its_limit() -> None:
+    t = torch.rand(300, 300, generator=torch.Generator().manual_seed(0)) < 0.3
+    s = Sizes(1, 1, 300, 300)
+    mask, line = qkv.dense(t) & qkv.causal(), list(range(300))
+    want = int(t.tril().sum())
+    assert counted(mask, line, s, 0, 0, 300 * 300) == (want, want)
+    assert counted(mask, line, s, 0, 0, 1000) == (0, 300 * 301 // 2)
