@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from qkv.backends import base, registry
-from qkv.backends.tiled.schedule import TileCount, tiles_of
+from qkv.backends import amounts, base, rates, registry
+from qkv.backends.amounts import Dense
+from qkv.backends.tiled.schedule import TileCount, pairs_of, tiles_of
 from qkv.call import keywords
 from qkv.call.keys import KVView
 from qkv.call.problem import Inputs, Options, Problem
@@ -21,6 +22,7 @@ from qkv.call.view import Group, check_view, groups, joined, longest, problem_of
 from qkv.checks import Operand, short, shown
 from qkv.errors import ArgumentError, ArgumentTypeError, UnsupportedError
 from qkv.masks import Mask
+from qkv.masks.counts import Look, Pairs
 from qkv.scores import ScoreTerm
 
 _warned = False
@@ -28,6 +30,7 @@ _warned = False
 # Queries of a sequence up to which reading pages where they lie beats copies for a faster kernel: one query of decode
 # takes the portable kernel 1/2 to 1/30 of the time of the copies alone, 512 queries 3 times that of copies and kernel.
 _COPIES_PAY = 32
+_GLANCE = 1 << 22  # pairs that `visible` looks at one by one: 0.1 s
 
 
 @dataclass(frozen=True)
@@ -162,12 +165,52 @@ class Plan:
         """Floating-point operations of the two matrix products over the pairs that are computed."""
         return 2 * (self.problem.D + self.problem.Dv) * self.pairs
 
+    @cached_property
+    def visible(self) -> Pairs:
+        """Pairs of query and key that the mask leaves, over all batch rows and heads: at least, and at most.
+
+        Equal for every mask but a tensor or a function of too many pairs: those are looked at up to a limit.
+        """
+        return self.look(_GLANCE)
+
+    def look(self, pairs: int, tell: Callable[[int], None] = lambda rows: None) -> Pairs:
+        """`visible`, where so many pairs may be looked at one by one; `tell` is told of rows of queries, as counted."""
+        return pairs_of(self.problem, self._rows, Look(pairs, tell))
+
     @property
     def bytes(self) -> int:
         """Bytes of q, k, v and out: what has to move at least once."""
         p = self.problem
         numbers = p.B * (p.Hq * p.Lq * (p.D + p.Dv) + p.Hkv * p.Lk * (p.D + p.Dv))
         return numbers * p.dtype.itemsize
+
+    @property
+    def seconds(self) -> float | None:
+        """About how long the call takes on this machine, forward; None where that is not known: off the CPU.
+
+        The first prediction for a dtype and a head size times a few calls, 0.05 s, unless `qkv doctor --tune` did.
+        """
+        return rates.seconds(self.chosen, self.problem, self.pairs)
+
+    @property
+    def gradient_seconds(self) -> float | None:
+        """About how long its gradients take; None where nothing learns, or that is not known."""
+        p = self.problem
+        known = p.needs_grad and not self.chosen.differentiable and self.chosen.no_backward(p) is None
+        return rates.seconds(self.chosen, p, self.pairs, backward=True) if known else None
+
+    @property
+    def dense(self) -> Dense:
+        """The same call without a mask, and the mask as a tensor."""
+        p = self.problem
+        pairs = p.B * p.Hq * p.Lq * p.Lk
+        batch, heads = (p.B if p.varies_by_batch else 1), (p.Hq if p.varies_by_head else 1)
+        return Dense(pairs, 2 * (p.D + p.Dv) * pairs, batch * heads * p.Lq * p.Lk)
+
+    @property
+    def dense_seconds(self) -> float | None:
+        """About how long the same call without a mask takes; None as for `seconds`."""
+        return rates.seconds(self.chosen, replace(self.problem, mask=None), self.dense.pairs)
 
     @property
     def gradients(self) -> str:
@@ -200,19 +243,14 @@ class Plan:
         lines += [
             f"tiles     {tiles.visible:,} of {tiles.total:,} visited{part}, {tiles.full:,} of them fully visible; "
             f"one tile is {self.tile[0]} queries x {self.tile[1]} keys",
-            f"work      {_unit(self.flops, 'FLOP', 1000)}",
-            f"memory    {_unit(self.bytes, 'B', 1024)} of inputs and output",
+            f"pairs     {amounts.of_pairs(self.visible, self.pairs, self.dense.pairs)}",
+            *amounts.of_work(self.flops, self.bytes, self.dense if p.mask is not None else None),
         ]
+        known = self.seconds
+        if known is not None:
+            dense = self.dense_seconds if p.mask is not None else None
+            lines.append(f"time      {amounts.of_time(known, self.gradient_seconds, dense)}")
         return "\n".join(lines)
-
-
-def _unit(n: float, unit: str, step: int) -> str:
-    for prefix in ("", "k", "M", "G", "T", "P"):
-        if n < step or prefix == "P":
-            text = f"{n:.3g}" if prefix else f"{n:.0f}"
-            return f"{text} {prefix}{'i' if step == 1024 and prefix else ''}{unit}".replace("ki", "Ki")
-        n /= step
-    raise AssertionError
 
 
 def find(name: str) -> base.Backend | str:

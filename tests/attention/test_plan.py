@@ -35,6 +35,56 @@ def test_plan_says_what_runs() -> None:
     assert qkv.plan(meta, meta, meta, mask=qkv.causal()).problem.Lq == 4096
 
 
+def test_a_plan_says_what_a_mask_leaves_and_what_none_would_cost() -> None:
+    q, k, v = inputs(B=2, Hq=4, Hkv=2, Lq=300, Lk=300, D=16)
+    plan = qkv.plan(q, k, v, mask=qkv.causal() & qkv.strided(3), backend="tiled")
+    seen = int((qkv.causal() & qkv.strided(3)).tensor(300, 300).sum())
+    assert plan.visible == (8 * seen, 8 * seen)
+    assert plan.visible.exact
+    assert plan.visible.most <= plan.pairs <= plan.dense.pairs == 8 * 300 * 300
+    assert plan.dense.flops == 2 * (16 + 8) * plan.dense.pairs
+    assert plan.dense.mask_bytes == 300 * 300
+    assert f"{8 * seen:,} of 720,000 visible" in str(plan)
+    rows = qkv.plan(q, k, v, mask=qkv.per_head([qkv.causal()] * 3 + [qkv.prefix(7)]) & qkv.padding([300, 9]))
+    want = qkv.per_head([qkv.causal()] * 3 + [qkv.prefix(7)]) & qkv.padding([300, 9])
+    assert rows.visible.least == int(want.tensor(300, 300, B=2, Hq=4).sum())
+    assert rows.dense.mask_bytes == 8 * 300 * 300
+
+
+def test_pairs_of_a_function_are_bounded_where_they_are_many() -> None:
+    q = torch.zeros((), dtype=torch.float32).expand(1, 1, 5000, 8)
+    plan = qkv.plan(q, q, q, mask=qkv.mask_mod(lambda b, h, p, j: p % 2 == j % 2) & qkv.causal())
+    assert plan.visible == (0, 5000 * 5001 // 2)
+    assert "0 to 12,502,500 (bounds: too many to look at each)" in str(plan)
+    told: list[int] = []
+    found = plan.look(1 << 40, told.append)
+    assert found.least == found.most == sum(p // 2 + 1 for p in range(5000))
+    assert sum(told) == 5000
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        qkv.causal() & (qkv.prefix(4) | qkv.sliding_window(4096)),
+        qkv.documents([1000] * 1000) & qkv.causal(),
+        qkv.longformer(512, [0]),
+        qkv.strided(16) & qkv.causal(),
+        qkv.dilated(64, 16),
+        qkv.chunked(8192) & qkv.causal(),
+        qkv.bigbird(64),
+    ],
+    ids=lambda mask: f"{mask!r:.30}",
+)
+def test_nothing_of_a_plan_is_in_proportion_to_the_pairs(mask: qkv.Mask) -> None:
+    """No tensor of a million tokens' plan has more numbers than a few for each token."""
+    from tests.masks.test_intervals import largest_tensor
+
+    q = torch.zeros((), dtype=torch.bfloat16).expand(1, 8, 1_000_000, 64)
+    plan = qkv.plan(q, q, q, mask=mask)
+    assert largest_tensor(lambda: (plan.tiles, plan.pairs, plan.visible)) <= 1_000_000
+    assert plan.visible.exact
+
+
 def test_a_plan_of_a_million_tokens_is_cheap() -> None:
     import time
 

@@ -325,12 +325,20 @@ def test_doctor_writes_what_it_measured(
 ) -> None:
     monkeypatch.setattr("qkv.cli.tuning.instruction_sets", lambda: (ISA,))
     monkeypatch.setattr(tuning, "compare", lambda case, isa, clock: 0.5 if case.kind == "decode" else 2.0)
+    monkeypatch.setattr(tuning.rates, "measure", lambda *given, **more: tuning.rates.Rates(1e-9, 1e-8, 1e-10))
     assert main(["doctor", "--tune"]) == 0
     shown = capsys.readouterr().out
     assert f"{sum(c.kind == 'decode' for c in tuning.CASES)} of {len(tuning.CASES)}; written to {file}" in shown
     (made,) = recorded.read(file)
     assert made.machine == Machine.here(ISA)
     assert len(made.points) == len(tuning.CASES)
+    assert {s[3:] for s in made.speeds} == {(1e-9, 1e-8, 1e-10)}
+    assert {s[:3] for s in made.speeds} == {
+        (dtype, D, backward)
+        for dtype in ("float32", "bfloat16", "float16")
+        for D in (64, 128)
+        for backward in (False, True)
+    }
     assert f"{len(tuning.CASES)} calls timed, in {file}" in doctor.report()
 
 

@@ -25,6 +25,17 @@ class Advice(NamedTuple):
     text: str
 
 
+class Speed(NamedTuple):
+    """Seconds that a backend takes for a pair of query and key, a row of queries, a byte of keys and values."""
+
+    dtype: str
+    D: int
+    backward: bool
+    pair: float
+    row: float
+    byte: float
+
+
 class Gradients(NamedTuple):
     """Gradients in the shapes and dtypes of the inputs; bias has one entry a tensor of the bias."""
 
@@ -70,6 +81,10 @@ class Backend:
 
     def measured(self, problem: Problem) -> Advice | None:
         """Which of it and PyTorch's own kernel was measured faster on this machine, where something was."""
+        return None
+
+    def speed(self, problem: Problem, backward: bool) -> Speed | None:
+        """What it takes on this machine, where that was recorded for calls of the problem's dtype and head size."""
         return None
 
     def tile(self, problem: Problem) -> tuple[int, int]:

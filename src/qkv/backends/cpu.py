@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from qkv.backends import recorded
-from qkv.backends.base import Advice, Backend, Gradients, Prepared, Result
+from qkv.backends.base import Advice, Backend, Gradients, Prepared, Result, Speed
 from qkv.backends.isas import UNMEASURED
 from qkv.backends.paged import ViewCall
 from qkv.backends.places import MOST_TOP, Places
@@ -93,9 +93,17 @@ class CpuBackend(Backend):
         return None
 
     def measured(self, problem: Problem) -> Advice | None:
-        sets = () if self.isa else instruction_sets()
-        found = recorded.current(sets[0], torch.get_num_threads()) if sets else None
+        found = self._recorded()
         return None if found is None else found.advice(problem)
+
+    def speed(self, problem: Problem, backward: bool) -> Speed | None:
+        found = self._recorded() if problem.Dv == problem.D else None
+        return None if found is None else found.speed(problem.dtype, problem.D, backward)
+
+    def _recorded(self) -> recorded.Recording | None:
+        """What `qkv doctor --tune` found on this machine."""
+        sets = () if self.isa else instruction_sets()
+        return recorded.current(sets[0], torch.get_num_threads()) if sets else None
 
     def no_backward(self, problem: Problem) -> str | None:
         refused = super().no_backward(problem) or self.supports(problem)

@@ -20,7 +20,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from qkv.backends.base import Advice
+from qkv.backends.base import Advice, Speed
 from qkv.backends.chip import cpu_name
 from qkv.call.problem import Problem
 from qkv.errors import RecordingWarning
@@ -93,10 +93,16 @@ class Point:
 
 @dataclass(frozen=True)
 class Recording:
-    """The points of one machine."""
+    """The points of one machine, and its speeds."""
 
     machine: Machine
     points: tuple[Point, ...]
+    speeds: tuple[Speed, ...] = ()
+
+    def speed(self, dtype: torch.dtype, D: int, backward: bool) -> Speed | None:
+        """What was recorded of calls of that kind."""
+        kind = (str(dtype).removeprefix("torch."), D, backward)
+        return next((s for s in self.speeds if (s.dtype, s.D, s.backward) == kind), None)
 
     def advice(self, problem: Problem) -> Advice | None:
         """What the nearest point says; None where none is near, or the two are as fast as each other."""
@@ -151,7 +157,11 @@ def write(path: Path, recording: Recording) -> None:
     except ValueError:
         others = []
     entries = [
-        {**r.machine._asdict(), "points": [{**asdict(p.kind), **_without_kind(p)} for p in r.points]}
+        {
+            **r.machine._asdict(),
+            "points": [{**asdict(p.kind), **_without_kind(p)} for p in r.points],
+            "speeds": [s._asdict() for s in r.speeds],
+        }
         for r in (*others, recording)
     ]
     replace(path, json.dumps({"format": FORMAT, "recordings": entries}, indent=1) + "\n")
@@ -212,7 +222,18 @@ def _without_kind(point: Point) -> dict[str, Any]:
 
 def _recording(entry: Any) -> Recording:
     machine = Machine(_text(entry, "isa"), _text(entry, "cpu"), _text(entry, "torch"), _count(entry, "threads"))
-    return Recording(machine, tuple(map(_point, _list(entry, "points"))))
+    speeds = _list(entry, "speeds") if "speeds" in entry else []  # files of before have none
+    return Recording(machine, tuple(map(_point, _list(entry, "points"))), tuple(map(_speed, speeds)))
+
+
+def _speed(entry: Any) -> Speed:
+    backward, taken = _value(entry, "backward"), [_value(entry, name) for name in ("pair", "row", "byte")]
+    if not isinstance(backward, bool):
+        raise ValueError(f"backward is {_short(backward)}")
+    for value in taken:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
+            raise ValueError(f"a speed is {_short(value)}")
+    return Speed(_text(entry, "dtype"), _count(entry, "D"), backward, *map(float, taken))
 
 
 def _point(entry: Any) -> Point:

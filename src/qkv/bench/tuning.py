@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import product
 from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 
+from qkv.backends import rates, registry
+from qkv.backends.base import Speed
 from qkv.backends.recorded import Kind, Machine, Point, Recording
 from qkv.bench.race import Clock, ratio, take_turn
 from qkv.functional import attention
@@ -52,7 +54,15 @@ def measure(isa: str, tell: Callable[[Point], None], clock: Clock | None = None)
     for case in CASES:
         points.append(case.point(compare(case, isa, clock or Clock())))
         tell(points[-1])
-    return Recording(Machine.here(isa), tuple(points))
+    return Recording(Machine.here(isa), tuple(points), tuple(speeds(isa)))
+
+
+def speeds(isa: str) -> Iterator[Speed]:
+    """What calls take, forward and backward: predictions of plans start from it."""
+    backend = registry.load(f"cpu:{isa}")
+    for dtype, D, backward in product(_DTYPES, (64, 128), (False, True)):
+        found = rates.measure(backend, dtype, D, D, backward, turns=_LEAST_ROUNDS * 4)
+        yield Speed(str(dtype).removeprefix("torch."), D, backward, *found)
 
 
 def compare(case: Case, isa: str, clock: Clock) -> float:
