@@ -42,6 +42,7 @@ if TYPE_CHECKING:  # what `__getattr__` below gives, so that type checkers and e
     from qkv.insight.see import see as see
     from qkv.insight.watch import watch as watch
     from qkv.insight.why import why as why
+    from qkv.selection import Summaries as Summaries, block_summaries as block_summaries, select_blocks as select_blocks
 
 __version__ = "0.1.0"
 
@@ -52,6 +53,9 @@ _LAZY = {
     "why": ("qkv.insight.why", "why"),
     "index_scores": ("qkv.indexing", "index_scores"),
     "select_tokens": ("qkv.indexing", "select_tokens"),
+    "select_blocks": ("qkv.selection", "select_blocks"),
+    "block_summaries": ("qkv.selection", "block_summaries"),
+    "Summaries": ("qkv.selection", "Summaries"),
     "cache": ("qkv.cache", None),
     "nn": ("qkv.nn", None),
     "rotary": ("qkv.rotary", None),
@@ -69,6 +73,9 @@ if not TYPE_CHECKING:  # a checker takes what is written "as" above, and would t
             "rotary",
             "index_scores",
             "score_mod",
+            "select_blocks",
+            "block_summaries",
+            "Summaries",
             "see",
             "select_tokens",
             "weights",

@@ -141,7 +141,7 @@ def key_of(
         )  # fmt: skip
     if q.is_neg():
         return None
-    keys, values, k_scale, v_scale, dtype, layout, held = k
+    keys, values, k_scale, v_scale, dtype, layout, held, _ = k
     return (
         q.shape, q.stride(), q.dtype, q.__class__, keys.shape, keys.stride(), keys.dtype, values.shape, values.stride(),
         keys.is_cpu, dtype, len(layout.lengths), layout.queries is None, held,
@@ -221,7 +221,7 @@ def on_view(call: str, q: Any, view: KVView, v: Any, mask: Any, options: Options
         planned.append((ready, terms, inputs.sinks, group.sequences))
     if len(parts) == 1 and len(parts[0].group.sequences) == len(layout.lengths):
         ready, terms, sinks, _ = planned[0]
-        if key is not None:
+        if key is not None and (known is None or not users_own(known)):
             PREPARED.put(key, ready, (known, ready.operands))
         return ready.run(q, view, terms, sinks)
     to = _empty(q, view, options.return_lse)

@@ -23,7 +23,7 @@ from typing import Any
 import pytest
 import torch
 
-from qkv.cache import base, ledger, paged, pool, prefix, ring, storage
+from qkv.cache import base, ledger, paged, pool, prefix, ring, storage, summaries
 from tests.gates import cache_model
 
 OPERATIONS = 8000
@@ -125,6 +125,17 @@ MUTANTS = (
     Mutant("pages come back in another order", Paged, "swap_in", "zip(missing, pages", "zip(missing, pages[::-1]"),
     Mutant("pages come back to other places", Paged, "swap_in", "table[host.places[at]]", "table[at]", "paged"),
     Mutant("growing forgets", storage.Storage, "grown", "fresh.raw[:, :, : self.page_size] = old.raw", "pass", "dense"),
+    # summaries
+    Mutant("a block that was begun before has its old summary", summaries.Filled, "__init__", "range(length // block,",
+           "range(-(-length // block),"),
+    Mutant("summaries stay where the keys were", storage.Storage, "_tensors", "yield from kept.by_page()", "pass"),
+    Mutant("only the first layer is summarised", storage.Storage, "write", "if filled is not None:",
+           "if filled is not None and layer == 0:"),
+    Mutant("summaries are of numbers without scales", summaries.Summaries, "fill", "* scales[at][..., None]", "* 1",
+           test="test_summaries.test_they_are_of_what_attention_reads"),
+    Mutant("summaries of another head", summaries.Summaries, "fill", "x.transpose(0, 1)", "x.transpose(0, 1).flip(0)"),
+    Mutant("growing forgets the summaries", storage.Storage, "grown", "to.grow_from(kept)", "pass", "dense"),
+    Mutant("poison in what a block before has", summaries.Summaries, "poison_slots", "first // self.block :", "0:"),
     # poison, figures
     Mutant("freed pages keep their numbers", Cache, "_give_back", "if self.debug and freed:", "if False:"),
     Mutant("evicted pages keep their numbers", Paged, "_take", "if self.debug:", "if False:"),

@@ -62,11 +62,13 @@ class Config:
     storage: torch.dtype | None = None
     debug: bool = False
     digest: str = "keyed"  # "constant": every page has the same one; "weak": one of three
+    summaries: int | None = None
 
     def cache(self) -> Any:
         heads: dict[str, Any] = {"num_kv_heads": self.heads, "head_dim": self.D, "value_dim": self.Dv}
         both: dict[str, Any] = {
-            "layers": self.layers, "dtype": self.dtype, "storage": self.storage, "debug": self.debug
+            "layers": self.layers, "dtype": self.dtype, "storage": self.storage, "debug": self.debug,
+            "summaries": self.summaries,
         }  # fmt: skip
         pool: dict[str, Any] = {"pages": self.pages, "page_size": self.page_size}
         rows: dict[str, Any] = {"sequences": self.sequences, "capacity": self.capacity}
@@ -92,13 +94,16 @@ def draw_config(dice: Dice, kind: str | None = None) -> Config:
     wide = 7 if storage == torch.float8_e4m3fn else 5  # so that the digits of an id have room
     latent = kind.startswith("latent")
     windowed = kind == "ring" or (kind == "paged" and dice.chance(3))
+    page_size = dice.pick((1, 2, 3, 4, 4, 8))
+    dense = kind in ("dense", "latent dense")
+    blocks = (1, 3, 4) if dense else tuple(n for n in (1, 2, 3, 4, 8) if page_size % n == 0)
     return Config(
         kind=kind,
         layers=dice.pick((1, 1, 2, 3)),
         heads=1 if latent else dice.pick((1, 2, 3)),
         D=wide + (dice.pick((1, 2, 3)) if latent else 0),
         Dv=wide + (0 if latent else dice.pick((0, 0, 2))),
-        page_size=dice.pick((1, 2, 3, 4, 4, 8)),
+        page_size=page_size,
         pages=dice.pick((3, 8, 16, 32, 48, 64)),
         sequences=dice.pick((1, 3, 5)),
         capacity=dice.pick((None, None, 1, 7, 20)),
@@ -109,6 +114,7 @@ def draw_config(dice: Dice, kind: str | None = None) -> Config:
         storage=storage,
         debug=dice.chance(2),
         digest=dice.pick(("keyed", "keyed", "constant", "weak")),
+        summaries=dice.pick(blocks) if dice.chance(2) else None,
     )
 
 
@@ -293,6 +299,8 @@ class Ledger:
             assert list(view.layout.lengths) == [len(e) for e in expected], "lengths of a view"
             held = slots(view)
             self.compare(view, held, np.array([i for e in expected for i in e], dtype=np.int64), layer)
+            if self.config.summaries is not None:
+                self.summarised(seqs, view, held, layer)
         if views:
             self.given_back(live, views[0], held)
         self.figures(live, views)
@@ -320,6 +328,32 @@ class Ledger:
                     f"layer {layer}, {name} of key {key} of sequence {owner} of the view reads "
                     f"{got[at].tolist()}, not {want[at].tolist()} (write {ids[here][at]})"
                 )
+
+    def summarised(self, seqs: list[Any], view: KVView, where: Any, layer: int) -> None:
+        """The summaries of full blocks are those of the keys that are stored, in the view and as copies."""
+        block, copies, keys = self.config.summaries, self.cache.summaries(seqs, layer), numbers(view).k
+        assert block is not None
+        assert view.summaries is not None
+        each = view.k.shape[2] // block
+        in_place = [x.double().numpy() for x in view.summaries[:3]]  # (Hkv, N, each, D)
+        assert all(x.shape[:3] == (self.config.heads, len(keys), each) for x in in_place)
+        for i, length in enumerate(view.layout.lengths):
+            assert copies.full[i] == length // block
+            mine = where.sequence == i
+            pages, places = where.page[mine], where.slot[mine]
+            for c in range(length // block):
+                own = slice(c * block, c * block + block)
+                copy = [x[i, :, c].double().numpy() for x in copies[:3]]
+                if (pages[own] < 0).any():
+                    assert not any(x.any() for x in copy), f"a summary of block {c}, which was given back"
+                    continue
+                rows = keys[pages[own], :, places[own]]  # (block, heads, D)
+                kept = [x[:, pages[own][0], places[own][0] // block] for x in in_place]
+                for n, name in enumerate(("mean", "min", "max")):
+                    want = getattr(rows, name)(0)
+                    assert all(np.allclose(x[n], want, rtol=1e-6, atol=1e-6) for x in (kept, copy)), (
+                        f"layer {layer}, {name} of block {c} of sequence {i} is {kept[n]} and {copy[n]}, not {want}"
+                    )
 
     def given_back(self, live: list[Held], view: KVView, where: Any) -> None:
         """Keys may be gone only where no query to come sees them, and then they are gone within a step."""

@@ -9,21 +9,17 @@ from typing import Any
 from torch import Tensor
 
 from qkv.cache import checks
-from qkv.cache.ledger import Ledger, Recent
 from qkv.cache.sequence import Sequence, Unfinished
 from qkv.cache.state import check_repeated, check_seqs, other_step, refuse_layer, refuse_open
 from qkv.cache.stats import Stats
 from qkv.cache.step import Step
 from qkv.cache.storage import Places
-from qkv.call.keys import KVLayout, KVView
+from qkv.cache.views import Views
 from qkv.checks import integer, short, shown
 from qkv.errors import ArgumentError, PagesExhausted
 
-_INT = frozenset((int,))
-_RECENT = 4  # layouts kept for the layers to come: one for each group of sequences that a model steps apart
 
-
-class Cache(Ledger):
+class Cache(Views):
     """The base of all caches."""
 
     # ---- what users call
@@ -115,7 +111,7 @@ class Cache(Ledger):
             if tokens is not None:
                 check_repeated(self, step, tokens)
             if step.places is not None:
-                self._storage.write(layer, rows, step.places)
+                self._storage.write(layer, rows, step.places, step.filled)
             if layer + 1 < self.layers:
                 step.next = layer + 1
                 return
@@ -125,14 +121,9 @@ class Cache(Ledger):
             names = check_seqs(self, call, seqs)
             if self._steps:
                 refuse_open(self, call, names)
-            if lengths is None:
-                T = k.shape[-2] if isinstance(k, Tensor) and k.ndim >= 2 else -1
-                rows = self._spec.rows(self._name, k, v, len(names), T, index)
-                ragged = None
-            else:
-                ragged = checks.counts(call, "lengths", lengths, len(names))
-                T = sum(ragged)
-                rows = self._spec.rows(self._name, k, v, 1, T, index)
+            ragged = None if lengths is None else checks.counts(call, "lengths", lengths, len(names))
+            T = sum(ragged) if ragged is not None else k.shape[-2] if isinstance(k, Tensor) and k.ndim >= 2 else -1
+            rows = self._spec.rows(self._name, k, v, len(names) if ragged is None else 1, T, index)
             known = None if tokens is None else self._check_tokens(call, names, tokens, T, ragged)
             step = Unfinished(names, T, ragged, known)
             claim = self._count(call, step)
@@ -142,8 +133,8 @@ class Cache(Ledger):
                 self._recent = []
                 self._claim(claim)
                 if step.total:
-                    step.places = self._places(step)
-                    self._storage.write(0, rows, step.places)
+                    step.places, step.filled = self._places(step), self._filled(step)
+                    self._storage.write(0, rows, step.places, step.filled)
             if layer + 1 == self.layers:
                 self._commit(step)
             else:
@@ -156,72 +147,6 @@ class Cache(Ledger):
             self._repair()
             raise
         self._dirty = False
-
-    def view(self, seqs: Ordered[Sequence], layer: int = 0, *, lengths: Any = None) -> KVView:
-        """All keys and values of one layer that were appended, an unfinished step's among them, where they lie.
-
-        Parameters
-        ----------
-        seqs : list of Sequence
-            Each once; the rows of q are theirs, in this order.
-        layer : int
-        lengths : list of int
-            Ragged queries: how many each sequence has, packed as q (1, Hq, sum, D).
-
-        Returns
-        -------
-        KVView
-            For `qkv.attention(q, view)`. It ends when a page that it may name is given back, overwritten or moved:
-            attention refuses it then.
-
-        Notes
-        -----
-        Cost: the layout is made once a step, and about 1 microsecond in each further layer. No key is copied.
-        """
-        if layer.__class__ is not int or layer < 0 or layer >= self.layers:
-            refuse_layer(self, "view", layer)
-        self._mend()
-        names = tuple(seqs) if seqs.__class__ is list else seqs if seqs.__class__ is tuple else None
-        counts = lengths
-        if lengths is not None:  # 1.0 and True equal 1, and are refused: they must not be found here
-            counts = (
-                tuple(lengths) if lengths.__class__ in (list, tuple) and _INT.issuperset(map(type, lengths)) else ...
-            )
-        for recent in self._recent:
-            if recent.seqs == names and recent.lengths == counts:
-                for step, included in recent.steps:
-                    if (layer < step.next) != included:
-                        break
-                else:
-                    layout = recent.layout
-                    break
-        else:
-            layout = self._layout(seqs, layer, lengths)
-        return KVView(*self._storage.parts[layer], layout, self._held)
-
-    def index_view(self, seqs: Ordered[Sequence], layer: int = 0, *, lengths: Any = None) -> KVView:
-        """The index keys of one layer, where they lie, for `qkv.select_tokens`: a view of one head without values.
-
-        Parameters
-        ----------
-        seqs, layer, lengths
-            As for `view`.
-
-        Returns
-        -------
-        KVView
-            It lives as long as a `view` does.
-
-        Raises
-        ------
-        ArgumentError
-            A cache without index_dim=.
-        """
-        view, parts = self.view(seqs, layer, lengths=lengths), self._storage.index_parts
-        if parts is None:
-            rule, fix = "only a cache with index_dim= holds index keys", "Build the cache with index_dim="
-            raise ArgumentError.of(f"{self._name}.index_view()", rule, "index_dim=0", fix)
-        return KVView(*parts[layer], view.layout, view.held)
 
     def step(self, seqs: Ordered[Sequence], lengths: Any = None, T: int | None = None, *, tokens: Any = None) -> Step:
         """A step of T tokens a sequence, or ragged of lengths[i], for a model's layers to fill in turn.
@@ -456,52 +381,3 @@ class Cache(Ledger):
         self._advance(step)
         self._committing = None  # layouts that had the step's tokens stay what they are: `next` is past all layers
         self._settle(step)
-
-    # ---- views
-
-    def _layout(self, seqs: Any, layer: int, lengths: Any) -> KVLayout:
-        call = f"{self._name}.view()"
-        names = check_seqs(self, call, seqs)
-        counts = None if lengths is None else checks.counts(call, "lengths", lengths, len(names))
-        P = self.page_size
-        tables, starts, held = array("i"), array("q", [0]), array("q")
-        steps: dict[Unfinished, bool] = {}
-        for seq in names:
-            length, table, step = seq._length, seq._table, seq._step
-            if step is not None:
-                steps[step] = layer < step.next
-                if layer < step.next:
-                    length = seq._end
-            pages = -(-length // P)
-            tables.extend(table if len(table) == pages else table[:pages])
-            starts.append(len(tables))
-            held.append(length)
-        queries = most = None
-        if counts is not None:
-            queries = array("q", counts)
-            for seq, count, length in zip(names, counts, held, strict=True):
-                if count > length or not self._reaches(seq, length - count):
-                    self._refuse_queries(call, seq, count, length)
-        elif self.window is not None:
-            short = [(seq, length) for seq, length in zip(names, held, strict=True) if seq._gone > self._pinned]
-            most = min((length - (seq._gone * P + self.window - 1) for seq, length in short), default=None)
-        layout = KVLayout(tables, starts, held, queries, self.clock, most)
-        recent = Recent(names, counts, list(steps.items()), layout)
-        self._recent = [recent, *self._recent[: _RECENT - 1]]
-        return layout
-
-    def _reaches(self, seq: Sequence, position: int) -> bool:
-        """Whether all keys before `position` that a query there sees are still stored."""
-        if self.window is None or position == 0 or seq._gone <= self._pinned:
-            return True
-        first = max((position - self.window + 1) // self.page_size, self._pinned)
-        return first >= seq._gone or position <= self._pinned * self.page_size
-
-    def _refuse_queries(self, call: str, seq: Sequence, count: int, length: int) -> None:
-        given = f"{count} queries of {seq!r} with {length} keys"
-        if count > length:
-            rule, fix = "queries are the last of a sequence's tokens", "Append their keys first, or pass fewer"
-        else:
-            rule = f"the queries' window of {self.window} keys must still be stored"
-            fix = "Ask for the queries of the last step only"
-        raise ArgumentError.of(call, rule, given, fix)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from array import array
 from collections.abc import Collection
 from typing import Any
@@ -31,7 +32,7 @@ class DenseCache(Cache):
         Hkv, D and Dv (= D unless given).
     capacity : int
         Most tokens of a sequence, all allocated at once. None: the memory doubles when full (new tensors, copied).
-    index_dim, layers, dtype, storage, device, debug
+    index_dim, summaries, layers, dtype, storage, device, debug
         As in `qkv.cache.PagedCache`.
 
     Raises
@@ -64,6 +65,7 @@ class DenseCache(Cache):
         value_dim: int | None = None,
         capacity: int | None = None,
         index_dim: int = 0,
+        summaries: int | None = None,
         layers: int = 1,
         dtype: torch.dtype = torch.bfloat16,
         storage: torch.dtype | None = None,
@@ -72,13 +74,13 @@ class DenseCache(Cache):
     ) -> None:
         call = "qkv.cache.DenseCache()"
         spec = Spec.of_heads(call, num_kv_heads, head_dim, value_dim, index_dim, layers, dtype, storage, device, debug)
-        self._begin_dense(call, spec, sequences, capacity)
+        self._begin_dense(call, spec.summarising(call, summaries), sequences, capacity)
 
     def _begin_dense(self, call: str, spec: Spec, sequences: Any, capacity: Any) -> None:
         """What is the same for keys and values, and for latents."""
         count = checks.size(call, "sequences", sequences)
         self.capacity = None if capacity is None else checks.size(call, "capacity", capacity)
-        slots = _FIRST if self.capacity is None else _rounded(self.capacity)
+        slots = _rounded(_FIRST if self.capacity is None else self.capacity, spec)
         super().__init__(Storage(spec, count, slots), PagePool(count))
 
     def _hold(self, seq: Sequence, pages: list[int]) -> None:
@@ -95,7 +97,7 @@ class DenseCache(Cache):
     def _claim(self, claim: Any) -> None:
         if claim <= self.page_size:
             return
-        self._storage = self._storage.grown(_rounded(max(claim, 2 * self.page_size)))
+        self._storage = self._storage.grown(_rounded(max(claim, 2 * self.page_size), self._spec))
         self.page_size = self._storage.page_size
         self._tick()
 
@@ -120,5 +122,7 @@ class DenseCache(Cache):
         return sum(self.page_size - seq._length for seq in self._seqs)
 
 
-def _rounded(slots: int) -> int:
-    return -(-slots // _MULTIPLE) * _MULTIPLE
+def _rounded(slots: int, spec: Spec) -> int:
+    """So many slots or a few more: blocks of summaries divide them."""
+    step = math.lcm(_MULTIPLE, spec.summaries or 1)
+    return -(-slots // step) * step

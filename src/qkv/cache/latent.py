@@ -33,7 +33,7 @@ class LatentCache(Cache):
         On pages, with all that `qkv.cache.PagedCache` does: sharing, forks, eviction, swapping.
     sequences, capacity
         Dense, as `qkv.cache.DenseCache`; in place of pages.
-    index_dim, layers, dtype, storage, device, debug
+    index_dim, summaries, layers, dtype, storage, device, debug
         As in `qkv.cache.PagedCache`; in 8 bits one scale serves key and value.
 
     Raises
@@ -67,6 +67,7 @@ class LatentCache(Cache):
         sequences: int | None = None,
         capacity: int | None = None,
         index_dim: int = 0,
+        summaries: int | None = None,
         layers: int = 1,
         dtype: torch.dtype = torch.bfloat16,
         storage: torch.dtype | None = None,
@@ -88,6 +89,7 @@ class LatentCache(Cache):
         if pages is not None:
             pages, page_size = checks.size(_CALL, "pages", pages), checks.size(_CALL, "page_size", page_size)
         spec = Spec.of_latents(_CALL, rank, rope_dim, index_dim, layers, dtype, storage, device, debug)
+        spec = spec.summarising(_CALL, summaries, None if pages is None else page_size)
         if isinstance(self, PagedLatentCache):
             assert pages is not None
             self._begin_paged(_CALL, spec, pages, page_size, identity, None, 0)

@@ -40,6 +40,9 @@ class PagedCache(Cache):
         Keep the keys of an indexer beside each token, Di numbers for all heads (`qkv.select_tokens`); 0: none.
     page_size : int
         P, tokens of a page.
+    summaries : int
+        Keep the mean, minimum and maximum of each block of so many keys, which divide a page, for `qkv.select_blocks`:
+        12 D bytes a block and head. None: none.
     layers : int
         Layers of the model; one table serves all.
     window : int
@@ -93,6 +96,7 @@ class PagedCache(Cache):
         value_dim: int | None = None,
         page_size: int = 16,
         index_dim: int = 0,
+        summaries: int | None = None,
         layers: int = 1,
         window: int | None = None,
         sinks: int = 0,
@@ -111,6 +115,7 @@ class PagedCache(Cache):
             raise ArgumentError.of(call, "sinks are keys that stay while a window moves on", f"sinks={sinks}", fix)
         pages, page_size = checks.size(call, "pages", pages), checks.size(call, "page_size", page_size)
         spec = Spec.of_heads(call, num_kv_heads, head_dim, value_dim, index_dim, layers, dtype, storage, device, debug)
+        spec = spec.summarising(call, summaries, page_size)
         self._begin_paged(call, spec, pages, page_size, identity, window, sinks)
 
     def _begin_paged(

@@ -41,7 +41,7 @@ class RingCache(Cache):
         Most tokens of one append; their queries all find their windows.
     page_size : int
         P, the grain in which slots are reused.
-    index_dim, layers, dtype, storage, device, debug
+    index_dim, summaries, layers, dtype, storage, device, debug
         As in `qkv.cache.PagedCache`.
 
     Raises
@@ -79,6 +79,7 @@ class RingCache(Cache):
         chunk: int = 1,
         page_size: int = 64,
         index_dim: int = 0,
+        summaries: int | None = None,
         layers: int = 1,
         dtype: torch.dtype = torch.bfloat16,
         storage: torch.dtype | None = None,
@@ -95,6 +96,7 @@ class RingCache(Cache):
         self._turning = -(-(window + self.chunk - 2) // P) + 1
         self._each = -(-sinks // P) + self._turning
         spec = Spec.of_heads(call, num_kv_heads, head_dim, value_dim, index_dim, layers, dtype, storage, device, debug)
+        spec = spec.summarising(call, summaries, P)
         pages = self.sequences * self._each
         super().__init__(Storage(spec, pages, P), PagePool(pages), window=window, sinks=sinks)
 

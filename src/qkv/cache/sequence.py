@@ -8,6 +8,7 @@ from torch import Tensor
 
 from qkv.cache.prefix import Entry, Root
 from qkv.cache.storage import Places
+from qkv.cache.summaries import Filled
 
 NEVER = 1 << 62
 
@@ -98,7 +99,7 @@ class Sequence:
 class Unfinished:
     """What a cache knows about a step between its first layer and its last."""
 
-    __slots__ = ("T", "counts", "ends", "lengths", "next", "places", "seqs", "tokens", "total")
+    __slots__ = ("T", "counts", "ends", "filled", "lengths", "next", "places", "seqs", "tokens", "total")
 
     def __init__(
         self, seqs: tuple[Sequence, ...], T: int, lengths: tuple[int, ...] | None, tokens: list[array[int]] | None
@@ -109,3 +110,4 @@ class Unfinished:
         self.total = T * len(seqs) if lengths is None else T
         self.next = 0  # the layer that comes next
         self.places: Places | None = None  # None where no token is stored
+        self.filled: Filled | None = None  # blocks that are full with it, where summaries are kept

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from qkv.cache import checks
+from qkv.errors import ArgumentError
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Spec:
     device: torch.device
     debug: bool
     index: int = 0  # of an indexer's key, one a token for all heads; 0: none
+    summaries: int = 0  # keys of a block whose mean, minimum and maximum are kept; 0: none
 
     @classmethod
     def of_heads(cls, call: str, num_kv_heads: Any, head_dim: Any, value_dim: Any, index: Any, *common: Any) -> Spec:
@@ -38,6 +40,17 @@ class Spec:
         R = checks.size(call, "rank", rank)
         width = R + checks.size(call, "rope_dim", rope_dim)
         return cls(1, (width,), R, *checks.common(call, *common), checks.size(call, "index_dim", index, low=0))
+
+    def summarising(self, call: str, block: Any, page_size: int | None = None) -> Spec:
+        """The same with summaries of blocks, which divide a page where its size is given."""
+        if block is None:
+            return self
+        block = checks.size(call, "summaries", block)
+        if page_size is not None and page_size % block:
+            given = f"summaries={block} and page_size={page_size}"
+            fix = "Pass page_size= a multiple of summaries="
+            raise ArgumentError.of(call, "blocks of summaries must divide a page", given, fix)
+        return replace(self, summaries=block)
 
     @property
     def planes(self) -> tuple[tuple[int, int], ...]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from qkv.cache.checks import FLOAT8, INT8, LARGEST
 from qkv.cache.hugepages import zeros
 from qkv.cache.spec import Spec
+from qkv.cache.summaries import Filled, Summaries
 from qkv.errors import ArgumentError
 
 _MAX = torch.finfo(torch.float32).max
@@ -129,7 +130,7 @@ class Storage:
 
     def __init__(self, spec: Spec, pages: int, page_size: int) -> None:
         self.spec, self.pages, self.page_size = spec, pages, page_size
-        self.planes: list[tuple[Plane, ...]] = self._allocate()
+        self.planes, self.summaries = self._allocate()
         if spec.debug:
             self.poison(range(pages))
         # What the views of a layer begin with: k, v, k_scale, v_scale, dtype.
@@ -144,19 +145,30 @@ class Storage:
 
     @property
     def bytes(self) -> int:
-        return self.pages * self.page_size * self.bytes_per_slot
+        return self.pages * self.page_size * self.bytes_per_slot + self.bytes_of_summaries
 
-    def _allocate(self) -> list[tuple[Plane, ...]]:
+    @property
+    def bytes_of_summaries(self) -> int:
+        """Three float32 rows a block and head, in all layers."""
+        spec = self.spec
+        blocks = self.pages * (self.page_size // spec.summaries) if spec.summaries else 0
+        return 12 * blocks * spec.layers * spec.heads * spec.widths[0]
+
+    def _allocate(self) -> tuple[list[tuple[Plane, ...]], list[Summaries]]:
         try:
             with torch.inference_mode(False), torch.no_grad():  # so that code of both kinds may write to it
                 sizes = [(self.pages, heads, self.page_size, width) for heads, width in self.spec.planes]
-                return [
-                    tuple(Plane(s, self.spec.storage, self.spec.device) for s in sizes) for _ in range(self.spec.layers)
-                ]
+                layers, pages = self.spec.layers, (self.spec.storage, self.spec.device)
+                kept = [Summaries(self.spec, self.pages, self.page_size) for _ in range(layers * self.summarises)]
+                return [tuple(Plane(s, *pages) for s in sizes) for _ in range(layers)], kept
         except (RuntimeError, AssertionError) as error:  # torch's words for no memory, or no such device
             given = f"{self.bytes:,} bytes on {self.spec.device}: {str(error).splitlines()[0][:120]}"
             fix = "Use fewer pages (or sequences), a smaller capacity, or storage=torch.int8"
             raise ArgumentError.of("qkv.cache", "the tensors of a cache must fit in memory", given, fix) from error
+
+    @property
+    def summarises(self) -> bool:
+        return self.spec.summaries > 0
 
     def _parts(self, planes: tuple[Plane, ...]) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, torch.dtype]:
         k, v = planes[0], planes[len(self.spec.widths) - 1]
@@ -169,10 +181,13 @@ class Storage:
         with torch.inference_mode(False):
             return plane.data, plane.data[..., :0], plane.scale, plane.scale, self.spec.dtype
 
-    def write(self, layer: int, rows: tuple[Tensor, ...], places: Places) -> None:
-        """Store the rows of a step, (n, Hkv, T, width) for each plane."""
+    def write(self, layer: int, rows: tuple[Tensor, ...], places: Places, filled: Filled | None) -> None:
+        """Store the rows of a step, (n, Hkv, T, width) for each plane, and summarise the blocks that they fill."""
         for plane, x in zip(self.planes[layer], rows, strict=True):
             plane.write(x, places)
+        if filled is not None:
+            plane = self.planes[layer][0]
+            self.summaries[layer].fill(plane.data, plane.scale, filled)
 
     def _tensors(self) -> Iterator[Tensor]:
         """All that is on pages, page by page: rows in wide units, and scales."""
@@ -180,6 +195,8 @@ class Storage:
             yield plane.pages
             if plane.scale is not None:
                 yield plane.scale
+        for kept in self.summaries:
+            yield from kept.by_page()
 
     def _planes(self) -> Iterator[Plane]:
         return itertools.chain.from_iterable(self.planes)
@@ -207,11 +224,15 @@ class Storage:
             ids = self._ids(pages)
             for plane in self._planes():
                 plane.poison(ids)
+            for kept in self.summaries:
+                kept.poison(ids)
 
     def poison_slots(self, page: int, first: int) -> None:
         """Fill a page's slots from `first` with NaN."""
         for plane in self._planes():
             plane.poison_slots(page, first)
+        for kept in self.summaries:
+            kept.poison_slots(page, first)
 
     def grown(self, page_size: int) -> Storage:
         """A storage with longer pages and the same contents; this one stays as it is."""
@@ -221,6 +242,8 @@ class Storage:
                 fresh.raw[:, :, : self.page_size] = old.raw
                 if old.scale is not None and fresh.scale is not None:
                     fresh.scale[:, :, : self.page_size] = old.scale
+            for to, kept in zip(new.summaries, self.summaries, strict=True):
+                to.grow_from(kept)
         return new
 
     def _ids(self, pages: Ordered[int]) -> Tensor:

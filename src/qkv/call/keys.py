@@ -46,6 +46,18 @@ class KVLayout:
         self.most = most  # queries that a sequence may have at most: what earlier ones see was given back; None: all
 
 
+class BlockSummaries(NamedTuple):
+    """What a cache keeps of the blocks of a layer's keys: float32 (Hkv, N pages, blocks of a page, D) each.
+
+    Those of blocks that are full are right; others hold anything.
+    """
+
+    mean: Tensor
+    minimum: Tensor
+    maximum: Tensor
+    block: int  # keys of a block; it divides the pages' slots
+
+
 class KVView(NamedTuple):
     """Keys and values of one layer for some sequences, where they lie in a cache; `attention` takes it as k.
 
@@ -59,6 +71,7 @@ class KVView(NamedTuple):
     dtype: torch.dtype  # of the queries and outputs
     layout: KVLayout
     held: Mask | None  # what the cache still holds; joined with the call's mask by &
+    summaries: BlockSummaries | None = None  # of a cache that keeps them, for `qkv.select_blocks`
 
 
 class LayerCache(Protocol):
