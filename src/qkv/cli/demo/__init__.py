@@ -25,6 +25,15 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("file", nargs="?", metavar="FILE", help="a text file (default: Python's language reference)")
     parser.add_argument("--ask", metavar="QUESTION", help="what to look up (default: a question about the text)")
     parser.add_argument("--full", action="store_true", help="also print the passages whole, the plan and all timings")
+    parser.add_argument(
+        "--long", action="store_true", help="instead: a million tokens of a sparse call, in one to three minutes"
+    )
+    parser.add_argument("--tokens", type=int, metavar="N", help="with --long: up to so many tokens (default 1,000,000)")
+    parser.add_argument(
+        "--svg",
+        metavar="PATH",
+        help="with --long: draw time and memory into a file; with {} in PATH one for each theme",
+    )
     parser.set_defaults(run=run)
 
 
@@ -32,6 +41,10 @@ def run(args: argparse.Namespace) -> int:
     """Run `qkv demo` and return the exit code."""
     if args.ask is not None and not any(letter.isalnum() for letter in args.ask):
         raise ArgumentError.of("qkv demo", "the question has no words", repr(args.ask), 'Use --ask "some words"')
+    if args.long:
+        return _long(args)
+    if args.tokens is not None or args.svg is not None:
+        raise ArgumentError.of("qkv demo", "--tokens and --svg go with --long", "no --long", "Add --long")
     from qkv.cli.demo import measure, screen
     from qkv.cli.demo.details import details
     from qkv.cli.demo.lookup import Lookup
@@ -58,6 +71,16 @@ def run(args: argparse.Namespace) -> int:
         serve()
         print(screen.hint())
     return 0
+
+
+def _long(args: argparse.Namespace) -> int:
+    if args.file is not None or args.ask is not None or args.full:
+        raise ArgumentError.of(
+            "qkv demo", "--long takes no text", "--long with a file, --ask or --full", "Leave it out"
+        )
+    from qkv.cli.demo import long
+
+    return long.run(long.TOKENS if args.tokens is None else args.tokens, args.svg)
 
 
 def _continued(say: Callable[[str], None]) -> tuple[str, str]:
