@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ from qkv.probabilities import indices_of
 _PRODUCTS = 1 << 18
 _KEYS = 1024, 8192  # of a tile, with many products a key and with few
 _QUERIES = 64  # of a tile, at most
+_SEEN = 1 << 20  # pairs of queries and keys whose mask is looked at as a whole
 _SPAN = 1 << 15  # scores of a query that are kept before the best are taken
 _KEPT = 1 << 24  # products that a backward pass computes again at a time
 
@@ -296,16 +298,20 @@ def _pages(view: KVView, i: int) -> Callable[[int, int], Tensor]:
     layout, P = view.layout, view.k.shape[2]
     own = layout.tables[layout.starts[i] : layout.starts[i + 1]]
     table = torch.tensor(own, dtype=torch.int64, device="cpu").clamp(min=0).to(view.k.device)
+    stored = [x for x in (view.k, view.k_scale) if x is not None]
 
     def keys(start: int, stop: int) -> Tensor:
         first, last = start // P, (stop - 1) // P
         if first == last:
             here: Any = (max(own[first], 0), 0, slice(start - first * P, stop - first * P))
-            rows, scale = view.k[here], None if view.k_scale is None else view.k_scale[here]
+            rows, scale = view.k[here], None if len(stored) == 1 else stored[1][here]
         else:
-            here, within = table[first : last + 1], slice(start - first * P, stop - first * P)
-            rows = view.k[:, 0].index_select(0, here).flatten(0, 1)[within]
-            scale = None if view.k_scale is None else view.k_scale[:, 0].index_select(0, here).flatten()[within]
+            within, page = slice(start - first * P, stop - first * P), max(own[first], 0)
+            if own[first : last + 1] == array("i", range(page, page + last + 1 - first)):  # a copy costs a tenth
+                pages = [x[page : page + last + 1 - first, 0] for x in stored]
+            else:
+                pages = [x[:, 0].index_select(0, table[first : last + 1]) for x in stored]
+            rows, scale = pages[0].flatten(0, 1)[within], None if len(pages) == 1 else pages[1].flatten()[within]
         return rows if scale is None else rows.float() * scale[:, None]
 
     return keys
@@ -337,16 +343,32 @@ def _chosen(row: _Row, top_k: int) -> Tensor:
         lines = [HeadRow(row.b, h, p.offset(row.b), None) for h in range(H)]
     else:
         lines = [HeadRow(row.b, h, 0, row.positions.cpu()) for h in range(H)]
-    schedule = Schedule(p.mask, lines, Lq, p.Lk, T, K)
+    one = H * Lq * p.Lk <= _SEEN and Lq <= T
+    schedule = None if one else Schedule(p.mask, lines, Lq, p.Lk, T, K)
     scratch = _Scratch(torch.empty((K, Di), **made), torch.empty((T * Hi * K,), **made))
     chosen = torch.full((H, Lq, min(top_k, p.Lk)), -1, dtype=torch.int32, device=row.q.device)
     for tile, first in enumerate(range(0, Lq, T)):
         here = slice(first, min(first + T, Lq))
-        found = _best(row, here, list(schedule.keys(tile)), H, top_k, scratch)
+        tiles = _tiles(row, H, K) if schedule is None else list(schedule.keys(tile))
+        found = _best(row, here, tiles, H, top_k, scratch)
         if found is not None:
             keys = found.keys.masked_fill(found.scores == -torch.inf, -1).sort(-1).values
             chosen[:, here, chosen.shape[2] - keys.shape[2] :] = keys.to(torch.int32)
     return chosen
+
+
+def _tiles(row: _Row, H: int, K: int) -> list[KeyTile]:
+    """The tiles that few queries see, by looking: in decode that takes less than a mask's intervals."""
+    p, ends = row.problem, range(0, row.problem.Lk, K)
+    if p.mask is None:
+        return [KeyTile(start, min(start + K, p.Lk), True) for start in ends]
+    j = torch.arange(p.Lk, device=row.q.device)
+    seen = _visible(row, slice(0, row.q.shape[1]), j, H).expand(H, row.q.shape[1], p.Lk).flatten(0, 1)
+    some, every = seen.any(0), seen.all(0)
+    spare = -p.Lk % K
+    touched = torch.nn.functional.pad(some, (0, spare)).view(-1, K).any(1).tolist()
+    full = torch.nn.functional.pad(every, (0, spare), value=True).view(-1, K).all(1).tolist()
+    return [KeyTile(start, min(start + K, p.Lk), full[n]) for n, start in enumerate(ends) if touched[n]]
 
 
 def _best(row: _Row, here: slice, tiles: list[KeyTile], H: int, top_k: int, scratch: _Scratch) -> _Best | None:

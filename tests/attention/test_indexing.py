@@ -27,7 +27,14 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def _tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """With tiles of 8 keys and a merge at every 16, the sizes of tests are those of long contexts."""
     if request.param == "small tiles":
-        for name, value in (("_PRODUCTS", 64), ("_KEYS", (8, 16)), ("_QUERIES", 5), ("_SPAN", 16), ("_KEPT", 200)):
+        for name, value in (
+            ("_PRODUCTS", 64),
+            ("_KEYS", (8, 16)),
+            ("_QUERIES", 5),
+            ("_SPAN", 16),
+            ("_SEEN", 150),
+            ("_KEPT", 200),
+        ):
             monkeypatch.setattr(indexing, name, value)
 
 
