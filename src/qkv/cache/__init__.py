@@ -1,4 +1,4 @@
-"""Key/value caches: dense, ring, on pages, and latent. They store; `qkv.attention(q, cache.view(seqs))` reads in place.
+"""Key/value caches: dense, ring, on pages, latent, with compressed blocks. `qkv.attention(q, cache.view(seqs))` reads.
 
 >>> import torch, qkv
 >>> cache = qkv.cache.PagedCache(pages=64, num_kv_heads=2, head_dim=16, dtype=torch.float32)
@@ -18,6 +18,7 @@ from qkv.cache.latent import LatentCache
 from qkv.cache.paged import PagedCache
 from qkv.cache.ring import RingCache
 from qkv.cache.sequence import Sequence
+from qkv.cache.sparse import SparseCache
 from qkv.cache.stats import Stats
 from qkv.cache.step import LayerStep, Step
 from qkv.errors import PagesExhausted
@@ -30,6 +31,7 @@ __all__ = [
     "PagesExhausted",
     "RingCache",
     "Sequence",
+    "SparseCache",
     "Stats",
     "Step",
     "stored",

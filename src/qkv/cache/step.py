@@ -124,6 +124,11 @@ class LayerStep:
         index : Tensor, shape (n, 1, T, Di)
             The keys of an indexer, in a cache with index_dim = Di.
         """
+        step, tokens = self._step, self._begun(k)
+        step._cache.append(step.seqs, k, v, self._layer, lengths=step.lengths, tokens=tokens, index=index)
+
+    def _begun(self, k: Tensor) -> Any:
+        """The step's token ids, where the cache is to know them now, once the step fits the sequences and k."""
         call, step, layer = "LayerCache.append()", self._step, self._layer
         if layer == 0 and [seq._length for seq in step.seqs] != step._starts:
             rule = "a Step is for the lengths its sequences had when it was made"
@@ -133,8 +138,7 @@ class LayerStep:
         if step.T != T:
             given = f"{T} tokens and a step of {step.T}"
             raise ShapeError.of(call, "a step has one number of tokens in all layers", given, "Pass them all")
-        tokens = step._tokens if layer == 0 else None
-        step._cache.append(step.seqs, k, v, layer, lengths=step.lengths, tokens=tokens, index=index)
+        return step._tokens if layer == 0 else None
 
     def view(self) -> KVView:
         """All keys of the sequences in this layer, the step's own among them."""
