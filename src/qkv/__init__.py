@@ -42,6 +42,7 @@ if TYPE_CHECKING:  # what `__getattr__` below gives, so that type checkers and e
     from qkv.insight.see import see as see
     from qkv.insight.watch import watch as watch
     from qkv.insight.why import why as why
+    from qkv.nn.nsa import native_sparse_attention as native_sparse_attention
     from qkv.selection import Summaries as Summaries, block_summaries as block_summaries, select_blocks as select_blocks
 
 __version__ = "0.1.0"
@@ -56,6 +57,7 @@ _LAZY = {
     "select_blocks": ("qkv.selection", "select_blocks"),
     "block_summaries": ("qkv.selection", "block_summaries"),
     "Summaries": ("qkv.selection", "Summaries"),
+    "native_sparse_attention": ("qkv.nn.nsa", "native_sparse_attention"),
     "cache": ("qkv.cache", None),
     "nn": ("qkv.nn", None),
     "rotary": ("qkv.rotary", None),
@@ -69,6 +71,7 @@ if not TYPE_CHECKING:  # a checker takes what is written "as" above, and would t
         *("ArgumentError", "ArgumentTypeError", "PagesExhausted", "QKVError", "ShapeError", "UnsupportedError"),
         *("VersionError", "Mask", "alibi", "attention", "cache", "compat", "integrations", "merge", "nn", "plan"),
         *(
+            "native_sparse_attention",
             "relative",
             "rotary",
             "index_scores",

@@ -10,15 +10,17 @@ if TYPE_CHECKING:
     from qkv.nn.indexer import Indexer
     from qkv.nn.latent import LatentAttention
     from qkv.nn.multihead import MultiheadAttention
+    from qkv.nn.sparse import SparseAttention
 
 _LAZY = {
     "Attention": "qkv.nn.attention",
     "Indexer": "qkv.nn.indexer",
     "LatentAttention": "qkv.nn.latent",
     "MultiheadAttention": "qkv.nn.multihead",
+    "SparseAttention": "qkv.nn.sparse",
 }
 
-__all__ = ["Attention", "Indexer", "LatentAttention", "MultiheadAttention"]
+__all__ = ["Attention", "Indexer", "LatentAttention", "MultiheadAttention", "SparseAttention"]
 
 
 if not TYPE_CHECKING:  # a checker that saw it would take every misspelt name for Any

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from qkv.call import keywords
 from qkv.call.keys import KVView, LayerCache
 from qkv.checks import integer
-from qkv.errors import ArgumentError, ArgumentTypeError, ShapeError
+from qkv.errors import ArgumentError, ShapeError
 from qkv.graph import eager
 from qkv.masks import Mask, as_mask
-from qkv.nn.layer import Layer, RMSNorm, check_step, check_tokens
+from qkv.nn.layer import Layer, RMSNorm, check_heads, check_step, check_tokens, even_head_dim
 from qkv.rotary import Rotary, as_positions
 
 _CALL = "qkv.nn.Attention()"
@@ -132,7 +132,11 @@ class Attention(Layer):
         self.num_kv_heads = (
             self.num_heads if num_kv_heads is None else integer(_CALL, "num_kv_heads", num_kv_heads, low=1)
         )
-        self.head_dim = self._head_dim() if head_dim is None else integer(_CALL, "head_dim", head_dim, low=1)
+        self.head_dim = (
+            even_head_dim(_CALL, self.dim, self.num_heads)
+            if head_dim is None
+            else integer(_CALL, "head_dim", head_dim, low=1)
+        )
         self.context_dim = self.dim if context_dim is None else integer(_CALL, "context_dim", context_dim, low=1)
         self.value_dim = self.head_dim if value_dim is None else integer(_CALL, "value_dim", value_dim, low=1)
         self.rotary, self.gate = rotary, gate
@@ -338,24 +342,8 @@ class Attention(Layer):
         self._query_positions(x, None, None)
         return check_step(_FORWARD, self, x, positions, self.rotary, cache)
 
-    def _head_dim(self) -> int:
-        if self.dim % self.num_heads:
-            rule, fix = "dim must be a multiple of num_heads where head_dim is left out", "Pass head_dim"
-            raise ArgumentError.of(_CALL, rule, f"dim={self.dim} and num_heads={self.num_heads}", fix)
-        return self.dim // self.num_heads
-
     def _check(self) -> None:
-        if self.num_heads % self.num_kv_heads:
-            fits = ", ".join(str(n) for n in range(1, self.num_heads + 1) if self.num_heads % n == 0)
-            rule, fix = "num_heads must be a multiple of num_kv_heads", f"Use num_kv_heads in {{{fits}}}"
-            raise ArgumentError.of(_CALL, rule, f"num_heads={self.num_heads} and num_kv_heads={self.num_kv_heads}", fix)
-        if self.rotary is not None and not isinstance(self.rotary, Rotary):
-            fix = f"Pass qkv.rotary.Rotary({self.head_dim})"
-            raise ArgumentTypeError.of(_CALL, "rotary must be a Rotary", f"rotary={self.rotary!r}", fix)
-        if self.rotary is not None and self.rotary.dim > self.head_dim:
-            given = f"rotary.dim={self.rotary.dim} and head_dim={self.head_dim}"
-            fix = f"Use Rotary({self.head_dim}), or fewer for a partial one"
-            raise ArgumentError.of(_CALL, "rotary turns at most head_dim numbers", given, fix)
+        check_heads(_CALL, self.num_heads, self.num_kv_heads, self.head_dim, self.rotary)
         if self.gate not in (False, True, "headwise"):
             fix = 'Pass True for a gate a number, or "headwise"'
             raise ArgumentError.of(_CALL, 'gate is a bool or "headwise"', f"gate={self.gate!r}", fix)

@@ -79,6 +79,29 @@ class Layer(nn.Module):
         return self.mask & mask
 
 
+def even_head_dim(call: str, dim: int, num_heads: int) -> int:
+    """D of heads that share the width between them."""
+    if dim % num_heads:
+        rule, fix = "dim must be a multiple of num_heads where head_dim is left out", "Pass head_dim"
+        raise ArgumentError.of(call, rule, f"dim={dim} and num_heads={num_heads}", fix)
+    return dim // num_heads
+
+
+def check_heads(call: str, num_heads: int, num_kv_heads: int, head_dim: int, rotary: Any) -> None:
+    """The numbers of heads must fit each other, and rotary the size of a head."""
+    if num_heads % num_kv_heads:
+        fits = ", ".join(str(n) for n in range(1, num_heads + 1) if num_heads % n == 0)
+        rule, fix = "num_heads must be a multiple of num_kv_heads", f"Use num_kv_heads in {{{fits}}}"
+        raise ArgumentError.of(call, rule, f"num_heads={num_heads} and num_kv_heads={num_kv_heads}", fix)
+    if rotary is not None and not isinstance(rotary, Rotary):
+        fix = f"Pass qkv.rotary.Rotary({head_dim})"
+        raise ArgumentTypeError.of(call, "rotary must be a Rotary", f"rotary={rotary!r}", fix)
+    if rotary is not None and rotary.dim > head_dim:
+        given = f"rotary.dim={rotary.dim} and head_dim={head_dim}"
+        fix = f"Use Rotary({head_dim}), or fewer for a partial one"
+        raise ArgumentError.of(call, "rotary turns at most head_dim numbers", given, fix)
+
+
 def check_tokens(call: str, name: str, x: Any, width_name: str, width: int) -> None:
     """x must be (B, L, width)."""
     if not isinstance(x, Tensor):
