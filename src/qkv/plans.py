@@ -188,7 +188,7 @@ class Plan:
     def seconds(self) -> float | None:
         """About how long the call takes on this machine, forward; None where that is not known: off the CPU.
 
-        The first prediction for a dtype and a head size times a few calls, 0.05 s, unless `qkv doctor --tune` did.
+        The first prediction for a dtype and a head size times a few calls, 0.1 s, unless `qkv doctor --tune` did.
         """
         return rates.seconds(self.chosen, self.problem, self.pairs)
 
@@ -228,7 +228,7 @@ class Plan:
         return f"{first}; {further}"
 
     def __str__(self) -> str:
-        p, tiles = self.problem, self.tiles
+        p = self.problem
         dtype = short(p.dtype)
         lines = [
             f"problem   q ({p.B}, {p.Hq}, {p.Lq}, {p.D})  k ({p.B}, {p.Hkv}, {p.Lk}, {p.D})  "
@@ -239,8 +239,13 @@ class Plan:
         lines += [f"          {self.note}"] if self.note else []
         lines += [f"{'refused' if not i else '':<10}{name}: {why}" for i, (name, why) in enumerate(self.refused)]
         lines += [f"gradients {self.gradients}"]
+        return "\n".join([*lines, *self.costs()])
+
+    def costs(self) -> list[str]:
+        """Its last lines: tiles, pairs, work, memory and time, beside those of the same call without a mask."""
+        p, tiles = self.problem, self.tiles
         part = f" ({tiles.visible / tiles.total:.2%})" if tiles.total else ""
-        lines += [
+        lines = [
             f"tiles     {tiles.visible:,} of {tiles.total:,} visited{part}, {tiles.full:,} of them fully visible; "
             f"one tile is {self.tile[0]} queries x {self.tile[1]} keys",
             f"pairs     {amounts.of_pairs(self.visible, self.pairs, self.dense.pairs)}",
@@ -250,7 +255,7 @@ class Plan:
         if known is not None:
             dense = self.dense_seconds if p.mask is not None else None
             lines.append(f"time      {amounts.of_time(known, self.gradient_seconds, dense)}")
-        return "\n".join(lines)
+        return lines
 
 
 def find(name: str) -> base.Backend | str:

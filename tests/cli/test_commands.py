@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 import io
+import json
 import os
 import subprocess
 import sys
@@ -238,8 +239,29 @@ def test_mask_draws(capsys: pytest.CaptureFixture[str]) -> None:
     mask = qkv.causal() & qkv.sliding_window(4)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "causal() & sliding_window(4)"
-    assert "\n".join(lines[1:-1]) == mask.picture(8, 8)
-    assert lines[-1] == "26 of 64 pairs visible (40.6%)"
+    assert "\n".join(lines[1:10]) == mask.picture(8, 8)
+    assert lines[10] == "26 of 64 pairs visible (40.6%)"
+
+
+def test_mask_says_what_a_call_costs(capsys: pytest.CaptureFixture[str]) -> None:
+    """At a million tokens: the picture, pairs, tiles, FLOPs, bytes, time, and those of a dense call."""
+    arguments = ["causal() & (prefix(4) | sliding_window(4096))", "--q", "1000000", "--dtype", "bfloat16"]
+    assert main(["mask", *arguments]) == 0
+    shown = capsys.readouterr().out
+    q = torch.zeros((), dtype=torch.bfloat16).expand(1, 1, 1_000_000, 64)
+    found = qkv.plan(q, q, q, qkv.causal() & (qkv.prefix(4) | qkv.sliding_window(4096)))
+    assert "one cell: 20,834 x 20,834 (queries x keys)" in shown
+    assert "4,091,597,050 of 1,000,000,000,000 pairs visible (0.4%)" in shown
+    assert "\n".join(found.costs()) in shown
+    assert "the mask as a tensor would take 931 GiB" in shown
+    assert "; dense 256 TFLOP" in shown
+    assert main(["mask", *arguments, "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["pairs"]["visible_at_least"] == data["pairs"]["visible_at_most"] == 4_091_597_050
+    assert data["dense"]["pairs"] == 10**12
+    assert data["picture"][-1].startswith("one cell")
+    assert (data["seconds"] is None) == (found.seconds is None)
+    assert main(["mask", "causal()", "--d", "0"]) == 2
 
 
 @pytest.mark.parametrize("positions", ["start", "end", "3", "-1"])
@@ -261,7 +283,7 @@ def test_mask_asks_where_the_queries_stand(capsys: pytest.CaptureFixture[str]) -
 
 def test_mask_tells_of_queries_that_see_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["mask", "causal() & ~sliding_window(1)", "--q", "3"]) == 0
-    assert capsys.readouterr().out.endswith("3 of 9 pairs visible (33.3%); 1 query sees no key: out 0, lse -inf\n")
+    assert "\n3 of 9 pairs visible (33.3%); 1 query sees no key: out 0, lse -inf\n" in capsys.readouterr().out
 
 
 def test_mask_draws_a_batch_row_and_a_head(capsys: pytest.CaptureFixture[str]) -> None:

@@ -30,7 +30,7 @@ def test_a_call_in_steps_is_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(contenders, "CHUNK", 1000)
     q, k, v = contenders.inputs(4700)
     told: list[int] = []
-    out = contenders.ours(q, k, v, told.append)
+    out = contenders.ours(q, k, v, told.append)()
     assert told == [1000, 2000, 3000, 4000, 4700]
     want = qkv.attention(q, k, v, contenders.MASK)
     assert torch.allclose(out.float(), want.float(), atol=2**-7)
@@ -45,7 +45,7 @@ def test_pytorch_gets_the_same_mask() -> None:
     mask = qkv.causal() & (qkv.prefix(2) | qkv.sliding_window(50))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(contenders, "MASK", mask)
-        out = contenders.theirs(q, k, v, nothing)
+        out = contenders.theirs(q, k, v, nothing)()
     want = qkv.attention(q.double(), k.double(), v.double(), mask, backend="reference")
     assert torch.allclose(out.double(), want, atol=2**-6)
 
@@ -76,11 +76,11 @@ def test_a_contender_that_stopped_is_not_asked_again(monkeypatch: pytest.MonkeyP
     asked: list[tuple[str, int]] = []
 
     def call(name: str) -> Any:
-        def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tell: Any) -> torch.Tensor:
+        def prepare(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tell: Any) -> Any:
             asked.append((name, q.shape[2]))
-            return v.clone()
+            return v.clone
 
-        return run
+        return prepare
 
     lines = [(lengths.Line(n), call(n), lambda L: 0 if L < 512 else 1 << 60) for n in ("qkv", "one", "two")]
     monkeypatch.setattr(lengths, "contenders", lambda: lines)

@@ -173,3 +173,35 @@ def test_looking_keeps_its_limit() -> None:
     want = int(t.tril().sum())
     assert counted(mask, line, s, 0, 0, 300 * 300) == (want, want)
     assert counted(mask, line, s, 0, 0, 1000) == (0, 300 * 301 // 2)
+
+
+@seeds(120)
+def test_a_picture_that_was_counted_is_the_one_that_was_looked_at(seed: int) -> None:
+    rng = random.Random(f"pictures {seed}")
+    s = draw_sizes(rng)
+    if not s.Lq or not s.Lk:
+        return
+    spec = expression(rng, s, rng.randint(0, 2), CLOSED)
+    _, table = draw_positions(rng, s)
+    b, h, steps = rng.randrange(s.B), rng.randrange(s.Hq), (rng.randint(1, 9), rng.randint(1, 9))
+    dense = torch.tensor(seen(spec, table[b], s, b, h))
+    cells = [
+        [dense[i : i + steps[0], j : j + steps[1]] for j in range(0, s.Lk, steps[1])] for i in range(0, s.Lq, steps[0])
+    ]
+    want = [[int(cell.any()) + int(cell.all()) for cell in row] for row in cells]
+    line = torch.tensor(table[b])
+    found = counts.counted_cells(spec.mask, line, b=b, h=h, sizes=Shape(*_numbers(s)), steps=steps)
+    assert found is not None
+    assert found.tolist() == want, f"{spec.text} {s} {steps}"
+
+
+def test_long_pictures_are_those_of_every_pair() -> None:
+    mask = (qkv.causal() & (qkv.prefix(100) | qkv.sliding_window(700))) | qkv.random_blocks(1, 200, 3)
+    drawn = mask.picture(3000, 2500, positions=-20)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("qkv.masks.base._LOOKED_AT", 1 << 40)
+        assert mask.picture(3000, 2500, positions=-20) == drawn
+    assert "▒" in drawn
+    assert "■" in drawn
+    t = torch.ones(3000, 3000, dtype=torch.bool)
+    assert "▒" not in qkv.dense(t).picture(3000, 3000).rpartition("one cell")[0], "a tensor is looked at"

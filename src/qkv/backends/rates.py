@@ -2,7 +2,7 @@
 
 A call of many queries takes a time for each pair of query and key that is computed, and one for each row of queries;
 one of few queries takes the time to read its keys and values. The rates of a backend, a dtype and a head size come from
-what `qkv doctor --tune` recorded on this machine, or from calls of up to 0.05 s together, which are timed when a
+what `qkv doctor --tune` recorded on this machine, or from calls of up to 0.1 s together, which are timed when a
 prediction is first asked for: never at import, and never by `attention`.
 """
 
@@ -26,8 +26,8 @@ CALL = "qkv.plan()"
 _HEADS = 8
 _WIDTH = 64  # of the window whose time says what a row costs
 _SHORT, _LONG = 128, 1024  # queries of a timed call
-_SECONDS = 0.003  # that a timed call takes, if it can be so short: others who use the machine leave such gaps
-_TURNS = 5
+_SECONDS = 0.002  # that a timed call takes, if it can be so short: others who use the machine leave such gaps
+_TURNS = 3
 _FEW = 16  # queries of a head below which reading keys and values is what takes time
 _READ = 1 << 25  # bytes of keys and values that are read
 
@@ -104,13 +104,23 @@ def _read(backend: Backend, dtype: torch.dtype, D: int, Dv: int, turns: int) -> 
 
 
 def least(call: Callable[[], object], turns: int) -> float:
-    """The least time of so many calls, after one that warms up."""
-    taken = []
-    for _ in range(turns + 1):
-        start = time.perf_counter()
-        call()
-        taken.append(time.perf_counter() - start)
-    return min(taken[1:])
+    """The least time of so many calls, after one that warms up, with all threads and with one.
+
+    Threads that wait for one another take a hundred times as long where other programs have the processors; one alone
+    takes its own time then, and a prediction is at most as many times too long as there are threads.
+    """
+    threads, taken = torch.get_num_threads(), []
+    try:
+        for count in {threads, 1}:
+            torch.set_num_threads(count)
+            call()
+            for _ in range(turns):
+                start = time.perf_counter()
+                call()
+                taken.append(time.perf_counter() - start)
+    finally:
+        torch.set_num_threads(threads)
+    return min(taken)
 
 
 def numbers(size: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -92,7 +92,6 @@ def steps(found: Plan) -> list[list[str]]:
     """What each step of the call makes: name, shape, bytes, and what it is."""
     p = found.problem
     size, every = p.dtype.itemsize, p.B * p.Hq * p.Lq * p.Lk
-    pairs = found.flops // (2 * (p.D + p.Dv)) if p.D + p.Dv else 0
 
     def row(name: str, shape: tuple[int, ...], bytes: int, what: str) -> list[str]:
         return [name, f"({', '.join(f'{n:,}' for n in shape)})", amount(bytes, "B", 1024), what]
@@ -102,7 +101,7 @@ def steps(found: Plan) -> list[list[str]]:
         row("K", (p.B, p.Hkv, p.Lk, p.D), size * p.B * p.Hkv * p.Lk * p.D, _shared(p.group, "advertises")),
         row("V", (p.B, p.Hkv, p.Lk, p.Dv), size * p.B * p.Hkv * p.Lk * p.Dv, "what each key passes on"),
         row("scores", (p.B, p.Hq, p.Lq, p.Lk), every * p.accumulate.itemsize, "if they were stored: they are not"),
-        ["weights", "sum to 1 over the keys", "", f"{pairs:,} pairs in the tiles that are visited"],
+        ["weights", "sum to 1 over the keys", "", f"{found.pairs:,} pairs are computed"],
         row("out", (p.B, p.Hq, p.Lq, p.Dv), size * p.B * p.Hq * p.Lq * p.Dv, f"{amount(found.flops, 'FLOP')}"),
         ["cache", "a token and layer", amount(size * p.Hkv * (p.D + p.Dv), "B", 1024), "of keys and values"],
     ]
@@ -129,5 +128,9 @@ def as_json(found: Plan) -> dict[str, Any]:
         "dtype": short(p.dtype), "mask": None if p.mask is None else repr(p.mask), "words": in_words(p.mask),
         "backend": found.backend, "reason": found.reason, "refused": dict(found.refused), "tile": list(found.tile),
         "tiles": found.tiles._asdict(), "flops": found.flops, "bytes": found.bytes,
+        "pairs": {"visible_at_least": found.visible.least, "visible_at_most": found.visible.most,
+                  "computed": found.pairs},
+        "seconds": found.seconds, "gradient_seconds": found.gradient_seconds,
+        "dense": {**found.dense._asdict(), "seconds": found.dense_seconds},
         "cache_bytes_per_token": p.dtype.itemsize * p.Hkv * (p.D + p.Dv),
     }  # fmt: skip

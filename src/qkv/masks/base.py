@@ -12,7 +12,8 @@ from torch import Tensor
 
 from qkv.checks import integer, readable, shown
 from qkv.errors import ArgumentError, ArgumentTypeError, ShapeError
-from qkv.masks.picture import draw
+from qkv.masks.counts import counted_cells
+from qkv.masks.picture import draw, steps, written
 from qkv.masks.positions import resolve_positions
 from qkv.masks.program import Builder
 from qkv.masks.rule import CPU, Rule
@@ -20,8 +21,9 @@ from qkv.masks.tile import Sizes, Tile
 
 __all__ = ["dense"]
 
-# The most query-key pairs a picture looks at, and the most an error draws.
+# The most query-key pairs a picture looks at, those up to which it always does, and the most an error draws.
 _PICTURE_PAIRS = 2**28
+_LOOKED_AT = 2**22
 _ERROR_PAIRS = 2**22
 
 
@@ -107,11 +109,12 @@ class Mask(Rule):
         Raises
         ------
         ArgumentError
-            As `tensor`, and for more than 2**28 pairs.
+            As `tensor`, and for more than 2**28 pairs of a mask that is a tensor or a function.
 
         Notes
         -----
-        Cost: looks at every pair of query and key, a block of rows at a time.
+        Cost: looks at every pair of query and key, a block of rows at a time; beyond 2**22 pairs it counts what each
+        block holds instead, from the ranges of keys: a million tokens of most masks take well under a second.
 
         Examples
         --------
@@ -125,12 +128,15 @@ class Mask(Rule):
         Lq, Lk = integer(call, "Lq", Lq), integer(call, "Lk", Lk)
         B, Hq = integer(call, "B", B, low=1), integer(call, "Hq", Hq, low=1)
         b, h = integer(call, "b", b, 0, B - 1), integer(call, "h", h, 0, Hq - 1)
-        if Lq * Lk > _PICTURE_PAIRS:
-            fix = "Draw a shorter piece"
-            raise ArgumentError.of(call, f"Lq * Lk must be at most {_PICTURE_PAIRS}", f"Lq={Lq}, Lk={Lk}", fix)
         sizes = Sizes(B, Hq, Lq, Lk, device=self._device())
         self.check(call, sizes)
-        return self._draw(self._positions(call, positions, sizes), sizes, b, h)
+        p = self._positions(call, positions, sizes)
+        if Lq * Lk > _LOOKED_AT and (drawn := self._counted(p, sizes, b, h)) is not None:
+            return drawn
+        if Lq * Lk > _PICTURE_PAIRS:
+            rule = f"Lq * Lk must be at most {_PICTURE_PAIRS} where a mask is a tensor or a function"
+            raise ArgumentError.of(call, rule, f"Lq={Lq}, Lk={Lk}", "Draw a shorter piece")
+        return self._draw(p, sizes, b, h)
 
     def both_readings(self, sizes: Sizes) -> str:
         """The two pictures an error shows where `positions` was left out and matters.
@@ -161,6 +167,13 @@ class Mask(Rule):
             told = ArgumentError.of(call, rule, f"Lq={Lq}, Lk={Lk} and {self!r}", fix)
             raise ArgumentError(f"{told}\n{self.both_readings(sizes)}")
         return resolve_positions(call, positions, B=B, Lq=Lq, Lk=Lk)
+
+    def _counted(self, p: Tensor, sizes: Sizes, b: int, h: int) -> str | None:
+        """The same picture, from visible pairs counted in each cell; None where they are not known without looking."""
+        line = (p[b] if p.shape[0] > 1 else p[0]).to("cpu")
+        step = steps(sizes.Lq, sizes.Lk)
+        found = counted_cells(self, line, b=b, h=h, sizes=sizes, steps=step)
+        return None if found is None else written(found.tolist(), line[:: step[0]].tolist(), *step)
 
     def _draw(self, p: Tensor, sizes: Sizes, b: int, h: int, cells: int = 48) -> str:
         device = self._device()

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from qkv.masks.intervals import Parts, Ranges, Rows, Spans, cells, column, cuts_of, divided
+from qkv.masks.intervals import Parts, Ranges, Rows, Spans, cells, cuts_of, divided
 from qkv.masks.rule import Rule
 from qkv.masks.tile import Sizes, Tile
 
@@ -75,16 +75,17 @@ def _touched(parts: Parts, ranges: Ranges, owner: Tensor, Lk: int, K: int) -> in
 
 
 class _Keys:
-    """The keys there are, as if they were a mask."""
+    """The keys there are, as if they were a mask: in bins of `step`, all in one if there is none."""
 
-    def __init__(self, Lk: int) -> None:
-        self.Lk = Lk
+    def __init__(self, Lk: int, step: int | None = None) -> None:
+        self.Lk, self.step = Lk, step or max(Lk, 1)
 
     def _cuts(self, b: int) -> None:
         return None
 
     def _spans(self, rows: Rows) -> Spans:
-        return Spans(column(0), column(self.Lk))
+        start = torch.arange(0, max(self.Lk, 1), self.step, device="cpu")[None]
+        return Spans(start, (start + self.step).clamp_(max=self.Lk))
 
 
 class Look:
@@ -104,16 +105,53 @@ def pairs(
     """
     some = last >= first
     first, last, i_first = first[some], last[some], i_first[some]
-    rows, leaves = int((last - first + 1).sum()), list(dict.fromkeys(mask._leaves(h)))
-    cuts = [leaf._cuts(b) for leaf in leaves]
-    each = [cuts_of(c, i_first if c.by_index else first, last - first + 1, rows) for c in cuts if c is not None]
-    pieces = first.numel() + sum(c[0].numel() for c in each if c is not None)
-    least = most = 0
-    for part in _portions(first, last, i_first, -(-pieces // _CUTS)):
+    leaves, least, most = list(dict.fromkeys(mask._leaves(h))), 0, 0
+    for part in _portions(first, last, i_first, -(-_pieces(leaves, first, last, i_first, b) // _CUTS)):
         found = _Portion(mask, leaves, *part, b, h, sizes).count(look)
         least, most = least + found.least, most + found.most
         look.tell(int((part[1] - part[0] + 1).sum()))
     return Pairs(least, most)
+
+
+def grid(
+    mask: Rule, first: Tensor, last: Tensor, i_first: Tensor, *, b: int, h: int, sizes: Sizes, steps: tuple[int, int]
+) -> Tensor | None:
+    """Visible pairs in each cell of `steps` queries by keys, int64 (rows, columns); None where they are not known.
+
+    Runs end where cells end: run r is of the row of cells i_first[r] // steps[0].
+    """
+    out = torch.zeros(-(-sizes.Lq // steps[0]), -(-sizes.Lk // steps[1]), dtype=torch.int64, device="cpu")
+    leaves = list(dict.fromkeys(mask._leaves(h)))
+    for part in _portions(first, last, i_first, -(-_pieces(leaves, first, last, i_first, b) // _CUTS)):
+        if not _Portion(mask, leaves, *part, b, h, sizes, steps[1]).scatter(out, steps):
+            return None
+    return out
+
+
+def counted_cells(mask: Rule, line: Tensor, *, b: int, h: int, sizes: Sizes, steps: tuple[int, int]) -> Tensor | None:
+    """0, 1 or 2 for each cell of `steps` queries by keys: none, some or all of it visible; `line`: all positions.
+
+    None where that is not known without looking at pairs.
+    """
+    breaks = (line[1:] - line[:-1] != 1).nonzero().flatten() + 1
+    starts = torch.cat((torch.arange(0, sizes.Lq, steps[0], device="cpu"), breaks)).unique()
+    ends = torch.cat((starts[1:], starts.new_tensor([sizes.Lq]))) - 1
+    found = grid(mask, line[starts], line[ends], starts, b=b, h=h, sizes=sizes, steps=steps)
+    if found is None:
+        return None
+    high, wide = (
+        torch.full((-(-n // step),), step, dtype=torch.int64, device="cpu")
+        for n, step in zip(sizes[2:4], steps, strict=True)
+    )
+    high[-1], wide[-1] = sizes.Lq - steps[0] * (len(high) - 1), sizes.Lk - steps[1] * (len(wide) - 1)
+    return (found > 0).to(torch.uint8) + (found == high[:, None] * wide).to(torch.uint8)
+
+
+def _pieces(leaves: list[Any], first: Tensor, last: Tensor, i_first: Tensor, b: int) -> int:
+    """About how many pieces the runs are cut into."""
+    rows, cuts = int((last - first + 1).sum()), [leaf._cuts(b) for leaf in leaves]
+    each = [cuts_of(c, i_first if c.by_index else first, last - first + 1, rows) for c in cuts if c is not None]
+    return first.numel() + sum(c[0].numel() for c in each if c is not None)
 
 
 def _portions(first: Tensor, last: Tensor, i_first: Tensor, parts: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -135,11 +173,20 @@ class _Portion:
     """Some runs of queries of one head, divided into cells."""
 
     def __init__(
-        self, mask: Rule, leaves: list[Any], first: Tensor, last: Tensor, i_first: Tensor, b: int, h: int, sizes: Sizes
+        self,
+        mask: Rule,
+        leaves: list[Any],
+        first: Tensor,
+        last: Tensor,
+        i_first: Tensor,
+        b: int,
+        h: int,
+        sizes: Sizes,
+        step: int | None = None,
     ) -> None:
         self.mask, self.leaves, self.b, self.h, self.sizes = mask, leaves, b, h, sizes
         self.runs, self.rows = (first, last, i_first), int((last - first + 1).sum())
-        of = [*leaves, _Keys(sizes.Lk)]
+        of = [*leaves, _Keys(sizes.Lk, step)]
         whole = Rows(first, i_first, b, h, sizes.Lq, sizes.Lk, sizes.Hq)
         self.cells = cells(of, whole, last, limit=self.rows)
         self.p, self.i = (start[self.cells.stretch] + self.cells.row for start in (first, i_first))
@@ -154,14 +201,13 @@ class _Portion:
 
     def count(self, look: Look) -> Pairs:
         """Visible pairs, looked at where they do not follow from ranges."""
-        if self.cells.rows.numel() > _FEW and any(type(leaf)._spans is not Rule._spans for leaf in self.vague):
-            return self._halved(look)  # its ranges were too many to be told for all rows at once
-        if self.periods and not self.vague and (n := self._periodic()) is not None:
-            return Pairs(n, n)
+        if self._vast:
+            return self._halved(look)
+        known = self._each()
+        if known is not None:
+            return Pairs(int(known.sum()), int(known.sum()))
         may, must = self.mask._decide(self.h, self.known)
         least, unsure = self._size(must & self.real), may & ~must & self.real
-        if not bool(unsure.any()):
-            return Pairs(least, least)
         boxes = self._boxes(unsure)
         cost = sum(rows * (hi - lo) for _, rows, lo, hi, *_ in boxes)
         if cost > look.left:
@@ -170,6 +216,35 @@ class _Portion:
         least += sum(self._seen(*box) for box in boxes)
         return Pairs(least, least)
 
+    @property
+    def _vast(self) -> bool:
+        """Whether a mask has more ranges than are told for all rows at once."""
+        return self.cells.rows.numel() > _FEW and any(type(leaf)._spans is not Rule._spans for leaf in self.vague)
+
+    def _each(self) -> Tensor | None:
+        """Visible pairs of each cell that is real; None where the mask has to be looked at."""
+        if self.periods and not self.vague and (found := self._periodic()) is not None:
+            return found
+        may, must = self.mask._decide(self.h, self.known)
+        if bool((may & ~must & self.real).any()):
+            return None
+        return self._sizes().masked_fill(~must, 0).masked_select(self.real)
+
+    def scatter(self, out: Tensor, steps: tuple[int, int]) -> bool:
+        """Add the visible pairs to a grid's cells; False where they are not known."""
+        if self._vast:
+            b, h, sizes = self.b, self.h, self.sizes
+            halves = (
+                _Portion(self.mask, self.leaves, *part, b, h, sizes, steps[1]) for part in _portions(*self.runs, 2)
+            )
+            return all(half.scatter(out, steps) for half in halves)
+        known = self._each()
+        if known is not None:
+            row = (self.i // steps[0])[:, None].expand(self.real.shape).masked_select(self.real)
+            at = self.bounds.lo.masked_select(self.real).clamp(0, self.sizes.Lk - 1) // steps[1]
+            out.view(-1).index_add_(0, row * out.shape[1] + at, known)
+        return known is not None
+
     def _halved(self, look: Look) -> Pairs:
         halves = [
             _Portion(self.mask, self.leaves, *part, self.b, self.h, self.sizes).count(look)
@@ -177,11 +252,14 @@ class _Portion:
         ]
         return Pairs(sum(half.least for half in halves), sum(half.most for half in halves))
 
+    def _sizes(self) -> Tensor:
+        """Pairs of each cell."""
+        rows, to = self.cells.rows[:, None], self.bounds
+        return rows * (to.hi - to.lo) + (to.hi_step - to.lo_step) * (rows * (rows - 1)).div(2, rounding_mode="floor")
+
     def _size(self, chosen: Tensor) -> int:
         """Pairs in the chosen cells."""
-        rows, to = self.cells.rows[:, None], self.bounds
-        each = rows * (to.hi - to.lo) + (to.hi_step - to.lo_step) * (rows * (rows - 1)).div(2, rounding_mode="floor")
-        return int(each.masked_select(chosen).sum())
+        return int(self._sizes().masked_select(chosen).sum())
 
     def _boxes(self, chosen: Tensor) -> list[tuple[int, ...]]:
         """Of each chosen cell: its piece, rows, the keys of all its rows, its ends at the first row, their steps."""
@@ -205,8 +283,8 @@ class _Portion:
                 found += int((seen & (j >= lo + lo_step * row) & (j < hi + hi_step * row)).sum())
         return found
 
-    def _periodic(self) -> int | None:
-        """Visible pairs where the mask depends on ranges and remainders of p - j; None if the period is too long."""
+    def _periodic(self) -> Tensor | None:
+        """Visible pairs of each real cell, from ranges and remainders of p - j; None if the period is too long."""
         N = math.lcm(*(n for n, _ in self.periods.values()))
         code = torch.zeros(self.real.shape, dtype=torch.int64, device="cpu")
         for n, leaf in enumerate(self.leaves):
@@ -223,12 +301,12 @@ class _Portion:
             known[leaf] = inside, inside
         sums = _Sums(self.mask._decide(self.h, known)[0].expand(kinds.numel(), N), kind)
         rows, p = (x[:, None].expand(self.real.shape).masked_select(self.real) for x in (self.cells.rows, self.p))
-        total = 0
+        total = torch.zeros_like(rows)
         for end, step, sign in ((self.bounds.lo, self.bounds.lo_step, 1), (self.bounds.hi, self.bounds.hi_step, -1)):
             distance = p + 1 - end.masked_select(self.real)
             still = step.expand(self.real.shape).masked_select(self.real) == 0  # then the distance grows with each row
             many = torch.where(still, sums.of_sums(distance + rows) - sums.of_sums(distance), rows * sums(distance))
-            total += sign * int(many.sum())
+            total += sign * many
         return total
 
 

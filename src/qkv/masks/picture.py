@@ -17,24 +17,36 @@ def draw(rows: Callable[[int, int], Tensor], labels: list[int], Lk: int, cells: 
     Where a side has more than `cells` entries a character stands for a block of them, and the last line says so.
     """
     Lq = len(labels)
-    step_q, step_k = max(1, -(-Lq // cells)), max(1, -(-Lk // cells))
-    columns = -(-Lk // step_k)
+    step_q, step_k = steps(Lq, Lk, cells)
+    padding = -Lk % step_k
+    table = []
+    for start in range(0, Lq, step_q):
+        seen = rows(start, min(start + step_q, Lq))
+        some = torch.nn.functional.pad(seen.any(0), (0, padding), value=False).view(-1, step_k).any(1)
+        every_key = torch.nn.functional.pad(seen.all(0), (0, padding), value=True).view(-1, step_k).all(1)
+        table.append([2 if full else int(any_) for full, any_ in zip(every_key.tolist(), some.tolist(), strict=True)])
+    return written(table, labels[::step_q], step_q, step_k)
+
+
+def steps(Lq: int, Lk: int, cells: int = CELLS) -> tuple[int, int]:
+    """Queries and keys that one character stands for."""
+    return max(1, -(-Lq // cells)), max(1, -(-Lk // cells))
+
+
+def written(table: list[list[int]], labels: list[int], step_q: int, step_k: int) -> str:
+    """A table of 0 (none visible), 1 (some) and 2 (all); `labels` are the positions of each row's first query."""
+    columns = max(map(len, table), default=0)
     every = 1 if columns <= 10 and step_k == 1 else 5
     width = max([2, *(len(str(p)) for p in labels)])
     header = ""
     for column in range(0, columns, every):
-        header = header.ljust(2 * column) + str(column * step_k)
+        header = header.ljust(2 * column)
+        header += " " * (len(header) > 2 * column) + str(column * step_k)  # numbers of many digits stay apart
     lines = [f"{'p/j':>{width + 1}} {header}".rstrip()]
-    for start in range(0, Lq, step_q):
-        seen = rows(start, min(start + step_q, Lq))
-        padding = columns * step_k - Lk
-        some = torch.nn.functional.pad(seen.any(0), (0, padding), value=False).view(columns, step_k).any(1)
-        every_key = torch.nn.functional.pad(seen.all(0), (0, padding), value=True).view(columns, step_k).all(1)
-        marks = [
-            FULL if full else MIXED if any_ else EMPTY
-            for full, any_ in zip(every_key.tolist(), some.tolist(), strict=True)
-        ]
-        lines.append(f"{labels[start]:>{width + 1}} {' '.join(marks)}".rstrip())
+    for label, row in zip(labels, table, strict=True):
+        lines.append(f"{label:>{width + 1}} {' '.join((EMPTY, MIXED, FULL)[x] for x in row)}".rstrip())
     if step_q > 1 or step_k > 1:
-        lines.append(f"one cell: {step_q} x {step_k} (queries x keys); {FULL} all, {MIXED} some, {EMPTY} none visible")
+        lines.append(
+            f"one cell: {step_q:,} x {step_k:,} (queries x keys); {FULL} all, {MIXED} some, {EMPTY} none visible"
+        )
     return "\n".join(lines)

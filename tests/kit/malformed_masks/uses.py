@@ -326,9 +326,10 @@ CASES: list[tuple[str, type[qkv.QKVError], str]] = [
         "Mask.tensor(): Hq must be an integer >= 0. Got Hq=-2. Pass a whole number >= 0.",
     ),
     (
-        "qkv.causal().picture(2**20, 2**20)",
+        "qkv.mask_mod(lambda b, h, p, j: j <= p).picture(2**20, 2**20)",
         qkv.ArgumentError,
-        "Mask.picture(): Lq * Lk must be at most 268435456. Got Lq=1048576, Lk=1048576. Draw a shorter piece.",
+        "Mask.picture(): Lq * Lk must be at most 268435456 where a mask is a tensor or a function. "
+        "Got Lq=1048576, Lk=1048576. Draw a shorter piece.",
     ),
     (
         "qkv.causal().tensor(20000, 1000)",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -26,29 +27,33 @@ def inputs(tokens: int) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
-def ours(q: Tensor, k: Tensor, v: Tensor, tell: Callable[[int], None]) -> Tensor:
+def ours(q: Tensor, k: Tensor, v: Tensor, tell: Callable[[int], None]) -> Callable[[], Tensor]:
     """The call, CHUNK queries at a time, for a bar that moves."""
-    out = torch.empty_like(q)
-    for begin in range(0, q.shape[2], CHUNK):
-        end = min(begin + CHUNK, q.shape[2])
-        out[:, :, begin:end] = attention(q[:, :, begin:end], k[:, :, :end], v[:, :, :end], MASK, positions=begin)
-        tell(end)
-    return out
+
+    def call() -> Tensor:
+        out = torch.empty_like(q)
+        for begin in range(0, q.shape[2], CHUNK):
+            end = min(begin + CHUNK, q.shape[2])
+            out[:, :, begin:end] = attention(q[:, :, begin:end], k[:, :, :end], v[:, :, :end], MASK, positions=begin)
+            tell(end)
+        return out
+
+    return call
 
 
-def theirs(q: Tensor, k: Tensor, v: Tensor, tell: Callable[[int], None]) -> Tensor:
-    """PyTorch's attention with the mask that it needs: one bool for each pair."""
+def theirs(q: Tensor, k: Tensor, v: Tensor, tell: Callable[[int], None]) -> Callable[[], Tensor]:
+    """PyTorch's attention with the mask that it needs, one bool for each pair; making it is not timed."""
     L = q.shape[2]
     mask = torch.empty((L, L), dtype=torch.bool, device="cpu")
     for begin in range(0, L, 256):
         end = min(begin + 256, L)
         mask[begin:end] = MASK.tensor(end - begin, L, positions=begin)[0, 0]
-    return scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    return partial(scaled_dot_product_attention, q, k, v, attn_mask=mask)
 
 
-def full(q: Tensor, k: Tensor, v: Tensor, tell: Callable[[int], None]) -> Tensor:
+def full(q: Tensor, k: Tensor, v: Tensor, tell: Callable[[int], None]) -> Callable[[], Tensor]:
     """PyTorch's causal attention over all keys, for which it needs no tensor."""
-    return scaled_dot_product_attention(q, k, v, is_causal=True)
+    return partial(scaled_dot_product_attention, q, k, v, is_causal=True)
 
 
 def sampled(q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> tuple[float, float]:

@@ -58,7 +58,7 @@ def predicted(tokens: int) -> float | None:
     return plan(q, q, q, MASK).seconds
 
 
-def contenders() -> list[tuple[Line, Callable[..., Tensor], Callable[[int], int]]]:
+def contenders() -> list[tuple[Line, Callable[..., Callable[[], Tensor]], Callable[[int], int]]]:
     """Name, call, and the bytes that it is expected to take at a length beyond q, k, v and out."""
     return [
         (Line("qkv"), ours, lambda L: 0),
@@ -107,14 +107,14 @@ def _stops(line: Line, L: int, beyond: int) -> bool:
 
 
 def _measured(
-    call: Callable[..., Tensor], at: tuple[Tensor, Tensor, Tensor], tell: Callable[[int], None]
+    prepare: Callable[..., Callable[[], Tensor]], at: tuple[Tensor, Tensor, Tensor], tell: Callable[[int], None]
 ) -> tuple[float, int, Tensor]:
-    """Seconds, the rise of the process's peak memory with the output, and the output."""
+    """Seconds of a call, the rise of the process's peak memory with what it needs and its output, and the output."""
     if at[0].shape[2] <= 2 * FIRST:
-        call(*at, lambda done: None)  # starts threads, and loads code
+        prepare(*at, lambda done: None)()  # starts threads, and loads code
     before = memory.reset()
+    call = prepare(*at, tell)
     start = time.perf_counter()
-    out = call(*at, tell)
+    out = call()
     taken = time.perf_counter() - start
-    peak = memory.status("VmHWM")
-    return taken, max(out.nbytes, peak - before), out
+    return taken, max(out.nbytes, memory.status("VmHWM") - before), out

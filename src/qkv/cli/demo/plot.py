@@ -122,7 +122,7 @@ def _panel(
         _text(left, bottom + 18, f"{longs[0]:,}", "n"),
         _text(left + _PANEL, bottom + 18, f"{longs[-1]:,} tokens", "n", "end"),
     ]
-    for number, line in enumerate(found.lines):
+    for number, line in reversed(list(enumerate(found.lines))):  # ours on top
         points = [at(L, v) for L, v in sorted(of(line).items())]
         if points:
             parts.append(f'<path class="l{number}" d="M{"L".join(points)}"/>')
