@@ -205,3 +205,33 @@ def test_long_pictures_are_those_of_every_pair() -> None:
     assert "■" in drawn
     t = torch.ones(3000, 3000, dtype=torch.bool)
     assert "▒" not in qkv.dense(t).picture(3000, 3000).rpartition("one cell")[0], "a tensor is looked at"
+
+
+@seeds(60)
+def test_tiles_that_stand_for_others_count_as_they_do(seed: int) -> None:
+    """Long enough that most tiles are not looked at: the same number as by looking at each."""
+    from qkv.backends.tiled.schedule import HeadRow, count_tiles
+
+    rng = random.Random(f"representatives {seed}")
+    L = rng.randint(2000, 4000)
+    s = Sizes(1, 1, L, L + rng.choice([0, 0, -777, 1313]))
+    spec = expression(rng, s, rng.randint(0, 2), ["causal", "sliding_window", "window", "prefix", "chunked", "padding",
+                      "strided", "dilated", "global_tokens", "documents"])  # fmt: skip
+    wide = rng.choice([qkv.sliding_window(rng.randint(1, 900)), qkv.window(300, rng.randint(0, 700)), qkv.prefix(5)])
+    T, K, offset = rng.choice([3, 4, 6]), rng.choice([1, 2, 8, 10]), rng.choice([0, 0, -500, 900])
+    for mask in (spec.mask, spec.mask & wide, spec.mask | (wide & qkv.causal())):
+        line = [HeadRow(0, 0, offset, None, 1)]
+        found = count_tiles(mask, line, s.Lq, s.Lk, T, K)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(counts, "_MANY", 1 << 60)
+            assert count_tiles(mask, line, s.Lq, s.Lk, T, K) == found, f"{mask!r} {s} {T} {K} {offset}"
+
+
+def test_most_tiles_of_a_window_are_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    from qkv.backends.tiled.schedule import HeadRow, count_tiles
+
+    seen: list[int] = []
+    whole = counts.divided
+    monkeypatch.setattr(counts, "divided", lambda m, w, last, n: (seen.append(last.numel()), whole(m, w, last, n))[1])
+    count_tiles(qkv.causal() & (qkv.prefix(4) | qkv.sliding_window(4096)), [HeadRow(0, 0, 0, None)], LONG, LONG, 96, 16)
+    assert seen[0] < 300

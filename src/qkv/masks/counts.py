@@ -26,6 +26,8 @@ from qkv.masks.tile import Sizes, Tile
 _CUTS = 1 << 15  # pieces that are thought about at once
 _PERIOD = 1 << 20  # the longest period that is tabulated
 _AT_ONCE = 1 << 22  # pairs that are looked at at once
+_MANY = 256  # tiles from which on some may stand for others
+_RARE = 16  # tiles of a period: with fewer there are none between
 _FEW = 64  # pieces that are not divided further
 _BITS = 60  # masks of an expression that a code has room for
 
@@ -49,29 +51,79 @@ def tiles(mask: Rule, whole: Rows, last: Tensor, tile: Tensor, K: int) -> tuple[
     Lk = whole.Lk
     if not last.numel() or not Lk:
         return 0, 0
-    parts = divided(mask, whole, last)
-    owner = tile[parts.tile]
-    visible = _touched(parts, parts.pieces.visible, owner, Lk, K)
+    number: Tensor = torch.arange(last.numel(), device="cpu")
+    weight: Tensor | None = None
+    if last.numel() >= _MANY and (some := _representatives(mask, whole, last, tile, K)) is not None:
+        number, weight = some
+    part = whole._replace(p=whole.p[number], i=whole.i[number])
+    parts = divided(mask, part, last[number], 4 * last.numel() + 4096)
+    owner = tile[parts.tile] if weight is None else parts.tile
+    visible = _touched(parts, parts.pieces.visible, owner, Lk, K, weight)
     every = (int(tile[-1]) - int(tile[0]) + 1) * -(-Lk // K)
-    return visible, every - _touched(parts, parts.pieces.hidden, owner, Lk, K)
+    return visible, every - _touched(parts, parts.pieces.hidden, owner, Lk, K, weight)
 
 
-def _touched(parts: Parts, ranges: Ranges, owner: Tensor, Lk: int, K: int) -> int:
-    """Tiles of keys that the ranges touch, over all query tiles."""
+def _representatives(mask: Rule, whole: Rows, last: Tensor, tile: Tensor, K: int) -> tuple[Tensor, Tensor] | None:
+    """Tiles that stand for all, where the mask's form changes rarely: their numbers, and twice their weights.
+
+    Inside of a piece, and further than a tile from its ends, no end passes another, and each moves by as many keys as
+    the tile has rows: what tile t + P touches, with P tiles' rows a multiple of K, grows evenly with t. So the first
+    and the last of each remainder of t stand for those between. None where that is not so, or does not pay.
+    """
+    first, i_first, b, h, _, Lk, _ = whole
+    size = last - first + 1
+    n, T = first.numel(), int(size[0])
+    even = (size[:-1] == T).all() & (first[1:] - first[:-1] == size[:-1]).all()
+    if not bool(even & (i_first[1:] - i_first[:-1] == size[:-1]).all() & (tile[1:] == tile[:-1] + 1).all()):
+        return None
+    leaves = list(dict.fromkeys(mask._leaves(h)))
+    cuts = [leaf._cuts(b) for leaf in leaves]
+    often = (c.optional or 0 < c.period < _RARE * T or (c.at is not None and 8 * c.at.numel() > n) for c in cuts if c)
+    if any(often):
+        return None
+    found = cells([*leaves, _Keys(Lk)], whole._replace(p=first[:1], i=i_first[:1]), last[-1:], 4 * n + 4096)
+    vague = [leaf for leaf, spans in zip(leaves, found.spans, strict=False) if spans.exact is not True]
+    ranges = [leaf for leaf in vague if leaf._period() is None and type(leaf)._spans is not Rule._spans]
+    if ranges or found.rows.numel() * 8 > n:
+        return None
+    period, margin = K // math.gcd(T, K), T + 2 * K
+    weight = torch.full((n,), 2, dtype=torch.int64, device="cpu")
+    for begin, rows in zip(found.row.tolist(), found.rows.tolist(), strict=True):
+        low, high = -(-(begin + margin) // T), (begin + rows - margin) // T
+        if high - low < 4 * period:
+            continue
+        weight[low:high] = 0
+        for t in range(low, low + period):
+            count = -(-(high - t) // period)
+            weight[t] = weight[t + (count - 1) * period] = count
+    chosen = weight.nonzero()[:, 0]
+    return chosen, weight[chosen]
+
+
+def _touched(parts: Parts, ranges: Ranges, owner: Tensor, Lk: int, K: int, weight: Tensor | None) -> int:
+    """Tiles of keys that the ranges touch, over all query tiles; `weight`: twice how many each stands for."""
     lo, hi = parts.ends(ranges, Lk)
     chosen = lo < hi
     # Query tiles stand one after the other, with a gap of one tile of keys between them.
-    base = (owner * (-(-Lk // K) + 1))[:, None]
-    start = (lo.div_(K, rounding_mode="floor") + base).masked_select(chosen)
-    stop = (hi.add_(K - 1).div_(K, rounding_mode="floor") + base).masked_select(chosen)
-    if start.numel() == 0:
-        return 0
-    if bool((start[1:] < start[:-1]).any()):
-        start, order = start.sort()
-        stop = stop[order]
-    reach = stop.cummax(0).values
-    covered = torch.maximum(start[1:], reach[:-1])
-    return int((stop[1:] - covered).clamp_(min=0).sum()) + int(stop[0] - start[0])
+    stride = -(-Lk // K) + 1
+    base = (owner * stride)[:, None]
+    lo, hi = lo.div_(K, rounding_mode="floor").add_(base), hi.add_(K - 1).div_(K, rounding_mode="floor").add_(base)
+    same = owner[1:] == owner[:-1]
+    several = torch.nn.functional.pad(same, (1, 0)) | torch.nn.functional.pad(same, (0, 1))
+    total = 0
+    # Only ranges of several parts may be out of order.
+    for which in (~several, several) if bool(same.any()) else (None,):
+        some = (lo, hi, chosen) if which is None else (lo[which], hi[which], chosen[which])
+        start, stop = some[0].masked_select(some[2]), some[1].masked_select(some[2])
+        if start.numel() == 0:
+            continue
+        if which is several and bool((start[1:] < start[:-1]).any()):
+            start, order = start.sort()
+            stop = stop[order]
+        covered = torch.maximum(start, torch.nn.functional.pad(stop.cummax(0).values[:-1], (1, 0)))
+        new = (stop - covered).clamp_(min=0)
+        total += int(new.sum() if weight is None else (new * weight[start // stride]).sum())
+    return total if weight is None else total // 2
 
 
 class _Keys:

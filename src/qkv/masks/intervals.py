@@ -149,8 +149,8 @@ class Parts(NamedTuple):
         return lo.clamp_(0, Lk), hi.clamp_(0, Lk)
 
 
-def divided(mask: Expression, whole: Rows, last: Tensor) -> Parts:
-    """Tiles that have rows, from `whole` to the positions `last`, cut into parts."""
+def divided(mask: Expression, whole: Rows, last: Tensor, limit: int | None = None) -> Parts:
+    """Tiles that have rows, from `whole` to the positions `last`, cut into parts; `limit` of cuts that are optional."""
     first, i_first, *_ = whole
     tiles, size = first.numel(), last - first + 1
     # Tiles that follow one another are one stretch: its pieces, not the tiles, are what has to be thought about.
@@ -158,7 +158,7 @@ def divided(mask: Expression, whole: Rows, last: Tensor) -> Parts:
     head = torch.nn.functional.pad(begins, (1, 0), value=True)[:tiles].nonzero()[:, 0]
     line = size.cumsum(0) - size  # where each tile begins if all rows of all tiles stood in one line
     tail = torch.cat([head[1:], head.new_tensor([tiles])]) - 1 if tiles else head
-    pieces = _pieces(mask, whole._replace(p=first[head], i=i_first[head]), last[tail], limit=4 * tiles + 4096)
+    pieces = _pieces(mask, whole._replace(p=first[head], i=i_first[head]), last[tail], limit or 4 * tiles + 4096)
 
     start = line[head][pieces.stretch] + pieces.row
     part = line if start.numel() == head.numel() else torch.cat([line, start]).unique()
