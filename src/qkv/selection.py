@@ -17,6 +17,7 @@ from qkv.checks import flag, given_as, integer, shown
 from qkv.errors import ArgumentError, ArgumentTypeError, ShapeError
 from qkv.masks import Mask, Sizes, as_mask
 from qkv.masks.selected import selected_blocks
+from qkv.masks.shapes import Window
 from qkv.masks.shares import keys_seen
 
 CALL = "qkv.select_blocks()"
@@ -200,8 +201,8 @@ def _kept(view: KVView, i: int, block: int) -> tuple[tuple[Tensor, ...], Tensor 
     places = places_of(view, i, block)
     pool = [x.flatten(1, 2)[None] for x in view.summaries[:3]]
     n = places.numel()
-    if n and bool((places == places[0] + torch.arange(n, device="cpu")).all()) and int(places[0]) >= 0:
-        first = int(places[0])
+    first = int(places[0]) if n else -1
+    if first >= 0 and int(places[-1]) == first + n - 1 and bool((places.diff() == 1).all()):
         return tuple([x[:, :, first : first + n] for x in pool]), None
     places = places.clamp(min=0).to(view.k.device)
     if pool[0].shape[2] <= 2 * n:
@@ -242,6 +243,9 @@ def _lists(part: _Part, mask: Mask | None, choice: _Choice) -> Tensor:
     blocks = -(-sizes.Lk // choice.block)
     if not (rows_b and Hq and Lq and blocks):
         return torch.full((rows_b, H, -(-Lq // choice.queries), 0), -1, dtype=torch.int32, device=q.device)
+    if Lq == 1 and len(part.p) == 1 and (mask is None or (isinstance(mask, Window) and mask.left is None)):
+        seen = sizes.Lk if mask is None or mask.right is None else int(part.p) + mask.right + 1
+        return _leading(_scores(part, choice, slice(0, 1)), max(0, min(seen, sizes.Lk)), choice)
     found = []
     each = max(1, _SCORES // (rows_b * Hq * blocks)) * choice.queries
     for first in range(0, Lq, each):
@@ -344,31 +348,51 @@ def _chosen(scores: Tensor, kind: Tensor, top_k: int) -> Tensor:
     scores = scores[..., :blocks]
     if scores.shape[-1] < blocks:  # the keys after the last full block
         scores = torch.nn.functional.pad(scores, (0, blocks - scores.shape[-1]))
-    parts = (kind == 2).sum(-1)
+    parts = kind.eq(2).sum(-1)
     wide = min(blocks, max(top_k, int(parts.max())))
     if scores.dtype == torch.float64:
         order = _in_order(scores, kind)[..., :wide]
         rank = torch.arange(wide, device=order.device)
         none = kind.expand(scores.shape).gather(-1, order) == 0
     else:
-        packed = _packed(scores, kind)
+        packed = torch.where(kind == 2, _PART | _later(blocks, kind.device), _packed(scores))
+        packed.masked_fill_(kind == 0, _HIDDEN)
         best = packed.topk(wide, dim=-1, sorted=wide > top_k).values
-        order, none = blocks - 1 - (best & 0xFFFFFFFF), best == _HIDDEN
+        order, none = _blocks_of(best, blocks), best == _HIDDEN
         rank = torch.arange(wide, device=order.device)
     if wide > top_k:
         none = none | (rank >= torch.clamp(parts, min=top_k)[..., None])
     return order.to(torch.int32).masked_fill_(none, -1).sort(-1).values
 
 
-def _packed(scores: Tensor, kind: Tensor) -> Tensor:
+def _leading(scores: Tensor, seen: int, choice: _Choice) -> Tensor:
+    """The lists of one query that sees the first `seen` keys: what a step of decode asks for, in fewer steps."""
+    whole, rest = divmod(seen, choice.block)
+    wide = min(whole, max(choice.top_k - (rest > 0), 0))
+    scores = scores[..., :whole]
+    if scores.dtype == torch.float64:
+        lists = _in_order(scores, torch.ones_like(scores, dtype=torch.int8))[..., :wide]
+    else:
+        lists = _blocks_of(_packed(scores).topk(wide, dim=-1, sorted=False).values, whole)
+    lists = lists.to(torch.int32).sort(-1).values
+    return torch.nn.functional.pad(lists, (0, 1), value=whole) if rest else lists
+
+
+def _packed(scores: Tensor) -> Tensor:
     """Integers in the order of choice: float32 scores in the upper half, the lower block first in the lower half."""
     scores = torch.nan_to_num(scores, nan=torch.inf, posinf=torch.inf, neginf=-torch.inf).add_(0.0)  # one zero
     bits = scores.view(torch.int32)
-    order = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(torch.int64) << 32
-    blocks = kind.shape[-1]
-    last = torch.arange(blocks - 1, -1, -1, device=scores.device)
-    order = torch.where(kind == 2, _PART, order) | last
-    return torch.where(kind == 0, _HIDDEN, order)
+    order = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(torch.int64).bitwise_left_shift_(32)
+    return order.bitwise_or_(_later(scores.shape[-1], scores.device))
+
+
+def _later(blocks: int, device: torch.device) -> Tensor:
+    """The lower halves: how many blocks come after each."""
+    return torch.arange(blocks - 1, -1, -1, dtype=torch.int64, device=device)
+
+
+def _blocks_of(packed: Tensor, blocks: int) -> Tensor:
+    return blocks - 1 - (packed & 0xFFFFFFFF)
 
 
 def _in_order(scores: Tensor, kind: Tensor) -> Tensor:

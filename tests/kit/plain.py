@@ -278,7 +278,7 @@ class Plain:
         out = np.where(l[:, None] == 0, 0, o / np.where(l == 0, 1, l)[:, None])
         lse = np.where(l == 0, -np.inf, m + np.log(l)).astype(kind)
         self.state = np.where(m == -np.inf, 0, m), np.where(l == 0, 1, l)
-        sink_p = np.exp(sink - self.state[0]) / self.state[1] if sink > -np.inf else np.zeros_like(lse)
+        sink_p = np.exp(sink - self.state[0]) / self.state[1] if sink > -np.inf else np.where(np.isnan(l), l, 0)
         dead = (s == -np.inf).all(1)
         if bug == "dead row mean" and len(v):
             out = np.where(dead[:, None], v.mean(0), out)

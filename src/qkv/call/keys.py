@@ -27,7 +27,7 @@ class KVLayout:
     back: the view's `held` hides its keys, and no kernel touches it.
     """
 
-    __slots__ = ("alive_at", "clock", "lengths", "most", "queries", "starts", "tables")
+    __slots__ = ("alive_at", "clock", "fits", "lengths", "most", "queries", "starts", "tables")
 
     def __init__(
         self,
@@ -43,6 +43,7 @@ class KVLayout:
         self.lengths = lengths  # 'q': keys of each sequence, these with the step's own
         self.queries = queries  # 'q': of a ragged step, queries of each sequence; None: all have q.shape[2]
         self.clock, self.alive_at = clock, clock.now
+        self.fits: tuple[int, int] | None = None  # the sizes of a pool whose pages it was found to name
         self.most = most  # queries that a sequence may have at most: what earlier ones see was given back; None: all
 
 

@@ -85,9 +85,10 @@ def places_of(view: KVView, i: int, block: int) -> Tensor:
     """Where the summaries of sequence i's full blocks lie, counted over all pages; -1 where keys were given back."""
     layout, each = view.layout, view.k.shape[2] // block
     n = layout.lengths[i] // block
-    pages = torch.tensor(
-        layout.tables[layout.starts[i] : layout.starts[i] + -(-n // each)], dtype=torch.int64, device="cpu"
-    )
+    if n == 0:
+        return torch.zeros(0, dtype=torch.int64, device="cpu")
+    first = layout.starts[i] * layout.tables.itemsize
+    pages = torch.frombuffer(layout.tables, dtype=torch.int32, count=-(-n // each), offset=first).to(torch.int64)
     if each == 1:
         return pages
     blocks = pages[:, None] * each + torch.arange(each, device="cpu")

@@ -50,14 +50,15 @@ def check_view(call: str, q: Any, view: KVView, v: Any, options: Options) -> Non
 
 
 def _check_layout(call: str, view: KVView) -> None:
-    """What a cache makes is right; what others make by hand may not be."""
+    """What a cache makes is right; what others make by hand may not be. The pages are looked at once."""
     layout, P = view.layout, view.k.shape[2]
     n, starts = len(layout.lengths), layout.starts
     sizes = f"{n} lengths, {len(starts)} starts"
     if len(starts) != n + 1 or (layout.queries is not None and len(layout.queries) != n):
         rule, fix = "a layout has n lengths, n + 1 starts and n queries", "Take views from a cache or qkv.cache.stored"
         raise ShapeError.of(call, rule, sizes, fix)
-    for i, length in enumerate(layout.lengths):
+    pool = (view.k.shape[0], P)
+    for i, length in enumerate(layout.lengths if layout.fits != pool else ()):
         table = layout.tables[max(starts[i], 0) : max(starts[i + 1], 0)]
         used = table[: length // P + (length % P > 0)] if length >= 0 else table
         if length < 0 or starts[i] < 0 or len(used) * P < length or min(used, default=0) < -1:
@@ -67,6 +68,7 @@ def _check_layout(call: str, view: KVView) -> None:
         if max(used, default=-1) >= view.k.shape[0]:
             given = f"page {max(used)} of sequence {i}, and {view.k.shape[0]} pages"
             raise ArgumentError.of(call, "a page table names pages of its pool", given, "Check the table")
+    layout.fits = pool
     if layout.queries is not None and min(layout.queries, default=0) < 0:
         raise ArgumentError.of(call, "numbers of queries are >= 0", f"queries {list(layout.queries)}", "Check lengths=")
     scales = (view.k_scale, view.v_scale)
