@@ -12,7 +12,7 @@ from qkv.call import keywords
 from qkv.call.keys import KVView
 from qkv.errors import ArgumentError, ShapeError
 from qkv.functional import attention
-from qkv.masks import Mask, causal, selected_blocks, sliding_window
+from qkv.masks import Mask, causal, prefix, selected_blocks, sliding_window
 from qkv.masks.positions import resolve_positions
 from qkv.nn.choice import Pattern, checked, chosen_blocks
 
@@ -23,11 +23,13 @@ class Keys(NamedTuple):
     """What each branch attends to; a cache's view has no values beside it."""
 
     k_cmp: Tensor
-    v_cmp: Tensor
+    v_cmp: Tensor | None  # None: `entries` holds them
     k_slc: Tensor | KVView
     v_slc: Tensor | None
     k_swa: Tensor | KVView
     v_swa: Tensor | None
+    entries: KVView | None = None  # compressed keys and values where they lie, for queries that see them all
+    first: int = 0  # the first of those that is one
 
 
 def native_sparse_attention(
@@ -184,9 +186,12 @@ def branches(
     g_cmp, g_slc, g_swa = gates
     parts: list[Tensor] = []
     if g_cmp is not None or g_slc is not None:
-        # In numbers of blocks, a query sees up to the newest that lies before it: causal, but for where it stands.
-        newest = pattern.newest(places)
-        out, lse = attend(q, keys.k_cmp, keys.v_cmp, causal(), positions=newest, return_lse=True)
+        if keys.entries is not None:
+            out, lse = attend(q, keys.entries, None, ~prefix(keys.first) if keys.first else None, return_lse=True)
+        else:
+            # In numbers of blocks, a query sees up to the newest that lies before it: causal, but for where it stands.
+            newest = pattern.newest(places)
+            out, lse = attend(q, keys.k_cmp, keys.v_cmp, causal(), positions=newest, return_lse=True)
         if g_cmp is not None:
             parts.append(out * g_cmp[..., None])
     if g_slc is not None:

@@ -328,10 +328,13 @@ class SparseAttention(Layer):
 
     def _over(self, q: Tensor, view: KVView, entries: KVView, gates: Any, at: Tensor) -> Tensor:
         """The branches over a cache's view, for sequences with equal numbers of queries."""
-        k_cmp, v_cmp = gathered(entries)
         first = self.pattern.block // self.pattern.stride - 1  # before it no entry is of a whole block
         slc, swa = (self._head_view(view, b) for b in (1, 2))
-        keys = Keys(k_cmp[:, :, first:], v_cmp[:, :, first:], slc, None, swa, None)
+        if q.shape[2] == 1 and min(entries.layout.lengths, default=0):
+            keys = Keys(_keys_of(entries)[:, :, first:], None, slc, None, swa, None, entries, first)
+        else:  # some queries see fewer than their sequence has, or it has none
+            k_cmp, v_cmp = gathered(entries)
+            keys = Keys(k_cmp[:, :, first:], v_cmp[:, :, first:], slc, None, swa, None)
         return self._branches(q, keys, gates, at, max(view.layout.lengths, default=0))
 
     def _branches(self, q: Tensor, keys: Keys, gates: Any, places: Tensor, Lk: int) -> Tensor:
@@ -398,3 +401,20 @@ def _of(view: KVView, chosen: list[int]) -> KVView:
         starts.append(len(tables))
         lengths.append(layout.lengths[i])
     return view._replace(layout=KVLayout(tables, starts, lengths, None, layout.clock))
+
+
+def _keys_of(view: KVView) -> Tensor:
+    """Keys (n, H, L, D) of a view's sequences in its dtype; those that a sequence does not have may be anything."""
+    layout, P = view.layout, view.k.shape[2]
+    longest = max(layout.lengths)
+    pages = -(-longest // P)
+    table = array("q", bytes(8 * pages * len(layout.lengths)))
+    for i in range(len(layout.lengths)):
+        own = layout.tables[layout.starts[i] : layout.starts[i + 1]]
+        table[i * pages : i * pages + len(own)] = array("q", own)
+    at = torch.frombuffer(table, dtype=torch.int64).to(view.k.device)
+    held = view.k.index_select(0, at)  # (n pages, H, P, D)
+    if view.k_scale is not None:
+        held = (held.float() * view.k_scale.index_select(0, at)[..., None]).to(view.dtype)
+    keys: Tensor = held.unflatten(0, (-1, pages)).transpose(1, 2).flatten(2, 3)
+    return keys[:, :, :longest]
