@@ -133,6 +133,18 @@ def test_what_is_not_finite() -> None:
     assert chosen(3, 1.0, qkv.dense(torch.tensor([[True, False, False, True, True]]))) == [0, 3, 4]
 
 
+@pytest.mark.parametrize(("dtype", "large", "small"), [(torch.float64, 1.0, 1e-12), (torch.bfloat16, 256.0, 1.0)])
+def test_scores_are_compared_in_float32_and_float64(dtype: torch.dtype, large: float, small: float) -> None:
+    """Scores that differ by less than the next wider of rounding: the last key has the largest."""
+    k = torch.tensor([[large, 0.0], [large, small]], dtype=dtype)[None, None]
+    ones = torch.ones(1, 1, 1, 2, dtype=dtype)
+    assert qkv.select_tokens(ones, k, ones[..., 0], 1).tensor(1, 2, positions="end").tolist() == [[[[False, True]]]]
+    q = torch.tensor([large, large + small], dtype=torch.float64)[None, None, None]
+    k = torch.eye(2, dtype=torch.float64)[None, None]
+    found = qkv.select_tokens(q, k, torch.ones(1, 1, 1, dtype=torch.float64), 1)
+    assert found.tensor(1, 2, positions="end").tolist() == [[[[False, True]]]]
+
+
 class _Largest(TorchDispatchMode):
     """The most elements of a tensor that an operator made."""
 
@@ -157,6 +169,16 @@ def test_nothing_is_made_in_proportion_to_all_pairs() -> None:
     with _Largest() as largest:
         qkv.index_scores(q, k, weights, rows=[0, 7, 2000], mask=qkv.causal(), positions="end").sum().backward()
     assert largest.numel < 64 * Lk
+
+
+def test_a_backward_pass_computes_products_again() -> None:
+    kept: list[int] = []
+    q, k, weights = torch.randn(1, 8, 50, 4, requires_grad=True), torch.randn(1, 1, 300, 4), torch.randn(1, 50, 8)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+        scores = qkv.index_scores(q, k, weights, mask=qkv.causal(), positions="end")
+    assert sum(kept) < 2 * 50 * 300  # and not 8 times that
+    scores.masked_fill(scores == -torch.inf, 0).sum().backward()
+    assert q.grad is not None
 
 
 # ---------------------------------------------------------------------------------------------------------- attention
@@ -216,9 +238,9 @@ def test_a_view_chooses_as_tensors_do(kind: str) -> None:
         n, T = (1, sum(step)) if ragged else (3, step[0])
         more: dict[str, Any] = {"lengths": step} if ragged else {}
         new = whole(rng, n, 1, T, 3, dtype=torch.float32)
-        if kind == "int8":  # whose step is 2 then, so that what is stored are these very numbers
-            new *= 2
-            new[..., 2] = 254.0
+        if kind == "int8":  # whose step is 1 or 2 then, by token, so that what is stored are these very numbers
+            new[..., 2] = 127.0
+            new *= whole(rng, n, 1, T, 1, low=1, high=2, dtype=torch.float32)
         sizes = ((n, T, 6), (n, T, 2)) if latent else ((n, 2, T, 4), (n, 2, T, 4))
         cache.append(seqs, torch.randn(sizes[0]), torch.randn(sizes[1]), index=new, **more)
         q, weights = whole(rng, n, 2, T, 3, dtype=torch.float32), whole(rng, n, T, 2, dtype=torch.float32)

@@ -135,6 +135,55 @@ def test_scores_are_the_definition_and_learn() -> None:
         close(g, w, 50 * CLOSE)
 
 
+def probabilities(layer: LatentAttention, x: Tensor, seen: Tensor) -> Tensor:
+    """The mean over heads of attention's own, (B, L, L): 0 where hidden."""
+    w, R, dn, dr = dict(layer.named_parameters()), layer.kv_lora_rank, layer.qk_nope_head_dim, layer.qk_rope_head_dim
+    found = torch.zeros(seen.shape, dtype=torch.float64)
+    for b, row in enumerate(x):
+        c = row @ w["q_a_proj.weight"].T
+        c = c / ((c * c).mean(-1, keepdim=True) + 1e-6).sqrt() * w["q_a_layernorm.weight"]
+        kv = row @ w["kv_a_proj_with_mqa.weight"].T
+        latent = kv[:, :R] / ((kv[:, :R] ** 2).mean(-1, keepdim=True) + 1e-6).sqrt() * w["kv_a_layernorm.weight"]
+        turned = turn(kv[:, R:], layer.rotary, range(len(row)))
+        for h in range(layer.num_heads):
+            q = c @ w["q_b_proj.weight"][h * (dn + dr) : (h + 1) * (dn + dr)].T
+            k = latent @ w["kv_b_proj.weight"][h * (dn + layer.v_head_dim) :][:dn].T
+            s = q[:, :dn] @ k.T + turn(q[:, dn:], layer.rotary, range(len(row))) @ turned.T
+            p = (s / (dn + dr) ** 0.5).masked_fill(~seen[b], -torch.inf).softmax(-1)
+            found[b] += p.nan_to_num(0.0) / layer.num_heads
+    return found
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_the_loss_of_the_indexer(full: bool) -> None:
+    """Its value and its gradients, which are the indexer's alone; rows; and a row that sees nothing counts 0."""
+    layer, x = built(mask=qkv.causal() & qkv.padding([12, 0])), sample(2, 12, 24, seed=6).requires_grad_()
+    shown = CAUSAL & qkv.padding([12, 0]).tensor(12, 12, B=2)[:, 0]
+    scores = index_definition(layer, x.detach())
+    seen = shown if full else chosen(scores.detach(), shown)
+    p = probabilities(layer, x.detach(), seen).detach()
+    log = scores.masked_fill(~seen, -torch.inf).log_softmax(-1)
+    far = torch.where(p > 0, p * (p.log() - log), 0.0).sum(-1)
+    for rows in (None, [2, 11]):
+        got, want = layer.index_loss(x, full=full, rows=rows), (far if rows is None else far[:, rows]).mean()
+        close(got, want.detach(), 1e-10)
+        assert want > 0.01
+        assert layer.indexer is not None
+        parameters = list(layer.indexer.parameters())
+        others = [x, *(p for n, p in layer.named_parameters() if not n.startswith("indexer."))]
+        assert not any(g is not None for g in torch.autograd.grad(got, others, allow_unused=True, retain_graph=True))
+        pairs = zip(
+            torch.autograd.grad(got, parameters),
+            torch.autograd.grad(want, parameters, retain_graph=True),
+            strict=True,
+        )
+        for g, w in pairs:
+            assert g.isfinite().all()
+            close(g, w, 1e-9)
+    with pytest.raises(ArgumentError, match="indexer=qkv"):
+        built_latent(24).index_loss(x)
+
+
 # -------------------------------------------------------------------------------------------------------------- caches
 CACHES: dict[str, dict[str, Any]] = {
     "pages of 5": {"pages": 60, "page_size": 5, "debug": True},

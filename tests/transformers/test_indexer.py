@@ -29,9 +29,11 @@ _YARN: dict[str, Any] = {
     "mscale": 1.0, "mscale_all_dim": 0.7, "beta_fast": 32, "beta_slow": 1,
 }  # fmt: skip
 _PLAIN: dict[str, Any] = {"rope_type": "default", "rope_theta": 100.0}
+_PUBLISHED: dict[str, Any] = {"rope_type": "default", "rope_theta": 10000.0}
 CASES = {
     "deepseek_v32": ("deepseek_v32", DeepseekV32Config, False, _PLAIN),
     "deepseek_v32, yarn": ("deepseek_v32", DeepseekV32Config, False, _YARN),
+    "deepseek_v32, by default": ("deepseek_v32", DeepseekV32Config, False, _PUBLISHED),
     "glm_moe_dsa": ("glm_moe_dsa", GlmMoeDsaConfig, True, _PLAIN),
 }
 
@@ -58,12 +60,12 @@ class Pair:
         scaling = None
         if rope is _YARN:
             scaling = YaRN(4.0, 16, beta_fast=32, beta_slow=1, mscale=1.0, mscale_all_dim=0.7)
-        turn = Rotary(8, 100.0, interleaved=interleaved, scaling=scaling)
+        turn = None if rope is _PUBLISHED else Rotary(8, 100.0, interleaved=interleaved, scaling=scaling)
         indexer = Indexer(
             DIM, INDEX["index_n_heads"], INDEX["index_head_dim"], TOP_K, q_lora_rank=24, rope_dim=8, rotary=turn,
             dtype=torch.float64,
         )  # fmt: skip
-        main = Rotary(8, 100.0, interleaved=True, scaling=scaling)
+        main = None if rope is _PUBLISHED else Rotary(8, 100.0, interleaved=True, scaling=scaling)
         self.ours = LatentAttention(
             DIM, HEADS, **SIZES, rotary=main, mask=qkv.causal(), indexer=indexer, dtype=torch.float64, **options
         ).eval()

@@ -55,7 +55,7 @@ class Indexer(nn.Module):
     -----
     The choice has no gradient. DeepSeek first trains the indexer alone, under full attention, then with the model,
     which then attends to the chosen tokens; the indexer's inputs are detached, and its loss is KL(p, softmax(I)), where
-    p are the probabilities of attention, summed over heads and divided by their sum. `scores` is what it needs.
+    p are the probabilities of attention, summed over heads and divided by their sum: `LatentAttention.index_loss`.
     The published model turns q and k by a Hadamard matrix and rounds them to 8 bits; a rotation of both changes no
     product, so neither is here.
 

@@ -14,10 +14,11 @@ from qkv.call.view import gathered
 from qkv.checks import integer
 from qkv.errors import ArgumentError, ArgumentTypeError, ShapeError
 from qkv.graph import eager
-from qkv.indexing import select_tokens
+from qkv.indexing import index_scores, select_tokens
 from qkv.masks import Mask, as_mask
 from qkv.nn.indexer import Indexer
 from qkv.nn.layer import Layer, RMSNorm, check_step, check_tokens, matrix_of
+from qkv.probabilities import weights
 from qkv.rotary import Rotary, as_positions
 
 _CALL = "qkv.nn.LatentAttention()"
@@ -272,11 +273,7 @@ class LatentAttention(Layer):
             heads = matrix.unflatten(0, (self.num_heads, -1))
             w_uk, w_uv = heads.split([self.qk_nope_head_dim, self.v_head_dim], dim=1)
             q_nope = q_nope @ w_uk  # (B, H, L, dn) @ (H, dn, R)
-        scale = self.scale
-        if scale is None:  # of the head sizes, in both forms: the absorbed query is longer but means the same
-            scale = (self.qk_nope_head_dim + self.qk_rope_head_dim) ** -0.5
-            scale *= 1.0 if self.rotary.scaling is None else self.rotary.scaling.latent_scale
-        out = self._attend(torch.cat((q_nope, q_rope), dim=-1), keys, values, seen, scale=scale)
+        out = self._attend(torch.cat((q_nope, q_rope), dim=-1), keys, values, seen, scale=self._scale())
         if matrix is not None:
             out = out @ w_uv.transpose(1, 2)  # (B, H, L, R) @ (H, R, dv)
         return self.o_proj(out.transpose(1, 2).flatten(2)), seen
@@ -301,6 +298,69 @@ class LatentAttention(Layer):
             return view, seen
         top_k = self.indexer.top_k
         return view, select_tokens(index[0], keys, index[2], top_k, mask=seen, heads=self.num_heads)
+
+    def index_loss(
+        self,
+        x: Tensor,
+        *,
+        rows: Any = None,
+        mask: Mask | Tensor | None = None,
+        positions: int | Tensor | None = None,
+        full: bool = False,
+    ) -> Tensor:
+        """How far the indexer is from this layer's attention: what it learns from, and nothing else does.
+
+        KL(p, softmax(I)) in nats, the mean over the rows, where p are the probabilities of attention, the mean over
+        heads. x, p and the query latent are detached, so only the indexer gets gradients.
+
+        Parameters
+        ----------
+        x, mask, positions
+            As for `forward`.
+        rows : slice, int, or ints
+            The tokens that count; all by default.
+        full : bool
+            Compare over all tokens that masks show, as while the indexer is trained under full attention; else over
+            those that it chooses, as the layer attends.
+
+        Returns
+        -------
+        Tensor, a scalar
+
+        Raises
+        ------
+        ArgumentError
+            A layer without an indexer, or a mask that differs by head.
+
+        Notes
+        -----
+        Cost: the scores of both for the rows, twice, and 4 (H + 2) bytes for each row and token: take some rows a step.
+        Source: DeepSeek-AI (2025), DeepSeek-V3.2, arXiv 2512.02556, equations 3 and 4.
+        """
+        if self.indexer is None:
+            fix = "Build the layer with indexer=qkv.nn.Indexer(...)"
+            raise ArgumentError.of("qkv.nn.LatentAttention.index_loss()", "it is the indexer's loss", "none", fix)
+        at = self._positions(x, positions)
+        with torch.no_grad():
+            c_q = self.query_latent(x)
+            q_nope, q_rope, latent = self._project(x, c_q, at)
+            keys, _ = self._materialised(latent)
+        q, k, each = self.indexer(x.detach(), c_q, positions=at)
+        seen = as_mask(self._seen(mask), _FORWARD)
+        if not full:
+            seen = select_tokens(q, k, each, self.indexer.top_k, mask=seen)
+        main = torch.cat((q_nope, q_rope), dim=-1)
+        p = weights(main, keys, rows=rows, mask=seen, scale=self._scale(), softcap=self.softcap).mean(1)
+        log = index_scores(q, k, each, rows=rows, mask=seen).log_softmax(-1)
+        far = torch.where(p > 0, p * (p.log() - log), 0.0)
+        return far.sum(-1).mean()
+
+    def _scale(self) -> float:
+        """Of the head sizes, in both forms: the absorbed query is longer but means the same."""
+        if self.scale is not None:
+            return self.scale
+        own = 1.0 if self.rotary.scaling is None else self.rotary.scaling.latent_scale
+        return own * (self.qk_nope_head_dim + self.qk_rope_head_dim) ** -0.5  # type: ignore[no-any-return]
 
     def query_latent(self, x: Tensor) -> Tensor:
         """What queries are made of: the normed query latent, or x itself where there is no compression.
