@@ -12,6 +12,7 @@
 #include <atomic>
 #include <thread>
 
+#include "kernel/bands.h"
 #include "kernel/bias_sums.h"
 #include "kernel/dropout.h"
 #include "kernel/products.h"
@@ -39,12 +40,13 @@ class Gradients {
         for (int64_t i = 0; i < a_.sequence_count; ++i) {
             const Sequence& s = a_.sequences[i];
             longest_ = upper(longest_, s.q_count);
-            chunks_ = upper(chunks_, (s.k_count + chunk_ - 1) / chunk_);
             flops += 10.0 * static_cast<double>(s.q_count) * static_cast<double>(s.k_count * a_.Hq * a_.D);
         }
-        by_head_ = longest_ >= kTileRows;
-        const int64_t span = by_head_ ? longest_ : longest_ * group_;
-        tiles_ = span == 0 ? 0 : (span + kTileRows - 1) / kTileRows * (by_head_ ? group_ : 1);
+        bands_.begin(job_, longest_);
+        tiles_ = bands_.tiles();
+        for (int64_t i = 0; i < a_.sequence_count; ++i)
+            per_class_ = upper(per_class_, (keys_of_class(a_.sequences[i], 0) + chunk_ - 1) / chunk_);
+        chunks_ = bands_.step() * per_class_;
         rows_ = group_ * longest_;
         threads_ = worker_limit(flops < 4e5 ? 1 : a_.threads);
         bias_.begin(b_, longest_, chunks_);
@@ -93,18 +95,43 @@ class Gradients {
     static constexpr int kPair = M::kPair;
     static constexpr int kTileRows = 4 * W;
     static constexpr int kRowUnit = W > 4 ? W : 4;
+    static constexpr int kAskRows = 16;
+    static constexpr uintptr_t kLine = 64;  // bytes
     static constexpr int kStepGranules = 8;
     static constexpr int kStepKeys = kStepGranules * kGranule;
     static_assert(kTileRows <= kMaxRows);
 
-    struct Span {
-        int64_t first, last;  // keys outside are seen by no row of the tile
+    // The chunks of keys that a tile may see keys of: sorted ranges of their numbers. A list that is full joins its
+    // last ones; a chunk that turns out to hold nothing costs its bounds, and no more.
+    struct Visits {
+        static constexpr int kMost = 48;
+        int count;
+        int32_t first[kMost], last[kMost];  // [first, last)
+
+        void add(int64_t from, int64_t to) {
+            if (count > 0 && (from <= last[count - 1] || count == kMost)) {
+                last[count - 1] = upper(last[count - 1], static_cast<int32_t>(to));
+            } else {
+                first[count] = static_cast<int32_t>(from);
+                last[count++] = static_cast<int32_t>(to);
+            }
+        }
+        bool has(int64_t number) const {
+            int i = 0;
+            while (i < count && last[i] <= number) ++i;
+            return i < count && first[i] <= number;
+        }
     };
 
-    // One chunk of keys of one key/value head.
+    // One chunk of keys of one key/value head: those at the places of a sieve.
     struct Chunk {
         const Sequence* sequence;
-        int64_t at, kv_head, number, k0, k1;
+        int64_t at, kv_head, number;
+        Sieve sieve;
+        int64_t count() const { return sieve.to - sieve.from; }
+        int64_t padded() const { return round_up(count(), kGranule); }
+        int64_t key(int64_t j) const { return sieve.key(sieve.from + j); }
+        int64_t place(int64_t key) const { return sieve.place(key) - sieve.from; }
         const Single* k;  // rows to broadcast from
         int64_t k_stride;
         const Single* v;
@@ -114,12 +141,25 @@ class Gradients {
         bool any_bad;
     };
 
+    // A granule of a block, as its products are taken: keys that follow each other in the chunk are read where they lie
+    // there, others are copied; and of the tile's rows those in [row0, row1), outside of which none sees any.
+    struct Part {
+        bool straight, masked;
+        int64_t first;  // of a straight granule, in the chunk
+        int64_t row0, row1;
+    };
+
     struct Work {
         Scratch scratch;
         Bounds bounds;
+        Walk<kStepGranules> walk;
         Block block;
+        Part parts[kStepGranules];
+        int64_t places[kStepKeys];  // by key of the block: where in the chunk
         Tile tile;
-        int64_t n;  // rows of the tile, rounded up to whole vectors
+        Tile ahead;  // the next one of the chunk, whose memory is asked for in time
+        int asked;   // rows of it
+        int64_t n;   // rows of the tile, rounded up to whole vectors
         uint64_t bad_rows;
         int64_t row[kTileRows];  // of delta_, lse2_ and d_q_
         Lane* q_lanes;           // transposed queries, or outputs: [steps of D or Dv][n]
@@ -138,7 +178,11 @@ class Gradients {
         E* d_v;                  // [chunk][Dv_]
         Single* k_copy;          // [chunk][D_]
         Single* v_copy;
-        Lane* k_lanes;      // [chunk / pair][D_]
+        Lane* k_lanes;   // [chunk / pair][D_]
+        Single* k_some;  // likewise for gathered keys: [kStepKeys][D_]
+        Single* v_some;
+        Lane* k_some_lanes;
+        E* d_some;          // [kStepKeys][D_ or Dv_]
         uint8_t* bad_keys;  // [chunk]
         E m[kTileRows], inverse[kTileRows], delta[kTileRows], rise[kTileRows];
         uint64_t draws[kTileRows];  // dropout's numbers, but for the key
@@ -155,7 +199,7 @@ class Gradients {
         max_ = arena.template take<E>(all);
         inverse_ = arena.template take<E>(all);
         d_q_ = arena.template take<E>(all * D_);
-        spans_ = arena.template take<Span>(heads * tiles_);
+        visits_ = arena.template take<Visits>(heads * tiles_);
         passed_ = arena.template take<std::atomic<int64_t>>(heads * chunks_);
         bias_.lay_out(arena);
         workers_ = arena.template take<char>(worker_bytes_ * threads_);
@@ -182,6 +226,10 @@ class Gradients {
         w.v_copy = arena.template take<Single>(chunk_ * even(Dv_));
         w.k_lanes = arena.template take<Lane>(kPair == 2 ? chunk_ / 2 * D_ : 0);
         w.bad_keys = arena.template take<uint8_t>(chunk_);
+        w.k_some = arena.template take<Single>(kStepKeys * even(D_));
+        w.v_some = arena.template take<Single>(kStepKeys * even(Dv_));
+        w.k_some_lanes = arena.template take<Lane>(kPair == 2 ? kStepKeys / 2 * D_ : 0);
+        w.d_some = arena.template take<E>(kStepKeys * width);
     }
     Work& work(int worker) const {
         Arena arena{workers_ + worker * worker_bytes_};
@@ -193,25 +241,19 @@ class Gradients {
     int64_t first_row(int64_t at, int64_t g) const { return (at * a_.Hkv + g) * rows_; }
     std::atomic<int64_t>* passed(int64_t at, int64_t g) const { return passed_ + (at * a_.Hkv + g) * chunks_; }
 
-    // The rows of tile t; false if there are none (another sequence has more).
-    bool fill(int64_t at, int64_t g, int64_t t, Tile& tile) const {
-        const Sequence& s = a_.sequences[at];
-        tile.sequence = &s;
-        tile.kv_head = g;
-        Rows& rows = tile.rows;
-        rows.batch = s.batch;
-        rows.key_count = s.k_count;
-        const int64_t per_head = by_head_ ? tiles_ / group_ : 0;
-        const int64_t first = (by_head_ ? t % per_head : t) * kTileRows,
-                      span = by_head_ ? s.q_count : s.q_count * group_;
-        rows.count = static_cast<int>(clamp(span - first, 0, kTileRows));
-        for (int r = 0; r < rows.count; ++r) {
-            const int64_t x = first + r, i = by_head_ ? x : x % s.q_count;
-            rows.head[r] = g * group_ + (by_head_ ? t / per_head : x / s.q_count);
-            rows.index[r] = i;
-            rows.position[r] = s.positions != nullptr ? s.positions[i] : s.position + i;
-        }
-        return rows.count > 0;
+    bool fill(int64_t at, int64_t g, int64_t t, Tile& tile) const { return bands_.fill(a_.sequences[at], g, t, tile); }
+    // Keys first, first + step, ... of a sequence.
+    int64_t keys_of_class(const Sequence& s, int64_t first) const {
+        return (upper(s.k_count - first, 0) + bands_.step() - 1) / bands_.step();
+    }
+    // Chunks are numbered class by class.
+    Chunk chunk_at(int64_t at, int64_t g, int64_t number) const {
+        Chunk c{};
+        c.sequence = a_.sequences + at;
+        c.at = at, c.kv_head = g, c.number = number;
+        const int64_t first = number / per_class_, from = number % per_class_ * chunk_;
+        c.sieve = {first, bands_.step(), from, lower(from + chunk_, keys_of_class(*c.sequence, first))};
+        return c;
     }
     int64_t row_of(int64_t at, const Tile& tile, int r) const {
         return first_row(at, tile.kv_head) + (tile.rows.head[r] - tile.kv_head * group_) * longest_ +
@@ -222,23 +264,33 @@ class Gradients {
         return base + b * stride[0] + h * stride[1] + i * stride[2];
     }
 
+    // The chunks that the tile may see keys of.
+    void find_visits(Work& w, Visits& visits) const {
+        const Rows& rows = w.tile.rows;
+        Sieve left = {bands_.first_key(w.tile), bands_.step(), 0, 0};
+        left.to = keys_of_class(*w.tile.sequence, left.first);
+        const int64_t before = left.first * per_class_;
+        if (program_.empty()) return visits.add(0, (left.to + chunk_ - 1) / chunk_);
+        for (int64_t end; left.from < left.to; left.from = end) {
+            program_.bounds(rows, left, w.scratch, w.bounds);
+            const Ranges& seen = w.bounds.seen;
+            end = lower(seen.end, left.to);
+            for (int i = 0; i < seen.count && seen.first[i] < end; ++i)
+                visits.add(before + seen.first[i] / chunk_, before + (lower(seen.last[i], end) - 1) / chunk_ + 1);
+        }
+    }
+
     // Per tile: delta (d_lse is kept apart: added to a large delta it would be lost), the rows' states, the keys it may
     // see, and dQ set to zero.
     void prepare(int64_t i, int worker) {
         const int64_t t = i % tiles_, g = i / tiles_ % a_.Hkv, at = i / tiles_ / a_.Hkv;
         Work& w = work(worker);
-        Span& span = spans_[i];
-        span = {0, 0};
+        Visits& visits = visits_[i];
+        visits.count = 0;
         if (!fill(at, g, t, w.tile)) return;
+        find_visits(w, visits);
         const Rows& rows = w.tile.rows;
         const Sequence& sequence = *w.tile.sequence;
-        if (program_.empty()) {
-            span = {0, rows.key_count};
-        } else {
-            program_.bounds(rows, keys_between(0, rows.key_count), w.scratch, w.bounds);
-            const Ranges& seen = w.bounds.seen;
-            if (seen.count > 0) span = {seen.first[0], lower(seen.last[seen.count - 1], rows.key_count)};
-        }
         w.n = round_up(rows.count, kRowUnit);
         w.bad_rows = 0;
         pack(w.tile, a_.out, a_.out_stride, a_.Dv, Dv_, w, w.q_lanes, w.do_rows);
@@ -263,7 +315,7 @@ class Gradients {
             if (state != nullptr) w.m[r] = state[place], w.inverse[r] = state[place + a_.state_step];
             std::memset(d_q_ + row * D_, 0, sizeof(E) * static_cast<size_t>(D_));
         }
-        if (state == nullptr || sequence.q_count * group_ <= kDotRows) find_states(at, g, span, w);
+        if (state == nullptr || sequence.q_count * group_ <= kDotRows) find_states(at, g, visits, w);
         for (int r = 0; r < rows.count; ++r) {
             const int64_t row = row_of(at, w.tile, r);
             // A row that sees nothing gets weights of 0, whatever its scores.
@@ -274,24 +326,19 @@ class Gradients {
     }
 
     // The states of a tile's rows: (m, l) in w.m and w.inverse.
-    void find_states(int64_t at, int64_t g, const Span& span, Work& w) {
+    void find_states(int64_t at, int64_t g, const Visits& visits, Work& w) {
         const Rows& rows = w.tile.rows;
         RowStates<E, kTileRows> states;
         states.clear();
         w.bad_rows = 0;
         pack(w.tile, a_.q, a_.q_stride, a_.D, D_, w, w.q_lanes, w.q_rows);
-        Chunk c{};
-        c.sequence = w.tile.sequence;
-        c.at = at, c.kv_head = g;
-        const auto visit = [&](Block& block) {
-            for (int x = 0; x < block.granules; ++x) absorb_granule(c, w, block, x, states);
-        };
-        for (c.number = span.first / chunk_; c.number * chunk_ < span.last; ++c.number) {
-            c.k0 = c.number * chunk_, c.k1 = lower(c.sequence->k_count, c.k0 + chunk_);
-            c.any_bad = false;
-            load_keys(c, w);
-            walk<kStepGranules>(program_, rows, c.k0, c.k1, w.scratch, w.block, visit);
-        }
+        for (int i = 0; i < visits.count; ++i)
+            for (int64_t number = visits.first[i]; number < visits.last[i]; ++number) {
+                Chunk c = chunk_at(at, g, number);
+                load_keys(c, w);
+                w.walk.begin(program_, rows, w.scratch, c.sieve, !program_.empty());
+                while (w.walk.next(w.scratch, w.block)) absorb(c, w, w.block, states);
+            }
         for (int r = 0; r < rows.count; ++r) {
             E score = 0;
             const bool has_sink = sink_of(a_, rows.head[r], score);
@@ -299,14 +346,22 @@ class Gradients {
             w.m[r] = end.m, w.inverse[r] = end.l;
         }
     }
+    void absorb(const Chunk& c, Work& w, Block& block, RowStates<E, kTileRows>& states) {
+        locate(c, w, block);
+        for (int g = 0; g < block.granules; ++g) {
+            w.parts[g].row0 = 0, w.parts[g].row1 = w.n;
+            if (!w.parts[g].straight) gather(c, w, g);
+            absorb_granule(c, w, block, g, states);
+        }
+    }
     void absorb_granule(const Chunk& c, Work& w, Block& block, int g, RowStates<E, kTileRows>& states) {
         products(c, w, block, g);
         const uint64_t* words = block.words + g * kGranule;
-        const int live = static_cast<int>(lower(kGranule, c.k1 - block.key[g]));
+        const int live = block.live[g];
         // What is not finite was taken as zeros.
         for (int j = 0; j < live && (c.any_bad || w.bad_rows != 0); ++j)
             for (int r = 0; r < w.tile.rows.count; ++r)
-                if (const int64_t key = block.key[g] + j - c.k0; w.bad_keys[key] || w.bad_rows >> r & 1)
+                if (const int64_t key = w.places[g * kGranule + j]; w.bad_keys[key] || w.bad_rows >> r & 1)
                     w.s[j * w.n + r] = product_of(c, w, key, r);
         const Score<M> score(job_);
         const V factor = V::set1(static_cast<E>(job_.factor));
@@ -331,7 +386,7 @@ class Gradients {
         const Rows& rows = w.tile.rows;
         const T* q = element(static_cast<const T*>(a_.q), a_.q_stride, rows.batch, rows.head[r],
                              w.tile.sequence->q_first + rows.index[r]);
-        const T* k = static_cast<const T*>(c.sequence->k) + c.kv_head * a_.k_stride[0] + (c.k0 + key) * a_.k_stride[1];
+        const T* k = static_cast<const T*>(c.sequence->k) + c.kv_head * a_.k_stride[0] + c.key(key) * a_.k_stride[1];
         E s = 0;
         for (int64_t d = 0; d < a_.D; ++d) s += widen(q[d * a_.q_stride[3]]) * widen(k[d * a_.k_stride[2]]);
         return s;
@@ -405,46 +460,66 @@ class Gradients {
         // The first chunks first: under a causal mask they are the longest.
         for (int64_t at = rest / heads; at < (one_task_for_batch_ ? a_.sequence_count : rest / heads + 1); ++at)
             for (int64_t g = rest % heads; g < (one_task_for_heads_ ? a_.Hkv : rest % heads + 1); ++g)
-                if (number * chunk_ < a_.sequences[at].k_count) chunk(at, g, number, w);
+                chunk(at, g, number, w);
     }
 
     void chunk(int64_t at, int64_t g, int64_t number, Work& w) {
-        Chunk c{};
-        c.sequence = a_.sequences + at;
-        c.at = at, c.kv_head = g, c.number = number;
-        c.k0 = number * chunk_, c.k1 = lower(c.sequence->k_count, c.k0 + chunk_);
+        Chunk c = chunk_at(at, g, number);
+        if (c.count() <= 0) return;
         load_keys(c, w);
-        std::memset(w.d_k, 0, sizeof(E) * static_cast<size_t>(chunk_ * D_));
-        std::memset(w.d_v, 0, sizeof(E) * static_cast<size_t>(chunk_ * Dv_));
+        std::memset(w.d_k, 0, sizeof(E) * static_cast<size_t>(c.padded() * D_));
+        std::memset(w.d_v, 0, sizeof(E) * static_cast<size_t>(c.padded() * Dv_));
         std::atomic<int64_t>* done = passed(at, g);
-        int64_t behind = 0;
-        for (int64_t x = 0; x < tiles_; ++x) {
-            const int64_t t = tiles_ - 1 - x;
-            const Span& span = spans_[(at * a_.Hkv + g) * tiles_ + t];
-            if (span.first < c.k1 && span.last > c.k0 && fill(at, g, t, w.tile)) {
-                tile(c, w);
-                for (int64_t before = behind; before < number; ++before) {
-                    for (int spin = 0; done[before].load(std::memory_order_acquire) <= x; ++spin)
-                        if (spin > 1000) std::this_thread::yield();
-                    if (before == behind && done[before].load(std::memory_order_acquire) >= tiles_) ++behind;
-                }
-                for (int r = 0; r < w.tile.rows.count; ++r) {
-                    E* to = d_q_ + w.row[r] * D_;
-                    const E* from = w.d_q + r * D_;
-                    for (int64_t d = 0; d < D_; d += W) (V::load(to + d) + V::load(from + d)).store(to + d);
-                }
+        const int64_t some = bands_.some();
+        int64_t behind = number / per_class_ * per_class_;
+        for (int64_t x = next_tile(c, 0), then; x < some; x = then) {
+            then = next_tile(c, x + 1);
+            done[number].store(x, std::memory_order_release);
+            w.asked = 0, w.ahead.rows.count = 0;
+            if (then < some) fill(at, g, bands_.tile(*c.sequence, c.sieve.first, then), w.ahead);
+            if (!fill(at, g, bands_.tile(*c.sequence, c.sieve.first, x), w.tile) || !tile(c, w)) continue;
+            for (int64_t before = behind; before < number; ++before) {
+                for (int spin = 0; done[before].load(std::memory_order_acquire) <= x; ++spin)
+                    if (spin > 1000) std::this_thread::yield();
+                if (before == behind && done[before].load(std::memory_order_acquire) >= some) ++behind;
             }
-            done[number].store(x + 1, std::memory_order_release);
+            for (int r = 0; r < w.tile.rows.count; ++r) {
+                E* to = d_q_ + w.row[r] * D_;
+                const E* from = w.d_q + r * D_;
+                for (int64_t d = 0; d < D_; d += W) (V::load(to + d) + V::load(from + d)).store(to + d);
+            }
         }
-        done[number].store(tiles_, std::memory_order_release);
+        done[number].store(some, std::memory_order_release);
         const int64_t batch = c.sequence->batch;
-        for (int64_t j = c.k0; j < c.k1; ++j) {
+        for (int64_t j = 0; j < c.count(); ++j) {
             if (b_.d_k != nullptr)
-                write(w.d_k + (j - c.k0) * D_, static_cast<E>(a_.scale), a_.D,
-                      element(static_cast<T*>(b_.d_k), b_.d_k_stride, batch, g, j), b_.d_k_stride[3]);
+                write(w.d_k + j * D_, static_cast<E>(a_.scale), a_.D,
+                      element(static_cast<T*>(b_.d_k), b_.d_k_stride, batch, g, c.key(j)), b_.d_k_stride[3]);
             if (b_.d_v != nullptr)
-                write(w.d_v + (j - c.k0) * Dv_, E(1), a_.Dv,
-                      element(static_cast<T*>(b_.d_v), b_.d_v_stride, batch, g, j), b_.d_v_stride[3]);
+                write(w.d_v + j * Dv_, E(1), a_.Dv, element(static_cast<T*>(b_.d_v), b_.d_v_stride, batch, g, c.key(j)),
+                      b_.d_v_stride[3]);
+        }
+    }
+    // The next tile, by its number among the chunk's, that may see keys of the chunk.
+    int64_t next_tile(const Chunk& c, int64_t x) const {
+        const Visits* all = visits_ + (c.at * a_.Hkv + c.kv_head) * tiles_;
+        const int64_t some = bands_.some();
+        while (x < some && !all[bands_.tile(*c.sequence, c.sieve.first, x)].has(c.number)) ++x;
+        return x;
+    }
+    // Asks for the rows of the next tile before they are needed: some at a granule.
+    QKV_INLINE void ask(const Chunk& c, Work& w) const {
+        const Rows& rows = w.ahead.rows;
+        const auto all_of = [](const auto* from, int64_t count) {
+            const uintptr_t at = reinterpret_cast<uintptr_t>(from);
+            for (uintptr_t x = 0; x < sizeof(*from) * static_cast<uintptr_t>(count); x += kLine) prefetch(at + x);
+        };
+        for (int stop = static_cast<int>(lower(rows.count, w.asked + kAskRows)); w.asked < stop; ++w.asked) {
+            const int r = w.asked;
+            const int64_t i = c.sequence->q_first + rows.index[r];
+            all_of(element(static_cast<const T*>(a_.q), a_.q_stride, rows.batch, rows.head[r], i), a_.D);
+            all_of(element(static_cast<const T*>(b_.d_out), b_.d_out_stride, rows.batch, rows.head[r], i), a_.Dv);
+            all_of(d_q_ + row_of(c.at, w.ahead, r) * D_, D_);
         }
     }
 
@@ -457,15 +532,16 @@ class Gradients {
 
     // The chunk's keys and values as the products want them.
     void load_keys(Chunk& c, Work& w) {
-        const T* k = static_cast<const T*>(c.sequence->k) + c.kv_head * a_.k_stride[0] + c.k0 * a_.k_stride[1];
-        const T* v = static_cast<const T*>(c.sequence->v) + c.kv_head * a_.v_stride[0] + c.k0 * a_.v_stride[1];
-        const int64_t keys = c.k1 - c.k0, padded = (keys + kGranule - 1) / kGranule * kGranule;
+        const int64_t k_step = a_.k_stride[1] * c.sieve.step, v_step = a_.v_stride[1] * c.sieve.step;
+        const T* k = static_cast<const T*>(c.sequence->k) + c.kv_head * a_.k_stride[0] + c.key(0) * a_.k_stride[1];
+        const T* v = static_cast<const T*>(c.sequence->v) + c.kv_head * a_.v_stride[0] + c.key(0) * a_.v_stride[1];
+        const int64_t keys = c.count(), padded = c.padded();
         const int64_t k_width = even(D_), v_width = even(Dv_);
         for (int64_t j = 0; j < padded; ++j) {
             bool clean = true;
             if (j < keys) {
-                clean &= copy_row(k + j * a_.k_stride[1], a_.k_stride[2], a_.D, k_width, w.k_copy + j * k_width);
-                clean &= copy_row(v + j * a_.v_stride[1], a_.v_stride[2], a_.Dv, v_width, w.v_copy + j * v_width);
+                clean &= copy_row(k + j * k_step, a_.k_stride[2], a_.D, k_width, w.k_copy + j * k_width);
+                clean &= copy_row(v + j * v_step, a_.v_stride[2], a_.Dv, v_width, w.v_copy + j * v_width);
             }
             if (j >= keys || !clean) {
                 std::memset(static_cast<void*>(w.k_copy + j * k_width), 0,
@@ -527,9 +603,12 @@ class Gradients {
             for (int r = 0; r < n; ++r) std::memcpy(lanes + d * n + r, from + r * from_stride + d, sizeof(Lane));
     }
 
-    // One tile of queries against the chunk: adds to its dK and dV, and leaves the tile's share of dQ in w.d_q.
-    void tile(const Chunk& c, Work& w) {
+    // One tile of queries against the chunk: adds to its dK and dV, and leaves the tile's share of dQ in w.d_q. False:
+    // it sees nothing there.
+    bool tile(const Chunk& c, Work& w) {
         const Rows& rows = w.tile.rows;
+        w.walk.begin(program_, rows, w.scratch, c.sieve, !program_.empty());
+        if (!w.walk.next(w.scratch, w.block)) return false;
         w.n = round_up(rows.count, kRowUnit);
         w.bad_rows = 0;
         pack(w.tile, a_.q, a_.q_stride, a_.D, D_, w, w.q_lanes, w.q_rows);
@@ -544,72 +623,121 @@ class Gradients {
             w.draws[r] = there && a_.dropout_below > 0 ? draw_row(a_, rows, r) : 0;
         }
         std::memset(w.d_q, 0, sizeof(E) * static_cast<size_t>(w.n * D_));
-        walk<kStepGranules>(program_, rows, c.k0, c.k1, w.scratch, w.block, [&](Block& block) { step(c, w, block); });
+        do step(c, w, w.block);
+        while (w.walk.next(w.scratch, w.block));
+        return true;
+    }
+
+    // Where in the chunk the keys of a block lie.
+    void locate(const Chunk& c, Work& w, const Block& block) const {
+        for (int g = 0; g < block.granules; ++g) {
+            Part& part = w.parts[g];
+            int64_t* at = w.places + g * kGranule;
+            for (int i = 0; i < kGranule; ++i) at[i] = c.place(block.at(g, i));
+            const int last = block.live[g] - 1;
+            part.first = at[0];
+            part.straight = at[last] - at[0] == last && at[0] % kPair == 0 && at[0] + kGranule <= c.padded();
+        }
+    }
+    // The rows that see any key of a granule, in whole vectors.
+    void find_rows(const Work& w, const Block& block, int g, Part& part) const {
+        uint64_t any = 0, all = ~UINT64_C(0);
+        for (int j = g * kGranule; j < (g + 1) * kGranule; ++j) any |= block.words[j], all &= block.words[j];
+        part.masked = all != all_rows(w.tile.rows);
+        part.row0 = any == 0 ? 0 : std::countr_zero(any) / kRowUnit * kRowUnit;
+        part.row1 = any == 0 ? 0 : round_up(64 - std::countl_zero(any), kRowUnit);
+    }
+    // Copies the keys of a granule that lie apart.
+    void gather(const Chunk& c, Work& w, int g) const {
+        const int64_t from = g * kGranule;
+        for (int64_t i = from; i < from + kGranule; ++i) {
+            std::memcpy(static_cast<void*>(w.k_some + i * c.k_stride), c.k + w.places[i] * c.k_stride,
+                        sizeof(Single) * static_cast<size_t>(c.k_stride));
+            std::memcpy(static_cast<void*>(w.v_some + i * c.v_stride), c.v + w.places[i] * c.v_stride,
+                        sizeof(Single) * static_cast<size_t>(c.v_stride));
+        }
+        if constexpr (kPair == 2)
+            for (int64_t i = from; i < from + kGranule; i += 2)
+                interleave(w.k_some + i * c.k_stride, w.k_some + (i + 1) * c.k_stride, D_, w.k_some_lanes + i / 2 * D_);
+    }
+    const Single* k_rows(const Chunk& c, const Work& w, int g) const {
+        return w.parts[g].straight ? c.k + w.parts[g].first * c.k_stride : w.k_some + g * kGranule * c.k_stride;
+    }
+    const Single* v_rows(const Chunk& c, const Work& w, int g) const {
+        return w.parts[g].straight ? c.v + w.parts[g].first * c.v_stride : w.v_some + g * kGranule * c.v_stride;
     }
 
     void step(const Chunk& c, Work& w, Block& block) {
         uint64_t visible[kStepKeys];
+        locate(c, w, block);
         const bool careful = c.any_bad || w.bad_rows != 0;
-        if (careful) {
-            // Pairs of a query and a key that are not both finite are taken one by one; the products see zeros there.
-            for (int j = 0; j < block.keys(); ++j) {
-                const int64_t key = block.key[j / kGranule] + j % kGranule - c.k0;
-                visible[j] = key < c.k1 - c.k0 ? block.words[j] : 0;
-                block.words[j] &= c.k0 + key < c.k1 && w.bad_keys[key] ? 0 : ~w.bad_rows;
-                if (w.bad_rows != 0 || (c.k0 + key < c.k1 && w.bad_keys[key])) block.masked = true;
-            }
+        // Pairs of a query and a key that are not both finite are taken one by one; the products see zeros there.
+        const auto bad = [&](int j) {
+            return j % kGranule < block.live[j / kGranule] && w.bad_keys[w.places[j]] ? ~UINT64_C(0) : w.bad_rows;
+        };
+        for (int j = 0; j < block.keys() && careful; ++j) {
+            visible[j] = block.words[j] & bad(j);
+            block.words[j] &= ~bad(j);
         }
-        for (int g = 0; g < block.granules; ++g) scores(c, w, block, g);
+        for (int g = 0; g < block.granules; ++g) {
+            Part& part = w.parts[g];
+            find_rows(w, block, g, part);
+            if (part.row0 == part.row1) continue;
+            if (!part.straight) gather(c, w, g);
+            scores(c, w, block, g);
+            ask(c, w);
+        }
         for (int g = 0, end; g < block.granules; g = end) {
-            for (end = g + 1; end < block.granules && block.key[end] == block.key[end - 1] + kGranule;) ++end;
-            accumulate(c, w, block.key[g] - c.k0, g * kGranule, (end - g) * kGranule);
+            for (end = g + 1; end < block.granules && follows(w.parts[end - 1], w.parts[end]);) ++end;
+            if (w.parts[g].row0 < w.parts[g].row1) accumulate(c, w, block, g, end);
         }
-        if (careful)
-            for (int j = 0; j < block.keys(); ++j) {
-                const int64_t key = block.key[j / kGranule] + j % kGranule - c.k0;
-                const uint64_t left = visible[j] & (c.k0 + key < c.k1 && w.bad_keys[key] ? ~UINT64_C(0) : w.bad_rows);
-                for (int r = 0; r < w.tile.rows.count && left != 0; ++r)
-                    if (left >> r & 1) one(c, w, key, r);
-            }
+        for (int j = 0; j < block.keys() && careful; ++j)
+            for (uint64_t left = visible[j]; left != 0; left &= left - 1)
+                one(c, w, w.places[j], std::countr_zero(left));
+    }
+    // Whether the sums of a granule may be taken together with those of the one before.
+    static bool follows(const Part& x, const Part& y) {
+        if (x.straight != y.straight || (x.straight && y.first != x.first + kGranule)) return false;
+        return x.row0 == y.row0 && x.row1 == y.row1;
     }
 
     // A granule's products q . k, and its biases.
     void products(const Chunk& c, Work& w, Block& block, int g) {
-        const int64_t n = w.n, key = block.key[g] - c.k0;
+        const int64_t n = w.n, row = w.parts[g].row0;
         P::scores({.rows = kGranule,
-                   .vectors = n / W,
+                   .vectors = (w.parts[g].row1 - row) / W,
                    .count = steps(a_.D),
-                   .a = c.k + key * c.k_stride,
+                   .a = k_rows(c, w, g),
                    .a_row = c.k_stride,
                    .a_step = kPair,
-                   .b = w.q_lanes,
+                   .b = w.q_lanes + row,
                    .b_step = n,
-                   .c = w.s,
+                   .c = w.s + row,
                    .c_row = n});
         if (a_.bias_count == 0) return;
         std::memset(w.bias, 0, sizeof(E) * static_cast<size_t>(kGranule * n));
         for (int r = 0; r < w.tile.rows.count; ++r) {
-            gather_bias<E>(a_, w.tile, r, block.key[g], kGranule, w.bias + r, n);
+            gather_bias<E>(a_, w.tile, r, block, g, w.bias + r, n);
             hide_by_bias<E>(block, r, g * kGranule, kGranule, w.bias + r, n);
         }
     }
 
     // A granule's scores and gradients of scores: w.p, w.dx (and pairs), and the gradients of biases.
     void scores(const Chunk& c, Work& w, Block& block, int g) {
-        const int64_t n = w.n;
+        const int64_t n = w.n, row = w.parts[g].row0;
         products(c, w, block, g);
         P::run({.rows = kGranule,
-                .vectors = n / W,
+                .vectors = (w.parts[g].row1 - row) / W,
                 .count = steps(a_.Dv),
-                .a = c.v + (block.key[g] - c.k0) * c.v_stride,
+                .a = v_rows(c, w, g),
                 .a_row = c.v_stride,
                 .a_step = kPair,
-                .b = w.do_lanes,
+                .b = w.do_lanes + row,
                 .b_step = n,
-                .c = w.dp,
+                .c = w.dp + row,
                 .c_row = n},
                false);
-        const bool masked = block.masked;
+        const bool masked = w.parts[g].masked;
         if (a_.dropout_below > 0)
             job_.transform ? element_wise<true, true, true>(w, block, g) : element_wise<false, true, true>(w, block, g);
         else if (job_.transform)
@@ -648,7 +776,7 @@ class Gradients {
             if constexpr (Dropped) {
                 uint32_t kept = 0;
                 for (int r = 0; r < W; r += kDrawLanes)
-                    kept |= keep_bits(w.draws + z + r, draw_index(block.key[g] + j), a.dropout_below) << r;
+                    kept |= keep_bits(w.draws + z + r, draw_index(block.at(g, j)), a.dropout_below) << r;
                 dp = choose(kept, dp * grown, zero);
                 dx = p * (dp - delta + rise);
                 p = choose(kept, p * grown, zero);
@@ -671,7 +799,7 @@ class Gradients {
     void element_wise(Work& w, const Block& block, int g) {
         const int64_t n = w.n;
         Slopes<Transform, Masked, Dropped> slopes(a_, job_);
-        for (int64_t z = 0; z < n; z += W) {
+        for (int64_t z = w.parts[g].row0; z < w.parts[g].row1; z += W) {
             slopes.begin(w, z);
             for (int j = 0; j < kGranule; j += kPair) {
                 const int64_t at = (g * kGranule + j) * n + z;
@@ -695,54 +823,61 @@ class Gradients {
         }
     }
 
-    // dV += P dO, dK += dX Q, dQ += dX^T K for `keys` neighbouring keys: `first` in the chunk, `from` in the step.
-    void accumulate(const Chunk& c, Work& w, int64_t first, int64_t from, int64_t keys) {
-        const int64_t n = w.n;
-        if (b_.d_v != nullptr)
+    // dV += P dO, dK += dX Q, dQ += dX^T K for the granules [g, end), which follow each other.
+    void accumulate(const Chunk& c, Work& w, const Block& block, int g, int end) {
+        const Part& part = w.parts[g];
+        const int64_t n = w.n, from = g * kGranule, keys = (end - g) * kGranule;
+        const int64_t row = part.row0, rows = part.row1 - row;
+        // Sums of gathered keys are made apart, and each is added where its key lies.
+        const auto to_keys = [&](const Single* a, const Lane* b, int64_t width, E* to) {
             P::run({.rows = keys,
-                    .vectors = Dv_ / W,
-                    .count = n / kPair,
-                    .a = w.p + from * n,
+                    .vectors = width / W,
+                    .count = rows / kPair,
+                    .a = a + from * n + row,
                     .a_row = n,
                     .a_step = kPair,
-                    .b = w.do_rows,
-                    .b_step = Dv_,
-                    .c = w.d_v + first * Dv_,
-                    .c_row = Dv_},
-                   true);
-        if (b_.d_k != nullptr)
-            P::run({.rows = keys,
-                    .vectors = D_ / W,
-                    .count = n / kPair,
-                    .a = w.dx + from * n,
-                    .a_row = n,
-                    .a_step = kPair,
-                    .b = w.q_rows,
-                    .b_step = D_,
-                    .c = w.d_k + first * D_,
-                    .c_row = D_},
-                   true);
+                    .b = b + row / kPair * width,
+                    .b_step = width,
+                    .c = part.straight ? to + part.first * width : w.d_some,
+                    .c_row = width},
+                   part.straight);
+            if (!part.straight) scatter(w, block, g, end, width, to);
+        };
+        if (b_.d_v != nullptr) to_keys(w.p, w.do_rows, Dv_, w.d_v);
+        if (b_.d_k != nullptr) to_keys(w.dx, w.q_rows, D_, w.d_k);
         if (b_.d_q == nullptr) return;
-        typename P::Factors f{.rows = n,
-                              .vectors = D_ / W,
-                              .count = keys / kPair,
-                              .a = w.dx + from * n,
-                              .a_row = 1,
-                              .a_step = n,
-                              .b = c.k_lanes + first / kPair * c.k_lanes_stride,
-                              .b_step = c.k_lanes_stride,
-                              .c = w.d_q,
-                              .c_row = D_};
+        const Lane* gathered = kPair == 2 ? w.k_some_lanes : reinterpret_cast<const Lane*>(w.k_some);
+        typename P::Factors f = {.rows = rows,
+                                 .vectors = D_ / W,
+                                 .count = keys / kPair,
+                                 .a = w.dx + from * n + row,
+                                 .a_row = 1,
+                                 .a_step = n,
+                                 .b = (part.straight ? c.k_lanes + part.first / kPair * c.k_lanes_stride
+                                                     : gathered + from / kPair * c.k_lanes_stride),
+                                 .b_step = c.k_lanes_stride,
+                                 .c = w.d_q + row * D_,
+                                 .c_row = D_};
         if constexpr (kPair == 2)
-            f.a = reinterpret_cast<const Single*>(w.dx_lanes + from / 2 * n), f.a_row = 2, f.a_step = 2 * n;
+            f.a = reinterpret_cast<const Single*>(w.dx_lanes + from / 2 * n + row), f.a_row = 2, f.a_step = 2 * n;
         P::run(f, true);
+    }
+    // Adds the sums of the keys of the granules [g, end) to their own.
+    void scatter(const Work& w, const Block& block, int g, int end, int64_t width, E* to) const {
+        const E* from = w.d_some;
+        for (; g < end; ++g, from += kGranule * width)
+            for (int i = 0; i < block.live[g]; ++i) {
+                E* own = to + w.places[g * kGranule + i] * width;
+                for (int64_t d = 0; d < width; d += W)
+                    (V::load(own + d) + V::load(from + i * width + d)).store(own + d);
+            }
     }
 
     // One pair of a query and a key of which something is not finite, by the definition. Infinities count as zeros in
     // the last products: their own row is NaN already.
     void one(const Chunk& c, Work& w, int64_t key, int r) {
         const Rows& rows = w.tile.rows;
-        const int64_t j = c.k0 + key, row = w.tile.sequence->q_first + rows.index[r];
+        const int64_t j = c.key(key), row = w.tile.sequence->q_first + rows.index[r];
         const T* q = element(static_cast<const T*>(a_.q), a_.q_stride, rows.batch, rows.head[r], row);
         const T* g = element(static_cast<const T*>(b_.d_out), b_.d_out_stride, rows.batch, rows.head[r], row);
         const T* k = static_cast<const T*>(c.sequence->k) + c.kv_head * a_.k_stride[0] + j * a_.k_stride[1];
@@ -771,9 +906,9 @@ class Gradients {
     static ChunkPlace place_of(const Chunk& c) { return {c.at, c.kv_head, c.number}; }
     void add_bias(const Chunk& c, Work& w, const Block& block, int g) {
         for (int r = 0; r < w.tile.rows.count; ++r)
-            for (int j = 0; j < kGranule && block.key[g] + j < c.k1; ++j)
+            for (int j = 0; j < block.live[g]; ++j)
                 if (block.words[g * kGranule + j] >> r & 1)
-                    bias_.add(place_of(c), w.tile.rows, r, block.key[g] + j, w.ds[j * w.n + r]);
+                    bias_.add(place_of(c), w.tile.rows, r, block.at(g, j), w.ds[j * w.n + r]);
     }
 
     void sink(int64_t h, int) {
@@ -808,13 +943,14 @@ class Gradients {
     const Attention& a_;
     Job job_;
     const Program& program_;
-    int64_t group_, D_ = 0, Dv_ = 0, chunk_ = 0, chunks_ = 0, longest_ = 0, tiles_ = 0, rows_ = 0;
-    bool by_head_ = false, wanted_ = false, one_task_for_batch_ = false, one_task_for_heads_ = false;
+    int64_t group_, D_ = 0, Dv_ = 0, chunk_ = 0, per_class_ = 0, chunks_ = 0, longest_ = 0, tiles_ = 0, rows_ = 0;
+    bool wanted_ = false, one_task_for_batch_ = false, one_task_for_heads_ = false;
     int threads_ = 1;
     E *delta_ = nullptr, *rise_ = nullptr, *max_ = nullptr, *inverse_ = nullptr, *d_q_ = nullptr;
-    Span* spans_ = nullptr;
+    Visits* visits_ = nullptr;
     std::atomic<int64_t>* passed_ = nullptr;
     BiasSums<E> bias_;
+    Bands<W, kRowUnit, kTileRows> bands_;
     char* workers_ = nullptr;
     int64_t worker_bytes_ = 0;
 };

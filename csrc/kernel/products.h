@@ -87,6 +87,11 @@ struct Product {
         p.a += Rows * p.a_row;
     }
 
+    // Rows side by side for Z vectors: fewer vectors, more rows, or the sums would wait for one another.
+    static constexpr int rows_of(int Z) {
+        return Z == kVectors ? kRows : kRegisters == 32 ? (Z == 1 ? 16 : Z == 2 ? 8 : 4) : 8;
+    }
+
     // All rows, Z vectors from z on. Apart: among its callers' numbers the inner loop's strides would not stay in
     // registers. One call for all rows: one for each kRows of them costs a twentieth of the time.
     template <int Z>
@@ -94,14 +99,19 @@ struct Product {
         Factors p = f;
         p.b += z * W, p.c += z * W;
         int64_t left = f.rows;
-        if constexpr (kRows != 4)
-            for (; left >= kRows && left != 8; left -= kRows) block<kRows, Z>(p, add);
+        constexpr int kMost = rows_of(Z);
+        if constexpr (kMost != 4)
+            for (; left >= kMost && (kMost % 4 == 0 || left != 8); left -= kMost) block<kMost, Z>(p, add);
         for (; left > 0; left -= 4) block<4, Z>(p, add);
     }
 
     static void part(const Factors& f, bool add) {
         int64_t z = 0;
         for (; z + kVectors <= f.vectors; z += kVectors) columns<kVectors>(f, z, add);
+        if constexpr (kVectors == 4) {
+            if (f.vectors - z == 3) return columns<3>(f, z, add);
+            if (f.vectors - z == 2) return columns<2>(f, z, add);
+        }
         for (; z < f.vectors; ++z) columns<1>(f, z, add);
     }
 };

@@ -232,6 +232,20 @@ CASES: tuple[Config, ...] = (
         mask=("or", ("random_blocks", 3, 16, 1), ("sliding_window", 90)),
         positions=("end",),
     ),
+    # Few of a tile's keys are seen: they are gathered, in chunks whose last granule has some to spare.
+    *(
+        _case(f"sparse {name}", Hq=2, Lk=560, **{"Lq": 150, "D": 128, "positions": ("end",), **rest}, mask=mask)
+        for name, mask, rest in (
+            ("blocks", ("random_blocks", 9, 5, 1), {"dtype": "bf16"}),
+            ("blocks f32", ("random_blocks", 9, 8, 2), {"D": 64}),
+            ("blocks beside a window", ("or", ("random_blocks", 4, 3, 1), ("sliding_window", 40)), {"dtype": "bf16"}),
+            ("blocks, biased", ("random_blocks", 3, 8, 1), {"Lq": 70, "bias": (("relative", 20),), "sinks": "f32"}),
+            ("blocks, dropped", ("random_blocks", 5, 8, 1), {"Lq": 70, "dropout_p": 0.4}),
+            ("steps", ("and", _CAUSAL, ("strided", 3, 1)), {"dtype": "bf16"}),
+            ("steps f32", ("dilated", 40, 7), {"Hkv": 1, "D": 33, "Dv": 20}),
+            ("globals", ("or", ("sliding_window", 9), ("global_tokens", (0, 431))), {"dtype": "bf16"}),
+        )
+    ),
     _case("documents", Hq=2, Lq=64, D=64, mask=("and", _CAUSAL, ("documents", (5, 0, 27, 32), None))),
     _case("padded batch", B=3, Hq=2, Lq=20, Lk=40, D=32, mask=("padding", (0, 40, 17), "left")),
     _case("prefix language model", B=2, Hq=2, Lq=40, D=32, mask=("or", _CAUSAL, ("prefix", (9, 0)))),
