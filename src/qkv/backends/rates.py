@@ -28,6 +28,7 @@ _WIDTH = 64  # of the window whose time says what a row costs
 _SHORT, _LONG = 128, 1024  # queries of a timed call
 _SECONDS = 0.002  # that a timed call takes, if it can be so short: others who use the machine leave such gaps
 _TURNS = 3
+_PATIENCE = 0.05  # seconds after which a call is not timed again
 _FEW = 16  # queries of a head below which reading keys and values is what takes time
 _READ = 1 << 25  # bytes of keys and values that are read
 
@@ -109,12 +110,14 @@ def least(call: Callable[[], object], turns: int) -> float:
     Threads that wait for one another take a hundred times as long where other programs have the processors; one alone
     takes its own time then, and a prediction is at most as many times too long as there are threads.
     """
-    threads, taken = torch.get_num_threads(), []
+    threads, taken, begun = torch.get_num_threads(), [], time.perf_counter()
     try:
-        for count in {threads, 1}:
+        for count in dict.fromkeys((1, threads)):
             torch.set_num_threads(count)
             call()
-            for _ in range(turns):
+            for turn in range(turns):
+                if turn and time.perf_counter() - begun > _PATIENCE:
+                    break  # a busy machine is not made to answer more often
                 start = time.perf_counter()
                 call()
                 taken.append(time.perf_counter() - start)
