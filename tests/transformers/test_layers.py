@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import math
 import subprocess
@@ -27,7 +28,7 @@ hf.quiet()
 def test_importing_registers_and_activates_nothing() -> None:
     assert AttentionInterface()["qkv"] is adapter.attention_forward
     assert AttentionMaskInterface._global_mapping["qkv"] is adapter.model_mask
-    config = hf.build("llama").config
+    config = copy.deepcopy(hf.build("llama").config)  # from_config writes into what it is given
     assert type(config)(**{**config.to_dict()})._attn_implementation != "qkv"
     assert AutoModelForCausalLM.from_config(config, attn_implementation="qkv").config._attn_implementation == "qkv"
 
