@@ -9,21 +9,21 @@ import pytest
 import torch
 
 import qkv
-from qkv.bench import results, sparse
+from qkv.bench import patterns, results, sparse
 from qkv.bench.budget import Budget
 from qkv.errors import ArgumentError
 from tests.kit.bench_fakes import FakeClock, command
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-NEAR = sparse.Pattern(
+NEAR = patterns.Pattern(
     "window 5", lambda L: qkv.sliding_window(5), lambda L: lambda p, j: (j <= p) & (p - j < 5), lambda L: qkv.causal()
 )
 TOY = sparse.Call(NEAR, "f32", 8, heads=2, length=70)
 
 
-@pytest.mark.parametrize("pattern", sparse.PATTERNS, ids=lambda pattern: pattern.name)
+@pytest.mark.parametrize("pattern", patterns.PATTERNS, ids=lambda pattern: pattern.name)
 @pytest.mark.parametrize("length", [1100, 1024])
-def test_rules_and_masks_are_the_same(pattern: sparse.Pattern, length: int) -> None:
+def test_rules_and_masks_are_the_same(pattern: patterns.Pattern, length: int) -> None:
     seen = pattern.mask(length).tensor(length, length)[0, 0]
     p, j = torch.arange(length)[:, None], torch.arange(length)
     assert torch.equal(pattern.rule(length)(p, j), seen)
@@ -126,7 +126,7 @@ def test_the_command(tmp_path: Any, monkeypatch: pytest.MonkeyPatch, capsys: pyt
 
 def test_every_kind_that_was_promised_is_a_row() -> None:
     names = [call.name for call in sparse.calls()]
-    assert len(names) == len(set(names)) == 8 * len(sparse.PATTERNS)
+    assert len(names) == len(set(names)) == 8 * len(patterns.PATTERNS)
     assert "BigBird 64 8×8192 d64 f32 backward" in names
     assert [call.name for call in sparse.calls(quick=True)] == [n for n in names if n.endswith("d128 bf16")]
 
