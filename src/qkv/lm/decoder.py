@@ -12,14 +12,15 @@ from qkv.cache import PagedCache, Step
 from qkv.cache.latent import PagedLatentCache
 from qkv.call.keys import LayerCache
 from qkv.errors import ArgumentError, UnsupportedError
-from qkv.lm.variants import ABLATIONS, AblatedAttention, SdpaAttention
-from qkv.masks import Mask, causal, sliding_window
+from qkv.lm.variants import ABLATIONS, AblatedAttention, SdpaAttention, SelectedAttention
+from qkv.masks import Mask, bigbird, causal, sliding_window
 from qkv.nn import Attention, LatentAttention
 from qkv.rotary import Rotary
 
 BYTES = 256
 PLAIN = ("mha", "gqa", "mqa", "window")  # qkv.nn.Attention
-KINDS = (*PLAIN, "mla")  # what the library has; ABLATIONS are for comparison
+KINDS = (*PLAIN, "mla")  # what the library has; the rest is for comparison, and takes no cache
+SPARSE = ("bigbird", "selected")  # as many keys a query as "window", in blocks of a quarter of it
 
 
 @dataclass(frozen=True)
@@ -31,12 +32,12 @@ class Config:
     layers: int = 6
     heads: int = 4
     context: int = 256  # bytes of a training window; rotary positions set no limit of their own
-    window: int = 64  # of attention="window"
+    window: int = 64  # keys a query of attention="window" sees, and those of SPARSE
     tied: bool = False  # the head is the embedding transposed
     op: str = "qkv"  # "sdpa": PyTorch's attention in its place, for comparison
 
     def __post_init__(self) -> None:
-        known, sizes = (*KINDS, *ABLATIONS), (self.dim, self.layers, self.heads, self.context, self.window)
+        known, sizes = (*KINDS, *SPARSE, *ABLATIONS), (self.dim, self.layers, self.heads, self.context, self.window)
         if self.attention not in known:
             self._refuse(f"attention is one of {', '.join(known)}", f"attention={self.attention!r}", "Use one of them")
         if self.op not in ("qkv", "sdpa") or (self.op == "sdpa" and self.attention not in PLAIN):
@@ -58,8 +59,16 @@ class Config:
 
     @property
     def mask(self) -> Mask:
-        """What a byte may attend to."""
+        """What a byte may attend to, apart from what "selected" selects."""
+        if self.attention == "bigbird":  # two blocks before, one at the front, and of two drawn at random one is before
+            blocks = bigbird(self.block, window_blocks=4, global_blocks=1, random_blocks=2)
+            return causal() & blocks
         return sliding_window(self.window) if self.attention == "window" else causal()
+
+    @property
+    def block(self) -> int:
+        """Bytes of a block of SPARSE attention."""
+        return max(1, self.window // 4)
 
     @property
     def caches(self) -> bool:
@@ -75,7 +84,7 @@ class Config:
 
 def attention_layer(config: Config) -> nn.Module:
     """Return the attention of one layer, called as layer(x, mask=mask), with x (B, L, dim); cache= if config.caches."""
-    if config.attention not in KINDS:
+    if config.attention in ABLATIONS:
         return AblatedAttention(config.dim, config.heads, ABLATIONS[config.attention])
     size = config.head_dim
     if config.attention == "mla":
@@ -90,6 +99,8 @@ def attention_layer(config: Config) -> nn.Module:
             v_head_dim=size,
         )
     kv_heads = {"gqa": config.heads // 2, "mqa": 1}.get(config.attention, config.heads)
+    if config.attention == "selected":
+        return SelectedAttention(config.dim, config.heads, rotary=Rotary(size), block=config.block, top_k=4)
     if config.op == "sdpa":
         return SdpaAttention(config.dim, config.heads, num_kv_heads=kv_heads, rotary=Rotary(size))
     return Attention(config.dim, config.heads, num_kv_heads=kv_heads, rotary=Rotary(size))

@@ -12,6 +12,7 @@ from qkv.functional import attention
 from qkv.masks import Mask, causal, window
 from qkv.nn import Attention
 from qkv.rotary import Rotary
+from qkv.selection import select_blocks
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,36 @@ class AblatedAttention(nn.Module):
     def _heads(self, x: Tensor) -> Tensor:
         heads: Tensor = x.unflatten(-1, (self.num_heads, -1))
         return heads.transpose(1, 2)
+
+
+class SelectedAttention(Attention):
+    """Each head of each query reads the `top_k` blocks of keys whose mean is most like it, its own block among them.
+
+    The choice follows Lu et al. 2025, "MoBA: Mixture of Block Attention" (arXiv 2502.13189); it has no gradient of its
+    own, and no weights.
+
+    Parameters
+    ----------
+    block : int
+        Keys of a block.
+    top_k : int
+        Blocks that a query reads.
+    *given, **more
+        As in `qkv.nn.Attention`.
+    """
+
+    def __init__(self, *given: Any, block: int, top_k: int, **more: Any) -> None:
+        super().__init__(*given, **more)
+        self.block, self.top_k = block, top_k
+
+    def forward(self, x: Tensor, context: Tensor | None = None, *, mask: Any = None, **unused: Any) -> Tensor:
+        """Return (B, L, dim) for x (B, L, dim)."""
+        assert context is None
+        assert not unused
+        q, k, v = self.project(x)
+        chosen = select_blocks(q, k, self.block, self.top_k, mask=mask)
+        joined: Tensor = self.o_proj(attention(q, k, v, mask=chosen).transpose(1, 2).flatten(2))
+        return joined
 
 
 class SdpaAttention(Attention):
