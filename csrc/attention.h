@@ -155,6 +155,17 @@ Status limits(const char* instruction_set, Limits& to);
 // Whether the kernels can run this mask program: well formed, not nested too deeply.
 bool program_fits(const int64_t* words, int64_t length, int64_t operands);
 
+// What a call's kernel computes of its queries and keys, found by a walk that multiplies nothing.
+struct Cover {
+    int64_t granules;  // in: about so many are looked at; of more, evenly spread tiles tell of the others
+    int64_t pairs;     // of a query and a key, over all sequences and heads
+    int64_t step;      // tiles hold rows i, i + step, ...: 1: neighbours
+    int64_t block;     // tiles hold rows of one block of positions; 0: of any
+    bool by_query;     // tiles hold the rows of all heads of a query
+    bool gathers;      // more than a quarter of the keys were gathered
+};
+Status cover(const Attention& call, const char* instruction_set, Cover& to);
+
 // Runs on the named instruction set (null or "": the best).
 Status attention(const Attention& call, const char* instruction_set);
 Status backward(const Backward& call, const char* instruction_set);

@@ -142,6 +142,19 @@ class Prepared {
         with_call(given, bias_at(given, bias), [&](const Attention& call) { return observed_call(call, wanted); });
     }
 
+    // What is computed, without computing it: pairs, step, block, whether tiles hold all heads of a query, and whether
+    // keys are gathered.
+    std::tuple<int64_t, int64_t, int64_t, bool, bool> cover(uintptr_t positions, int64_t position_rows,
+                                                            int64_t granules) const {
+        require(positions == 0 || position_rows == 1 || position_rows == B_, "positions must have 1 or B rows");
+        Given given{};
+        given.positions = positions, given.position_rows = position_rows;
+        Cover found{};
+        found.granules = granules;
+        with_call(given, bias_, [&](const Attention& call) { return qkv::cover(call, isa_.c_str(), found); });
+        return {found.pairs, found.step, found.block, found.by_query, found.gathers};
+    }
+
     // Keys and values on pages.
     void run_pages(const std::array<uintptr_t, 7>& tensors, int threads, uintptr_t sinks, const Addresses& bias,
                    const std::array<uintptr_t, 4>& layout, const Strides& counts, const Integers& which) const {
@@ -399,6 +412,7 @@ NB_MODULE(QKV_MODULE, m) {
              "isa"_a, "type"_a, "sizes"_a, "q_stride"_a, "k_stride"_a, "v_stride"_a, "out_stride"_a, "scale"_a,
              "softcap"_a, "program"_a, "operands"_a, "bias"_a, "sinks"_a, "positions"_a, "pages"_a, "dropout_p"_a)
         .def("run", &Prepared::run, free)
+        .def("cover", &Prepared::cover, free, "positions"_a, "position_rows"_a, "granules"_a)
         .def("run_full", &Prepared::run_full, free, "q"_a, "k"_a, "v"_a, "out"_a, "lse"_a, "threads"_a, "sinks"_a,
              "positions"_a, "position_rows"_a, "bias"_a, "state"_a, "seed"_a)
         .def("run_pages", &Prepared::run_pages, free, "tensors"_a, "threads"_a, "sinks"_a, "bias"_a, "layout"_a,

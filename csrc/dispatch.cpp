@@ -22,6 +22,7 @@ struct Entry {
     Status (*run)(const Attention&);
     Status (*run_backward)(const Backward&);
     Status (*run_observation)(const Observation&);
+    Status (*run_cover)(const Attention&, Cover&);
     Limits (*limits)();
     bool (*supported)();
 };
@@ -29,7 +30,7 @@ struct Entry {
 // Best first, for most processors.
 const Entry kEntries[] = {
 #define QKV_ISA(name, runs) \
-    {#name, name::run, name::run_backward, name::run_observation, name::limits, [] { return runs; }},
+    {#name, name::run, name::run_backward, name::run_observation, name::run_cover, name::limits, [] { return runs; }},
 #include "isas.inc"
 #undef QKV_ISA
 };
@@ -123,6 +124,13 @@ Status attention(const Attention& call, const char* instruction_set) {
     if (entry == nullptr) return Status::unsupported;
     if (empty(call)) return Status::ok;
     return program_runs(call) ? entry->run(call) : Status::bad_program;
+}
+
+Status cover(const Attention& call, const char* instruction_set, Cover& to) {
+    const Entry* entry = find(instruction_set);
+    if (call.size != sizeof(Attention) || entry == nullptr) return Status::unsupported;
+    if (empty(call)) return Status::ok;
+    return program_runs(call) ? entry->run_cover(call, to) : Status::bad_program;
 }
 
 Status backward(const Backward& call, const char* instruction_set) {

@@ -217,12 +217,17 @@ class Run {
         auto& work = *memory.work;
         work.converted.clear();
         if (c.pairs >= 0) work.pairs = pairs + c.pairs + kv_head * (round_up(s.k_count, kGranule) / 2) * a.Dv;
+        int64_t some = 0;
         for (int64_t t = 0; t < count; ++t) {
-            schedule.rows_of(s, c, kv_head, c.by_index(first + t, job.group), memory.states[t]->tile);
-            L::load(job, *memory.states[t], work);
+            typename L::State& state = *memory.states[some];
+            schedule.rows_of(s, c, kv_head, c.by_index(first + t, job.group), state.tile);
+            if (state.tile.rows.count == 0) continue;
+            L::load(job, state, work);
+            ++some;
         }
-        L::run(job, memory.states, count, work, 0, s.k_count, false);
-        for (int64_t t = 0; t < count; ++t) {
+        if (some == 0) return;
+        L::run(job, memory.states, some, work, 0, s.k_count, false);
+        for (int64_t t = 0; t < some; ++t) {
             typename L::State& state = *memory.states[t];
             if (L::spoiled(a, state)) {
                 L::reset(state, a);
@@ -371,7 +376,7 @@ class Run {
 
     const Attention& a;
     Job job;
-    Schedule<L> schedule{a, job};
+    Schedule<L> schedule{a, job, true};
     Search search{};
     Cascade cascade;
     int64_t candidates = 0, most_chunks = 0;  // sequences that may share chunks

@@ -7,5 +7,6 @@
     Status run(const Attention& call);               \
     Status run_backward(const Backward& call);       \
     Status run_observation(const Observation& call); \
+    Status run_cover(const Attention&, Cover& to);   \
     Limits limits();                                 \
     }

@@ -1,5 +1,7 @@
 // Keys and values as all kernels see them: where they lie, and which of them a tile of rows may see.
 #pragma once
+#include <bit>
+
 #include "kernel/elements.h"
 #include "mask/program.h"
 
@@ -17,13 +19,17 @@ inline constexpr int kWorthWhole = 15;
 struct Block {
     int granules;
     bool masked;                  // some bit of words is 0
+    int low, high;                // the vectors of rows of which some row sees a key
     uint32_t gathered;            // one bit a granule
+    uint32_t loose;               // of those, the ones whose keys are not step after step
     int64_t key[kGranules];       // first key of each granule
     int live[kGranules];          // the keys that each has: fewer than 16 at the end, or where no more were gathered
     int64_t picked[kWindowKeys];  // by key of the block, where they were gathered: which key that is
     uint64_t words[kWindowKeys];  // by key of the block: the rows that see it
     int keys() const { return granules * kGranule; }
     QKV_INLINE bool straight(int g) const { return !(gathered >> g & 1); }
+    // Whether the first key and the tile's sieve say which keys these are.
+    QKV_INLINE bool regular(int g) const { return !(loose >> g & 1); }
     // Key i of granule g.
     QKV_INLINE int64_t at(int g, int i) const { return straight(g) ? key[g] + i : picked[g * kGranule + i]; }
 };
@@ -40,9 +46,12 @@ class Walk {
     void begin(const Program& program, const Rows& rows, Scratch& scratch, int64_t k0, int64_t k1) {
         begin(program, rows, scratch, keys_between(k0, k1), false);
     }
-    // The keys that a sieve asks for; it has a step of 1, or asks for all and the walk gathers.
-    void begin(const Program& program, const Rows& rows, Scratch& scratch, const Sieve& sieve, bool gathers) {
+    // The keys that a sieve asks for; it has a step of 1, or asks for all and the walk gathers. lanes: rows of a
+    // vector, where blocks may be for some of the tile's vectors; 0: they are for all rows.
+    void begin(const Program& program, const Rows& rows, Scratch& scratch, const Sieve& sieve, bool gathers,
+               int lanes = 0) {
         rows_ = &rows, program_ = &program;
+        lanes_ = lanes, vectors_ = lanes > 0 ? (rows.count + lanes - 1) / lanes : 1;
         sieve_ = sieve, gathers_ = gathers;
         every_ = all_rows(rows);
         count_ = sieve.place(rows.key_count);
@@ -55,18 +64,14 @@ class Walk {
     bool next(Scratch& scratch, Block& block) {
         block.granules = 0;
         block.masked = false;
-        block.gathered = 0;
+        block.gathered = block.loose = 0;
         do {
             for (; part_ < parts_; part_ += kGranule)
-                if (block.granules == Most)
-                    return true;
-                else
-                    push_part(block);
-            for (; at_ + kGranule <= full_end_; at_ += kGranule)
-                if (block.granules == Most)
-                    return true;
-                else
-                    push(block, at_, nullptr);
+                if (block.granules == Most || !push_part(block)) return true;
+            for (; at_ + kGranule <= full_end_; at_ += kGranule) {
+                if (block.granules == Most || !takes(block, every_)) return true;
+                push(block, at_, nullptr);
+            }
         } while (find(scratch));
         if (waiting_ > 0 && block.granules < Most) push_waiting(block);
         return block.granules > 0;
@@ -103,6 +108,26 @@ class Walk {
         at_ = full_end_ = 0;
     }
 
+    // What a granule costs for so many vectors of rows, and what a step costs beside its granules.
+    static constexpr int kCost[] = {0, 8, 12, 16, 21}, kStepCost = 3;
+
+    // Whether the block takes a granule of which these rows see some: not if a block of its own is cheaper.
+    bool takes(Block& block, uint64_t any) const {
+        int low = 0, high = vectors_;
+        if (lanes_ > 0) {
+            low = std::countr_zero(any) / lanes_;
+            high = (63 - std::countl_zero(any)) / lanes_ + 1;
+        }
+        if (block.granules > 0) {
+            const int own = kCost[high - low], old = kCost[block.high - block.low];
+            low = block.low < low ? block.low : low, high = block.high > high ? block.high : high;
+            const int both = kCost[high - low];
+            if ((both - old) * block.granules + both - own > kStepCost) return false;
+        }
+        block.low = low, block.high = high;
+        return true;
+    }
+
     // words: the rows that see each key of the granule; null: all do.
     void push(Block& block, int64_t place, const uint64_t* words) const {
         uint64_t* to = block.words + block.keys();
@@ -118,8 +143,8 @@ class Walk {
         ++block.granules;
     }
 
-    // Of a granule that bits were evaluated for, what some row sees.
-    void push_part(Block& block) {
+    // Of a granule that bits were evaluated for, what some row sees. False: it belongs into another block.
+    bool push_part(Block& block) {
         uint64_t* words = words_ + part_;
         const int64_t place = at_ - parts_ + part_;
         uint64_t any = 0, all = every_;
@@ -129,19 +154,30 @@ class Walk {
             all &= words[j];
             seen += words[j] != 0;
         }
-        if (any == 0) return;
-        if (!gathers_ || seen >= kWorthWhole) return push(block, place, all == every_ ? nullptr : words);
+        if (any == 0) return true;
+        if (!gathers_ || seen >= kWorthWhole) {
+            if (!takes(block, any)) return false;
+            push(block, place, all == every_ ? nullptr : words);
+            return true;
+        }
         for (int j = 0; j < kGranule; ++j) {
             if (words[j] == 0) continue;
             waiting_keys_[waiting_] = sieve_.key(place + j);
             waiting_words_[waiting_] = words[j];
             if (++waiting_ == kGranule) push_waiting(block);
         }
+        return true;
     }
 
     // The keys that were gathered, as a granule.
     void push_waiting(Block& block) {
         uint64_t all = waiting_ == kGranule ? every_ : 0;
+        if (block.granules == 0) block.low = vectors_, block.high = 0;
+        for (int j = 0; j < waiting_ && lanes_ > 0; ++j) {
+            const int low = std::countr_zero(waiting_words_[j]) / lanes_,
+                      high = (63 - std::countl_zero(waiting_words_[j])) / lanes_ + 1;
+            block.low = block.low < low ? block.low : low, block.high = block.high > high ? block.high : high;
+        }
         for (int j = 0; j < kGranule; ++j) {
             const bool there = j < waiting_;
             block.words[block.keys() + j] = there ? waiting_words_[j] : 0;
@@ -150,6 +186,7 @@ class Walk {
         }
         block.masked |= all != every_;
         block.gathered |= 1u << block.granules;
+        block.loose |= 1u << block.granules;
         block.live[block.granules] = waiting_;
         block.key[block.granules++] = waiting_keys_[0];
         waiting_ = 0;
@@ -205,6 +242,7 @@ class Walk {
     const Rows* rows_;
     Sieve sieve_;
     bool gathers_;
+    int lanes_, vectors_;
     Bounds bounds_;
     bool exact_;  // all rows see all that any sees, as far as the bounds go
     uint64_t every_;

@@ -21,12 +21,14 @@ class Lanes {
     using Single = typename M::Single;
     using Lane = typename M::Lane;
     static constexpr int W = V::W;
-    static constexpr int kMaxVectors = 3;
-    static constexpr int kTileRows = kMaxVectors * W;
-    static_assert(kTileRows <= kMaxRows);
-    // 32 registers hold 8 keys x 3 vectors of scores, 16 registers 4 x 3.
-    static constexpr int keys_at_once(int vectors) { return kRegisters == 32 || vectors == 1 ? 8 : 4; }
-    static constexpr int columns_at_once(int vectors) { return kRegisters == 32 || vectors == 1 ? 8 : 4; }
+    static constexpr int kTileRows = 3 * W;
+    // Four vectors hold a block of 64 rows that see alike; a tile of others sees fewer keys in vain with three.
+    static constexpr int kMaxVectors = kRegisters == 32 ? 4 : 3;
+    static constexpr int kMostRows = kMaxVectors * W;
+    static_assert(kMostRows <= kMaxRows);
+    // 32 registers hold 8 keys x 3 vectors of scores or 4 x 4, 16 registers 4 x 3.
+    static constexpr int keys_at_once(int vectors) { return (kRegisters == 32 && vectors < 4) || vectors == 1 ? 8 : 4; }
+    static constexpr int columns_at_once(int vectors) { return keys_at_once(vectors); }
     static constexpr int kFewKeys = 2;  // at the end of the keys
     static constexpr int kRunGranules = M::kRun / kGranule;
 
@@ -35,11 +37,12 @@ class Lanes {
         Tile tile;
         Walk<kGranules> walk;
         int vectors;
-        bool any, masked;
+        uint32_t begun;  // the vectors of rows that have sums, one bit each
+        bool masked;
         Lane* queries;  // [units][vectors * W]
         E* out;         // [Dv][vectors * W]
-        RowStates<E, kTileRows, 2> softmax;
-        uint64_t draws[kTileRows];  // dropout's numbers, but for the key
+        RowStates<E, kMostRows, 2> softmax;
+        uint64_t draws[kMostRows];  // dropout's numbers, but for the key
     };
     // The granules whose converted keys and values a worker holds: tiles that take turns use them one after another.
     struct Converted {
@@ -49,12 +52,12 @@ class Lanes {
             for (int at = 0; at < kGranules; ++at) key[at] = -1;
             oldest = 0;
         }
-        // Where each granule of a block is, or is to be put; returns which are there already, one bit each. Gathered
-        // granules are nobody else's.
+        // Where each granule of a block is, or is to be put; returns which are there already, one bit each. Those
+        // whose keys follow no rule are nobody else's.
         uint32_t find(const Block& block, int (&place)[kGranules]) {
             uint32_t used = 0, there = 0;
             for (int g = 0; g < block.granules; ++g)
-                for (int at = 0; at < kGranules && block.straight(g); ++at)
+                for (int at = 0; at < kGranules && block.regular(g); ++at)
                     if (key[at] == block.key[g]) {
                         place[g] = at;
                         used |= 1u << at, there |= 1u << g;
@@ -65,7 +68,7 @@ class Lanes {
                 while (used >> oldest & 1) oldest = (oldest + 1) % kGranules;
                 used |= 1u << oldest;
                 place[g] = oldest;
-                key[oldest] = block.straight(g) ? block.key[g] : -1;
+                key[oldest] = block.regular(g) ? block.key[g] : -1;
             }
             return there;
         }
@@ -75,12 +78,12 @@ class Lanes {
         Scratch scratch;
         Block block;
         Converted converted;
-        E* scores;          // [kWindowKeys][kTileRows], then weights
+        E* scores;          // [kWindowKeys][kMostRows], then weights
         E* bias;            // likewise
         Single* keys;       // converted keys of granules
         Lane* values;       // their converted values, or the pairs of those
         Lane* picked;       // pairs of values that were gathered
-        E* rows;            // [kTileRows][max(D, Dv) rounded up]
+        E* rows;            // [kMostRows][max(D, Dv) rounded up]
         E* k_scales;        // [kWindowKeys], of stored keys that have them
         E* v_scales;        // likewise
         T* staged;          // [kGranule][Dv]: stored values before they are interleaved
@@ -90,17 +93,17 @@ class Lanes {
     };
     template <class From>
     static void lay_out(const Attention& a, From& memory, State& s) {
-        s.queries = memory.template take<Lane>(units(a.D) * kTileRows);
-        s.out = memory.template take<E>(a.Dv * kTileRows);
+        s.queries = memory.template take<Lane>(units(a.D) * kMostRows);
+        s.out = memory.template take<E>(a.Dv * kMostRows);
     }
     template <class From>
     static void lay_out(const Attention& a, From& memory, Work& w) {
-        w.scores = memory.template take<E>(kWindowKeys * kTileRows);
-        w.bias = memory.template take<E>(kWindowKeys * kTileRows);
+        w.scores = memory.template take<E>(kWindowKeys * kMostRows);
+        w.bias = memory.template take<E>(kWindowKeys * kMostRows);
         w.keys = memory.template take<Single>(kWindowKeys * units(a.D) * M::kPair);
         w.values = memory.template take<Lane>(kWindowKeys * a.Dv);
         w.picked = memory.template take<Lane>(M::kPair == 2 && a.program_length > 0 ? kWindowKeys / 2 * a.Dv : 0);
-        w.rows = memory.template take<E>(kTileRows * row_width(a));
+        w.rows = memory.template take<E>(kMostRows * row_width(a));
         w.k_scales = memory.template take<E>(kWindowKeys);
         w.v_scales = memory.template take<E>(kWindowKeys);
         w.staged = memory.template take<T>(kGranule * a.Dv);
@@ -118,7 +121,8 @@ class Lanes {
     static int64_t row_width(const Attention& a) { return (upper(a.D, a.Dv) + 31) / 16 * 16; }
 
     static void reset(State& s, const Attention& a) {
-        s.any = s.masked = false;
+        s.begun = 0;
+        s.masked = false;
         s.softmax.clear();
         std::memset(s.out, 0, sizeof(E) * static_cast<size_t>(a.Dv * s.vectors * W));
     }
@@ -146,13 +150,18 @@ class Lanes {
         reset(s, a);
     }
 
+    // A tile whose sieve has a step is never cut into chunks.
+    static Sieve of_chunk(const Sieve& all, int64_t k0, int64_t k1) {
+        return all.step == 1 ? keys_between(k0, k1) : all;
+    }
+
     // Takes the keys in [k0, k1) into the states of some tiles. The tiles take turns, a block each, the one that is
     // furthest behind first: so keys and values that have to be converted are, once for all.
     static void run(const Job& job, State* const* states, int64_t count, Work& work, int64_t k0, int64_t k1,
                     bool careful) {
         for (int64_t t = 0; t < count; ++t)
-            states[t]->walk.begin(job.program, states[t]->tile.rows, work.scratch, keys_between(k0, k1),
-                                  !job.program.empty());
+            states[t]->walk.begin(job.program, states[t]->tile.rows, work.scratch,
+                                  of_chunk(states[t]->tile.sieve, k0, k1), !job.program.empty(), W);
         for (;;) {
             State* behind = nullptr;
             for (int64_t t = 0; t < count; ++t)
@@ -170,7 +179,7 @@ class Lanes {
         for (int z = 0; z < s.vectors; ++z) nothing[z] = V::zero();
         for (int64_t d = 0; d < a.Dv; ++d)
             for (int z = 0; z < s.vectors; ++z) nothing[z] = fma(V::load(s.out + d * n + z * W), V::zero(), nothing[z]);
-        E lanes[kTileRows];
+        E lanes[kMostRows];
         for (int z = 0; z < s.vectors; ++z) nothing[z].store(lanes + z * W);
         for (int r = 0; r < s.tile.rows.count; ++r)
             if (lanes[r] != 0) return true;
@@ -235,7 +244,7 @@ class Lanes {
     template <int Z>
     static void only_scores(const Job& job, State& s, Work& work, V* top) {
         Laid laid;
-        scores_of<Z>(job, s, work, work.block, laid, top);
+        scores_of<Z>(job, s, work, work.block, laid, 0, top);
     }
 
   private:
@@ -289,10 +298,12 @@ class Lanes {
     // The products of `Keys` keys with all rows of the tile.
     struct Products {
         const Lane* queries;
+        int64_t rows;  // of the tile, in whole vectors
         const Single* keys;
         int64_t stride, units;
         E* to;
         const uint64_t* words;  // the rows that see each key
+        int first;              // the tile's row that is the first of these
     };
     template <int Z, int Keys, bool Masked, bool Max>
     static QKV_INLINE void scores(const Products& of, V* top) {
@@ -303,8 +314,8 @@ class Lanes {
             V acc[Keys][Z];
             QKV_FOR(k, Keys)
                 QKV_FOR(z, Z) acc[k][z] = V::zero();
-            const Lane* q = of.queries + u0 * n;
-            for (int64_t u = u0; u < u1; ++u, q += n) {
+            const Lane* q = of.queries + u0 * of.rows;
+            for (int64_t u = u0; u < u1; ++u, q += of.rows) {
                 typename M::R b[Z];
                 QKV_FOR(z, Z) b[z] = M::load(q + z * W);
                 QKV_FOR(k, Keys) {
@@ -319,7 +330,7 @@ class Lanes {
             if (u1 == of.units) {
                 if constexpr (Masked) {
                     QKV_FOR(k, Keys)
-                        QKV_FOR(z, Z) acc[k][z] = shown(of.words[k] >> (z * W), acc[k][z]);
+                        QKV_FOR(z, Z) acc[k][z] = shown(of.words[k] >> (of.first + z * W), acc[k][z]);
                 }
                 if constexpr (Max) {
                     QKV_FOR(k, Keys)
@@ -332,15 +343,16 @@ class Lanes {
     }
 
     template <int Z, bool Masked, bool Max>
-    static QKV_APART void all_scores(const State& s, const Block& block, const Laid& laid, int64_t units, E* to,
-                                     V* top) {
+    static QKV_APART void all_scores(const State& s, const Block& block, const Laid& laid, int64_t units, int first,
+                                     E* to, V* top) {
         constexpr int kKeys = keys_at_once(Z);
         for (int g = 0; g < block.granules; ++g) {
             const auto few = [&]<int Keys>(std::integral_constant<int, Keys>, int k) {
                 const int j = g * kGranule + k;
                 const int64_t stride = laid.key_strides[g];
-                scores<Z, Keys, Masked, Max>(
-                    {s.queries, laid.keys[g] + k * stride, stride, units, to + j * Z * W, block.words + j}, top);
+                scores<Z, Keys, Masked, Max>({s.queries + first, s.vectors * W, laid.keys[g] + k * stride, stride,
+                                              units, to + j * Z * W, block.words + j, first},
+                                             top);
             };
             int k = 0;
             for (; k + kKeys <= laid.live[g]; k += kKeys) few(std::integral_constant<int, kKeys>{}, k);
@@ -350,17 +362,17 @@ class Lanes {
         }
     }
 
-    // The scores as the definition has them.
+    // The scores as the definition has them, of rows from `first` on.
     template <int Z, bool Scaled>
-    static void transform(const Job& job, const State& s, Work& work, Block& block, V* top) {
+    static void transform(const Job& job, const State& s, Work& work, Block& block, int first, V* top) {
         constexpr int n = Z * W;
         const Attention& a = *job.call;
         const Score<M> score(job);
         if (a.bias_count > 0) {
             std::memset(work.bias, 0, sizeof(E) * static_cast<size_t>(block.keys() * n));
-            for (int r = 0; r < s.tile.rows.count; ++r)
+            for (int r = first; r < s.tile.rows.count && r < first + n; ++r)
                 for (int g = 0; g < block.granules; ++g) {
-                    E* add = work.bias + g * kGranule * n + r;
+                    E* add = work.bias + g * kGranule * n + r - first;
                     gather_bias<E>(a, s.tile, r, block, g, add, n);
                     hide_by_bias<E>(block, r, g * kGranule, kGranule, add, n);
                 }
@@ -370,7 +382,7 @@ class Lanes {
             QKV_FOR(z, Z) {
                 E* at = work.scores + j * n + z * W;
                 V x = score.template of<Scaled>(V::load(at), key_scale, work.bias + j * n + z * W);
-                if (block.masked) x = shown(block.words[j] >> (z * W), x);
+                if (block.masked) x = shown(block.words[j] >> (first + z * W), x);
                 top[z] = maximum(top[z], x);
                 x.store(at);
             }
@@ -382,8 +394,10 @@ class Lanes {
     struct Weighted {
         const E* weights;
         E* out;
+        int64_t rows;   // of the tile, in whole vectors
         const V* keep;  // [Z]: what the sums so far count for
-        bool first;     // there are none
+        bool begins;    // there are none
+        int first;      // the tile's row that is the first of these
     };
 
     // Columns [d, d + Columns) of the granules [g0, g1).
@@ -403,7 +417,8 @@ class Lanes {
                 QKV_FOR(z, Z) b[z] = M::load(w + z * W);
                 QKV_FOR(c, Columns) {
                     if constexpr (Careful) {
-                        QKV_FOR(z, Z) acc[c][z] = M::multiply(acc[c][z], M::hide(v + c, block.words + j, z * W), b[z]);
+                        QKV_FOR(z, Z)
+                            acc[c][z] = M::multiply(acc[c][z], M::hide(v + c, block.words + j, of.first + z * W), b[z]);
                     } else {
                         const typename M::R x = M::broadcast_lane(v + c);
                         QKV_FOR(z, Z) acc[c][z] = M::multiply(acc[c][z], x, b[z]);
@@ -411,12 +426,12 @@ class Lanes {
                 }
             }
         }
-        const bool first = of.first && g0 == 0;
+        const bool begins = of.begins && g0 == 0;
         QKV_FOR(c, Columns)
             QKV_FOR(z, Z) {
-                E* at = of.out + (d + c) * n + z * W;
+                E* at = of.out + (d + c) * of.rows + z * W;
                 V sum = acc[c][z];
-                if (!first) sum = g0 > 0 ? V::load(at) + sum : fma(V::load(at), of.keep[z], sum);
+                if (!begins) sum = g0 > 0 ? V::load(at) + sum : fma(V::load(at), of.keep[z], sum);
                 sum.store(at);
             }
     }
@@ -470,6 +485,7 @@ class Lanes {
             for (int g = 0; g < block.granules; ++g) place[g] = g;
         for (int g = 0; g < block.granules; ++g) {
             const int64_t j = block.key[g];
+            if (g + 1 < block.granules && !(there >> (g + 1) & 1)) ask(k, v, block, g + 1, a);
             const bool done = there >> g & 1, in_row = straight && block.straight(g);
             const bool in_place = kInPlace && block.live[g] == kGranule;
             const int rows = (block.live[g] + kFewKeys - 1) / kFewKeys * kFewKeys;
@@ -503,6 +519,20 @@ class Lanes {
         }
     }
 
+    // Asks for the rows of a granule that does not follow its neighbour: the processor does not see them coming.
+    template <class S>
+    static void ask(const Source<S>& k, const Source<S>& v, const Block& block, int g, const Attention& a) {
+        if (block.straight(g) && block.key[g] == block.key[g - 1] + kGranule) return;
+        const uintptr_t k_bytes = static_cast<uintptr_t>(a.D) * sizeof(S),
+                        v_bytes = static_cast<uintptr_t>(a.Dv) * sizeof(S);
+        for (int i = 0; i < block.live[g]; ++i) {
+            const uintptr_t from_k = reinterpret_cast<uintptr_t>(k.row(block.at(g, i))),
+                            from_v = reinterpret_cast<uintptr_t>(v.row(block.at(g, i)));
+            for (uintptr_t at = 0; at < k_bytes; at += 64) prefetch(from_k + at);
+            for (uintptr_t at = 0; at < v_bytes; at += 64) prefetch(from_v + at);
+        }
+    }
+
     // The interleaved values of a granule: those of the whole sequence where they were made, else its own.
     template <class S>
     static const Lane* gather_pairs(const Attention& a, Work& work, const Granule<S>& of, int place, bool done) {
@@ -531,56 +561,61 @@ class Lanes {
     }
 
     static void step_of(const Job& job, State& s, Work& work, bool careful) {
-        switch (s.vectors) {
-            case 1: step<1>(job, s, work, work.block, careful); break;
-            case 2: step<2>(job, s, work, work.block, careful); break;
-            default: step<3>(job, s, work, work.block, careful);
+        const int first = work.block.low * W;
+        switch (work.block.high - work.block.low) {
+            case 1: step<1>(job, s, work, work.block, first, careful); break;
+            case 2: step<2>(job, s, work, work.block, first, careful); break;
+            case 3: step<3>(job, s, work, work.block, first, careful); break;
+            default:
+                if constexpr (kMaxVectors == 4) step<4>(job, s, work, work.block, first, careful);
         }
     }
 
-    // The scores of a block, in work.scores, and the largest of each row. S: what keys and values are stored as.
+    // The scores of a block, in work.scores, and the largest of each row, from row `first` on. S: what keys and values
+    // are stored as.
     template <int Z, class S>
-    static void scores_from(const Job& job, State& s, Work& work, Block& block, Laid& laid, V* top) {
+    static void scores_from(const Job& job, State& s, Work& work, Block& block, Laid& laid, int first, V* top) {
         constexpr bool kScaled = !std::is_same_v<S, T>;
         gather<S>(job, s, work, block, laid);
         QKV_FOR(z, Z) top[z] = V::set1(-static_cast<E>(INFINITY));
         const int64_t u = units(job.call->D);
         if (job.transform) {
-            all_scores<Z, false, false>(s, block, laid, u, work.scores, top);
-            transform<Z, kScaled>(job, s, work, block, top);
+            all_scores<Z, false, false>(s, block, laid, u, first, work.scores, top);
+            transform<Z, kScaled>(job, s, work, block, first, top);
         } else if (block.masked) {
-            all_scores<Z, true, true>(s, block, laid, u, work.scores, top);
+            all_scores<Z, true, true>(s, block, laid, u, first, work.scores, top);
         } else {
-            all_scores<Z, false, true>(s, block, laid, u, work.scores, top);
+            all_scores<Z, false, true>(s, block, laid, u, first, work.scores, top);
         }
     }
     template <int Z>
-    static void scores_of(const Job& job, State& s, Work& work, Block& block, Laid& laid, V* top) {
+    static void scores_of(const Job& job, State& s, Work& work, Block& block, Laid& laid, int first, V* top) {
         if constexpr (sizeof(E) == 4) {
             if (is_scaled(*job.call)) {
                 if (job.call->kv_type == Type::i8)
-                    scores_from<Z, int8_t>(job, s, work, block, laid, top);
+                    scores_from<Z, int8_t>(job, s, work, block, laid, first, top);
                 else
-                    scores_from<Z, f8>(job, s, work, block, laid, top);
+                    scores_from<Z, f8>(job, s, work, block, laid, first, top);
                 return;
             }
         }
-        scores_from<Z, T>(job, s, work, block, laid, top);
+        scores_from<Z, T>(job, s, work, block, laid, first, top);
     }
 
+    // A block of keys for the Z vectors of rows from row `first` on.
     template <int Z>
-    static void step(const Job& job, State& s, Work& work, Block& block, bool careful) {
+    static void step(const Job& job, State& s, Work& work, Block& block, int first, bool careful) {
         const Attention& a = *job.call;
         Laid laid;
         V top[Z];
-        scores_of<Z>(job, s, work, block, laid, top);
+        scores_of<Z>(job, s, work, block, laid, first, top);
         s.masked |= block.masked;
 
         const V factor = V::set1(static_cast<E>(job.factor));
         RowState<V, 2> rows[Z];
         V from[Z], keep[Z], by[Z], sums[Z], moments[Z];
         QKV_FOR(z, Z) {
-            rows[z] = s.softmax.template rows<V>(z * W);
+            rows[z] = s.softmax.template rows<V>(first + z * W);
             const Shift<V> shift = rows[z].template raise<6>(top[z], factor);
             from[z] = shift.from;
             keep[z] = shift.keep;
@@ -589,45 +624,46 @@ class Lanes {
         }
         const bool observed = a.observed != nullptr;
         if (is_scaled(a) || a.dropout_below > 0) {
-            if (a.dropout_below > 0) draw<Z>(a, s, work, block);
+            if (a.dropout_below > 0) draw<Z>(a, s, work, block, first);
             if (observed)
-                exponentials<Z, true, true>(job, work, block, factor, from, sums, moments);
+                exponentials<Z, true, true>(job, work, block, first, factor, from, sums, moments);
             else
-                exponentials<Z, true, false>(job, work, block, factor, from, sums, moments);
+                exponentials<Z, true, false>(job, work, block, first, factor, from, sums, moments);
         } else if (observed) {
-            exponentials<Z, false, true>(job, work, block, factor, from, sums, moments);
+            exponentials<Z, false, true>(job, work, block, first, factor, from, sums, moments);
         } else {
-            exponentials<Z, false, false>(job, work, block, factor, from, sums, moments);
+            exponentials<Z, false, false>(job, work, block, first, factor, from, sums, moments);
         }
         QKV_FOR(z, Z) {
             rows[z].absorb(keep[z], by[z], {sums[z], moments[z]});
-            s.softmax.set_rows(z * W, rows[z]);
+            s.softmax.set_rows(first + z * W, rows[z]);
         }
 
-        const Weighted<Z> weighted{work.scores, s.out, keep, !s.any};
+        const uint32_t these = ((1u << Z) - 1) << (first / W);
+        const Weighted<Z> weighted{work.scores, s.out + first, s.vectors * W, keep, (s.begun & these) == 0, first};
         if (careful)
             all_values<Z, true>(block, laid, weighted, a.Dv);
         else
             all_values<Z, false>(block, laid, weighted, a.Dv);
-        s.any = true;
+        s.begun |= these;
     }
 
     // Which weights dropout keeps: work.kept, by key, one bit a row.
     template <int Z>
-    static QKV_APART void draw(const Attention& a, const State& s, Work& work, const Block& block) {
+    static QKV_APART void draw(const Attention& a, const State& s, Work& work, const Block& block, int first) {
         for (int j = 0; j < block.keys(); ++j) {
             const uint64_t key = draw_index(block.at(j / kGranule, j % kGranule));
             work.kept[j] = 0;
             for (int r = 0; r < Z * W; r += kDrawLanes)
-                work.kept[j] |= static_cast<uint64_t>(keep_bits(s.draws + r, key, a.dropout_below)) << r;
+                work.kept[j] |= static_cast<uint64_t>(keep_bits(s.draws + first + r, key, a.dropout_below)) << r;
         }
     }
 
     // Weights from scores, in place, and their sums; moments: the second ones of rows, of `Observed`. With `Changed`,
     // what values are multiplied by differs from what is summed: it is times the value's scale, or dropped.
     template <int Z, bool Changed, bool Observed>
-    static QKV_APART void exponentials(const Job& job, Work& work, const Block& block, V factor, const V* from, V* sums,
-                                       [[maybe_unused]] V* moments) {
+    static QKV_APART void exponentials(const Job& job, Work& work, const Block& block, int first_row, V factor,
+                                       const V* from, V* sums, [[maybe_unused]] V* moments) {
         constexpr int n = Z * W;
         E* scores_at = work.scores;
         const int keys = block.keys();
@@ -637,7 +673,8 @@ class Lanes {
                 if (scaled) x = x * V::set1(work.v_scales[j]);
                 if (drops) x = choose(static_cast<uint32_t>(work.kept[j] >> (z * W)), x, V::zero());
                 // 0 times a scale that is NaN is not 0.
-                if (block.masked) x = choose(static_cast<uint32_t>(block.words[j] >> (z * W)), x, V::zero());
+                if (block.masked)
+                    x = choose(static_cast<uint32_t>(block.words[j] >> (first_row + z * W)), x, V::zero());
             }
             return x;
         };

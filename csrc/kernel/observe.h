@@ -22,7 +22,7 @@ template <class M>
 class Observer {
   public:
     explicit Observer(const Observation& observation)
-        : o_(observation), a_(of_keys(observation.call)), job_(a_), schedule_{a_, job_} {}
+        : o_(observation), a_(of_keys(observation.call)), job_(a_), schedule_{a_, job_, false} {}
 
     Status go() {
         double pairs = 0;

@@ -28,6 +28,10 @@ struct Cut {
     bool split;    // into chunks of keys
     bool by_head;  // tiles hold rows of one head
     int64_t rows;  // of all heads of a group
+    // Rows of one head are dealt to bands, and those cut into tiles: all of them, the rows i, i + step, ... or, where
+    // `block` is not 0, those of a block of positions.
+    int64_t step, block, bands;
+    bool by_query;  // rows of all heads of a query stand together
     int64_t tile_rows, tiles;
     int64_t together;  // tiles of a task, at most. The result's bits do not depend on it
     int64_t chunk, chunks;
@@ -61,6 +65,7 @@ template <class L>
 struct Schedule {
     const Attention& a;
     const Job& job;
+    bool arranges;        // whether rows are dealt to tiles as a mask's pattern asks for
     Cut* cuts = nullptr;  // of each sequence
     int64_t tasks = 0, packs = 0, partial_rows = 0, counters = 0, pair_words = 0;
     int64_t states = 1;  // of the kernel for many rows, that one task holds
@@ -70,6 +75,7 @@ struct Schedule {
         Cut c{};
         c.rows = s.q_count * job.group;
         c.pairs = -1;
+        c.step = c.bands = 1;
         c.dots = c.rows <= kDotRows;
         if (c.dots) {
             c.tile_rows = c.rows;
@@ -77,16 +83,48 @@ struct Schedule {
             c.split = true;
         } else {
             c.by_head = s.q_count >= L::kTileRows;
-            const int64_t span = c.by_head ? s.q_count : c.rows;
+            deal(s, c);
+            const int64_t span = c.step > 1  ? (s.q_count + c.step - 1) / c.step
+                                 : c.block   ? lower(c.block, s.q_count)
+                                 : c.by_head ? s.q_count
+                                             : c.rows;
             const int64_t n = (span + L::kTileRows - 1) / L::kTileRows;
-            c.tile_rows = round_up((span + n - 1) / n, L::W);
-            c.tiles = (span + c.tile_rows - 1) / c.tile_rows * (c.by_head ? job.group : 1);
+            // A block's last tile is a short one: 48 and 32 rows cost less than twice 40.
+            c.tile_rows = c.by_query ? L::W / job.group * job.group
+                          : c.block  ? (span <= L::kMostRows ? round_up(span, L::W) : L::kTileRows)
+                                     : round_up((span + n - 1) / n, L::W);
+            c.tiles = (span + c.tile_rows - 1) / c.tile_rows * c.bands * (c.by_head ? job.group : 1);
             c.split = !c.by_head && c.tiles <= kShortTiles;
         }
         c.chunk = c.split ? (a.Dv > 256 && !c.dots ? 1024 : 512) : s.k_count;
         if (c.split && s.k_count > c.chunk * 64) c.chunk = round_up(s.k_count / 64, kGranule);
         c.chunks = c.split && s.k_count > 0 ? (s.k_count + c.chunk - 1) / c.chunk : 1;
         return c;
+    }
+
+    // How the rows of a sequence are dealt to bands: by the program and the sizes of the sequence alone.
+    void deal(const Sequence& s, Cut& c) const {
+        const Pattern& p = job.pattern;
+        if (!arranges || !c.by_head) return;
+        if (p.listed > 0 && p.listed < L::W && job.group > 1 && job.group <= L::W) {
+            c.by_query = true, c.by_head = false;
+            return;
+        }
+        // A tile of few rows costs as much as so many keys of one vector of rows.
+        constexpr int64_t kTileKeys = 64;
+        if (p.step > 1 && p.step <= s.q_count && s.positions == nullptr) {
+            const int64_t vectors = (s.q_count + p.step * L::W - 1) / (p.step * L::W);
+            if (p.step * kTileKeys + vectors * s.k_count < s.q_count / L::W * s.k_count / 2) {
+                c.step = c.bands = p.step;
+                return;
+            }
+        }
+        // Blocks of fewer rows than half a vector: as many as fill one.
+        const int64_t block = p.block > 0 && 2 * p.block < L::W ? L::W / p.block * p.block : p.block;
+        if (block > 0 && s.positions == nullptr && s.q_count > block) {
+            c.block = block;
+            c.bands = floor_div(s.position + s.q_count - 1, block) - floor_div(s.position, block) + 1;
+        }
     }
 
     // Cuts all sequences, into `cuts`, and counts what they need.
@@ -146,24 +184,41 @@ struct Schedule {
         return lo;
     }
 
-    // The rows of a tile.
+    // The rows of a tile: there may be none, where a band has fewer than others.
     void rows_of(const Sequence& s, const Cut& c, int64_t kv_head, int64_t tile, Tile& to) const {
         to.sequence = &s;
         to.kv_head = kv_head;
         Rows& rows = to.rows;
         rows.batch = s.batch;
         rows.key_count = s.k_count;
-        const int64_t per_head = c.by_head ? c.tiles / job.group : 0;
-        const int64_t first = (c.by_head ? tile % per_head : tile) * c.tile_rows;
-        const int64_t span = c.by_head ? s.q_count : c.rows;
-        rows.count = static_cast<int>(lower(c.tile_rows, span - first));
+        const int64_t heads = c.by_head ? job.group : 1, per_band = c.tiles / heads / c.bands;
+        const int64_t head = tile / (per_band * c.bands), band = tile / per_band % c.bands;
+        const Band of = band_of(s, c, band);
+        const int64_t first = tile % per_band * c.tile_rows;
+        rows.count = static_cast<int>(clamp(of.count - first, 0, c.tile_rows));
         for (int r = 0; r < rows.count; ++r) {
             const int64_t x = first + r;
-            const int64_t i = c.by_head ? x : x % s.q_count;
-            rows.head[r] = kv_head * job.group + (c.by_head ? tile / per_head : x / s.q_count);
+            const int64_t i = c.by_query ? x / job.group : c.by_head ? of.first + c.step * x : x % s.q_count;
+            rows.head[r] = kv_head * job.group + (c.by_query ? x % job.group : c.by_head ? head : x / s.q_count);
             rows.index[r] = i;
             rows.position[r] = s.positions != nullptr ? s.positions[i] : s.position + i;
         }
+        to.sieve = keys_between(0, s.k_count);
+        if (c.step > 1 && rows.count > 0) {
+            to.sieve.step = c.step, to.sieve.first = floor_mod(rows.position[0] - job.pattern.offset, c.step);
+            to.sieve.to = upper(to.sieve.place(s.k_count), 0);
+        }
+    }
+
+    // The rows of a band: first, first + step, ...
+    struct Band {
+        int64_t first, count;
+    };
+    Band band_of(const Sequence& s, const Cut& c, int64_t band) const {
+        if (c.step > 1) return {band, (s.q_count - band + c.step - 1) / c.step};
+        if (c.block == 0) return {0, c.by_head ? s.q_count : c.rows};
+        const int64_t from = (floor_div(s.position, c.block) + band) * c.block - s.position;
+        return {upper(from, 0), lower(from + c.block, s.q_count) - upper(from, 0)};
     }
 };
 

@@ -1,6 +1,7 @@
 // From products q . k to scores: one formula for all kernels.
 #pragma once
 #include "kernel/keys.h"
+#include "mask/pattern.h"
 
 namespace qkv {
 namespace QKV_ISA {
@@ -20,8 +21,12 @@ struct Job {
     double factor;   // from held scores to exponents of 2
     bool negate;     // q's sign is flipped: the scale is negative
     int64_t group;
+    Pattern pattern;
     explicit Job(const Attention& a)
-        : call(&a), program(a.program, a.program_length, a.operands, a.Hq), group(a.Hkv > 0 ? a.Hq / a.Hkv : 0) {
+        : call(&a),
+          program(a.program, a.program_length, a.operands, a.Hq),
+          group(a.Hkv > 0 ? a.Hq / a.Hkv : 0),
+          pattern(PatternReader::of(a.program, a.program_length)) {
         const double scale = a.scale, size = std::fabs(scale);
         transform =
             a.softcap > 0 || a.bias_count > 0 || a.sinks != nullptr || is_scaled(a) || !(size > 1e-30 && size < 1e30);
@@ -40,6 +45,7 @@ QKV_INLINE int64_t score_run(int64_t left) { return left < 2 * kScoreRun ? left 
 struct Tile {
     const Sequence* sequence;
     int64_t kv_head;
+    Sieve sieve;  // the keys that its rows can see at all
     Rows rows;
 };
 

@@ -266,29 +266,36 @@ class Atoms {
         const int64_t last = lower(rows.key_count, sieve.key(sieve.to));
         for (int64_t i = first_at(index, n, upper(0, sieve.key(sieve.from))); i < n && index[i] < last; ++i)
             append_keys<true>(sieve, index[i], index[i] + 1, to.seen);
-        to.full = to.seen;
-        if (to.full.count > 0 && to.full.end != kFar) --to.full.count;  // the last range was joined of several
+        all_see(to);
     }
 
     void random_bounds(const int64_t* w, const Rows& rows, const Sieve& sieve, uint64_t which, Bounds& to) const {
         const int64_t keys = rows.key_count;
         int64_t previous = 0, chosen[kMaxRanges];
-        bool first = true;
+        bool first = true, one = true;
         to.seen.clear();
         Ranges row, joined;
         each(which, [&](int r) {
             const int64_t qb = floor_div(rows.position[r], w[2]);
             if (!first && qb == previous) return;
+            one &= first;
             first = false;
             previous = qb;
             const int n = random_row(w, qb, keys, chosen, kMaxRanges);
             row.clear();
-            if (n < 0) row.set(sieve.from, sieve.to);
+            if (n < 0) row.set(sieve.from, sieve.to), one = false;
             for (int i = 0; i < n; ++i)
                 append_keys<true>(sieve, chosen[i] * w[2], lower(chosen[i] * w[2] + w[2], keys), row);
             unite<true>(to.seen, row, joined);
             to.seen = joined;
         });
+        if (one) all_see(to);
+    }
+
+    // All rows see what any sees.
+    static void all_see(Bounds& to) {
+        to.full = to.seen;
+        if (to.full.count > 0 && to.full.end != kFar) --to.full.count;  // the last range was joined of several
     }
 
     void blocks_bounds(const int64_t* w, const Rows& rows, const Sieve& sieve, uint64_t which, Bounds& to) const {
@@ -312,9 +319,7 @@ class Atoms {
             unite<true>(to.seen, row, joined);
             to.seen = joined;
         });
-        if (!one) return;
-        to.full = to.seen;
-        if (to.full.count > 0 && to.full.end != kFar) --to.full.count;  // the last range was joined of several
+        if (one) all_see(to);
     }
 
     void selected_bounds(const int64_t* w, const Rows& rows, const Sieve& sieve, uint64_t which, Bounds& to) const {
@@ -336,9 +341,7 @@ class Atoms {
             unite<true>(to.seen, row, joined);
             to.seen = joined;
         });
-        if (!one) return;
-        to.full = to.seen;
-        if (to.full.count > 0 && to.full.end != kFar) --to.full.count;  // the last range was joined of several
+        if (one) all_see(to);
     }
 
     // The keys [a, b), as far as the sieve asks for them.

@@ -202,6 +202,53 @@ def timed() -> dict[str, Config]:
     return found
 
 
+_SPARSE_SIZES: dict[str, Any] = {"Hq": 2, "Lq": 150, "Lk": 170, "positions": ("end",)}
+_DROPS: dict[str, Any] = {"dropout_p": 0.3, "seed": 5}
+_draw = np.random.default_rng(14)
+
+# Masks whose tiles see keys that are no neighbours, or whose rows stand otherwise than in order: with every part of a
+# call that asks which key, or which row, a number belongs to.
+SPARSE: dict[str, tuple[Spec, dict[str, Any]]] = {
+    "strided": (("strided", 7, 0), {}),
+    "strided, causal, alibi": (("and", ("strided", 5, 2), _CAUSAL), {"Hq": 4, "Hkv": 2, "bias": (("alibi",),)}),
+    "strided, dropout": (("strided", 6, 1), _DROPS | {"dtype": "bf16"}),
+    "strided twice": (("or", ("strided", 4, 0), ("strided", 6, 2)), {"bias": (("relative", 9),)}),
+    "strided or near": (("or", ("sliding_window", 9), ("and", ("strided", 16, 0), _CAUSAL)), {}),
+    "strided or near, dropout": (("or", ("sliding_window", 9), ("strided", 16, 3)), _DROPS),
+    "not strided": (("not", ("strided", 2, 0)), {"bias": (("tensor", (2, 150, 170), "f32", 0.1),)}),
+    "dilated": (("dilated", 5, 6), {"B": 2, "positions": ("ints", (20, -3)), "sinks": "f32"}),
+    "dilated, f16": (("dilated", 4, 9), {"Hq": 4, "Hkv": 1, "dtype": "f16"}),
+    "positions in any order": (("strided", 7, 0), {"positions": ("tensor", _draw.permutation(170)[None, :150])}),
+    "blocks of 8": (("blocks", _draw.random((1, 2, 22, 22)) < 0.2, 8), {"positions": ("int", 20)}),
+    "blocks of 8, score terms": (
+        ("blocks", _draw.random((1, 1, 22, 22)) < 0.2, 8),
+        {"bias": (("alibi",), ("tensor", (1, 1, 150, 170), "f32", 0.1)), "softcap": 9.0},
+    ),
+    "blocks of 64": (("blocks", _draw.random((3, 3)) < 0.6, 64), {"positions": ("int", 11), "dtype": "bf16"}),
+    "blocks of 20": (("blocks", _draw.random((9, 9)) < 0.3, 20), {"Hq": 4, "Hkv": 2, "dtype": "f64"}),
+    "random blocks of 8": (("random_blocks", 3, 8, 2), _DROPS),
+    "random blocks of 3": (("random_blocks", 6, 3, 2), {}),
+    "chunks of 50, causal": (("and", ("chunked", 50), _CAUSAL), {}),
+    "bigbird": (("bigbird", 16, 3, 1, 2, 0), {"dtype": "bf16"}),
+    "longformer": (("longformer", 10, (0, 77), 1), {"B": 2}),
+    "documents": (("and", _CAUSAL, ("documents", (40, 50, 80), None)), {}),
+    "by head": (("per_head", ("strided", 6, 0), ("dilated", 4, 9)), {}),
+    "selected tokens": (
+        ("selected_blocks", _draw.integers(-1, 170, (1, 2, 150, 20)), 1, 1),
+        {"Hq": 8, "Hkv": 2, "positions": ("end",)},
+    ),
+    "selected, one row": (
+        ("selected_blocks", _draw.integers(-1, 1400, (2, 1, 1, 200)), 1, 1),
+        {"B": 2, "Hq": 4, "Hkv": 2, "Lq": 1, "Lk": 1400, "bias": (("alibi",),)},
+    ),
+    "selected, one row, dropout": (
+        ("selected_blocks", _draw.integers(-1, 1400, (1, 2, 1, 200)), 1, 1),
+        _DROPS | {"Lq": 1, "Lk": 1400},
+    ),
+    "scattered, few rows": (("strided", 9, 0), {"Lq": 3, "Lk": 700, "Hq": 4, "Hkv": 2, "dtype": "bf16"}),
+    "more ranges than a list holds": (("blocks", _draw.random((1, 1, 40, 350)) < 0.5, 2), {"Lq": 60, "Lk": 700}),
+}
+
 # The variants that have names, small enough to judge row by row, and those that the benchmark times.
 CASES: tuple[Config, ...] = (
     _case("self", B=2, Hq=4, Lq=50, D=64),
@@ -246,6 +293,8 @@ CASES: tuple[Config, ...] = (
             ("globals", ("or", ("sliding_window", 9), ("global_tokens", (0, 431))), {"dtype": "bf16"}),
         )
     ),
+    # Rows dealt to tiles as the mask's pattern asks for, and keys that are no neighbours.
+    *(_case(f"sparse: {name}", **_SPARSE_SIZES | rest, mask=mask) for name, (mask, rest) in SPARSE.items()),
     _case("documents", Hq=2, Lq=64, D=64, mask=("and", _CAUSAL, ("documents", (5, 0, 27, 32), None))),
     _case("padded batch", B=3, Hq=2, Lq=20, Lk=40, D=32, mask=("padding", (0, 40, 17), "left")),
     _case("prefix language model", B=2, Hq=2, Lq=40, D=32, mask=("or", _CAUSAL, ("prefix", (9, 0)))),

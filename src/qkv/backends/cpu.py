@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qkv.backends import recorded
+from qkv.backends import covers, recorded
 from qkv.backends.base import Advice, Backend, Gradients, Prepared, Result, Speed
 from qkv.backends.isas import UNMEASURED
 from qkv.backends.paged import ViewCall
@@ -118,8 +118,24 @@ class CpuBackend(Backend):
         rows, keys, _ = self.module.limits(self.isa)
         return (rows // 2 if problem.dtype == torch.float64 else rows), keys
 
+    def visited(self, problem: Problem, positions: Tensor | None) -> int:
+        found = self._cover(problem, positions, covers.LOOKED_AT)
+        return super().visited(problem, positions) if found is None or found.in_order else found.pairs
+
     def note(self, problem: Problem) -> str:
-        return f"instruction set {self.isa or (instruction_sets() or ('none',))[0]}"
+        found = None if problem.positions == "tensor" else self._cover(problem, None, 0)
+        isa = f"instruction set {self.isa or (instruction_sets() or ('none',))[0]}"
+        return "; ".join(filter(None, (isa, "" if found is None else found.words())))
+
+    def _cover(self, p: Problem, positions: Tensor | None, granules: int) -> covers.Cover | None:
+        """What is computed; None where that is what covering tiles say."""
+        if not covers.told(p) or self.supports(p) is not None:
+            return None
+        plain = covers.PLAIN
+        native = self._native(
+            p, (plain, plain, plain), plain, (), None, sizes=(p.Lq, p.Lk), offsets=_offsets(p), pages=[]
+        )
+        return covers.cover(native, positions, granules)
 
     def prepare(self, problem: Problem, inputs: Inputs) -> Prepared:
         return _TensorCall(self, problem, inputs)
@@ -131,7 +147,14 @@ class CpuBackend(Backend):
         scales = (0, 0, 0) if view.k_scale is None else view.k_scale.stride()
         pages = [view.k.shape[2], view.k.shape[0], _STORED[view.k.dtype], *scales]
         native = self._native(
-            problem, (q, view.k, view.v), strides, bias, sinks, sizes=(q.shape[2], 0), offsets=[], pages=pages
+            problem,
+            (q.stride(), view.k.stride(), view.v.stride()),
+            strides,
+            bias,
+            sinks,
+            sizes=(q.shape[2], 0),
+            offsets=[],
+            pages=pages,
         )
         return ViewCall(native, problem, q, strides, _operands(problem))
 
@@ -164,7 +187,7 @@ class CpuBackend(Backend):
     def _native(
         self,
         p: Problem,
-        tensors: tuple[Tensor, Tensor, Tensor],
+        given: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]],
         strides: tuple[int, ...],
         bias: tuple[Tensor, ...],
         sinks: Tensor | None,
@@ -173,15 +196,17 @@ class CpuBackend(Backend):
         offsets: list[int],
         pages: list[int],
     ) -> Any:
-        """The native object: every size, stride and mask of a call. `sizes`: Lq and Lk; `strides`: of the output."""
+        """The native object: every size, stride and mask of a call.
+
+        `given`: the strides of q, k, v; `strides`: of out; `sizes`: Lq, Lk.
+        """
         module = self.module
         assert not isinstance(module, str)
         program = None if p.mask is None else p.program
         words, operands = ([], ()) if program is None else (program.words, program.operands)
-        q, k, v = tensors
         return module.Prepared(
             isa=self.isa, type=_TYPES[p.dtype], sizes=(p.B, p.Hq, p.Hkv, *sizes, p.D, p.Dv),
-            q_stride=q.stride(), k_stride=k.stride(), v_stride=v.stride(), out_stride=strides,
+            q_stride=given[0], k_stride=given[1], v_stride=given[2], out_stride=strides,
             scale=p.scale, softcap=p.softcap or 0.0, program=words,
             operands=operands and [(t.data_ptr(), _extent(t)) for t in operands],
             bias=bias and [_bias(spec.kind, t) for spec, t in zip(p.bias, bias, strict=True)],
@@ -199,12 +224,16 @@ class _TensorCall(Prepared):
         self.size, self.layout = (p.B, p.Hq, p.Lq, p.Dv), _layout(inputs)
         self.strides = dense_strides(self.size, q.stride())
         self.operands = _operands(p)
-        offsets: list[int] = [] if p.positions == "tensor" else [p.offset(0)]
-        if isinstance(p.positions, tuple):
-            offsets = list(p.positions)
         terms = () if bias is None else bias.tensors()
         self.native = backend._native(
-            p, (q, k, v), self.strides, terms, sinks, sizes=(p.Lq, p.Lk), offsets=offsets, pages=[]
+            p,
+            (q.stride(), k.stride(), v.stride()),
+            self.strides,
+            terms,
+            sinks,
+            sizes=(p.Lq, p.Lk),
+            offsets=_offsets(p),
+            pages=[],
         )
         self.run_plain = self.native.run
         self.dtype, self.wide, self.with_state = p.dtype, p.accumulate, p.needs_grad
@@ -295,6 +324,13 @@ class _TensorCall(Prepared):
         return Gradients(
             to[0], to[1], to[2], None if d_sinks is None or sinks is None else d_sinks.to(sinks.dtype), found
         )
+
+
+def _offsets(p: Problem) -> list[int]:
+    """Positions of the first query: of all batch rows, or of each; none where positions are a tensor."""
+    if isinstance(p.positions, tuple):
+        return list(p.positions)
+    return [] if p.positions == "tensor" else [p.offset(0)]
 
 
 def _operands(p: Problem) -> tuple[Tensor, ...]:
