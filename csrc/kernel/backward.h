@@ -42,7 +42,7 @@ class Gradients {
             longest_ = upper(longest_, s.q_count);
             flops += 10.0 * static_cast<double>(s.q_count) * static_cast<double>(s.k_count * a_.Hq * a_.D);
         }
-        bands_.begin(job_, longest_);
+        bands_.begin(a_, job_, longest_);
         tiles_ = bands_.tiles();
         for (int64_t i = 0; i < a_.sequence_count; ++i)
             per_class_ = upper(per_class_, (keys_of_class(a_.sequences[i], 0) + chunk_ - 1) / chunk_);

@@ -15,10 +15,10 @@ template <int W, int Unit, int Most>
 class Bands {
   public:
     // longest: queries of a sequence at most.
-    void begin(const Job& job, int64_t longest) {
+    void begin(const Attention& a, const Job& job, int64_t longest) {
         group_ = job.group;
         by_head_ = longest >= Most;
-        const int64_t span = by_head_ ? longest : longest * group_;
+        const int64_t span = by_head_ ? arrange(a, job.pattern, longest) : longest * group_;
         per_band_ = (span + tile_rows_ - 1) / tile_rows_;
     }
 
@@ -70,6 +70,35 @@ class Bands {
         if (block_ == 0) return {band, upper(0, s.q_count - band + step_ - 1) / step_};
         const int64_t from = (floor_div(s.position, block_) + band) * block_ - s.position;
         return {upper(from, 0), lower(from + block_, s.q_count) - upper(from, 0)};
+    }
+
+    // Returns the rows of a band, at most.
+    int64_t arrange(const Attention& a, const Pattern& p, int64_t longest) {
+        bool placed = false, aligned = p.block % Unit == 0;
+        for (int64_t i = 0; i < a.sequence_count; ++i) {
+            placed |= a.sequences[i].positions != nullptr;
+            aligned &= floor_mod(a.sequences[i].position, Unit) == 0;
+        }
+        if (p.listed > 0 && p.listed < W && group_ > 1 && group_ <= W) {
+            by_query_ = true, by_head_ = false;
+            tile_rows_ = W / group_ * group_;
+            return longest * group_;
+        }
+        if (!placed && p.step > 1 && p.step <= longest) {
+            step_ = bands_ = p.step, offset_ = p.offset;
+            return (longest + step_ - 1) / step_;
+        }
+        // Blocks of few rows: as many as fill a vector.
+        const int64_t block = p.block > 0 && p.block < W ? W / p.block * p.block : p.block;
+        if (placed || aligned || block == 0 || block >= longest) return longest;
+        block_ = block;
+        for (int64_t i = 0; i < a.sequence_count; ++i) {
+            const Sequence& s = a.sequences[i];
+            if (s.q_count == 0) continue;
+            bands_ = upper(bands_, floor_div(s.position + s.q_count - 1, block) - floor_div(s.position, block) + 1);
+        }
+        tile_rows_ = lower(Most, round_up(block, Unit));
+        return block;
     }
 
     int64_t group_ = 1, step_ = 1, offset_ = 0, block_ = 0, bands_ = 1, per_band_ = 0, tile_rows_ = Most;
