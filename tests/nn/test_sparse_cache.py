@@ -67,6 +67,14 @@ def test_blocks_longer_than_pages(plan: str) -> None:
     check(layer, layer.cache(pages=60, page_size=4, debug=True), plans(LENGTHS)[plan])
 
 
+def test_a_dense_cache_grows_with_its_entries() -> None:
+    """It begins with 64 slots and doubles them, at a prompt and at single tokens; entries go along."""
+    layer, lengths = sparse_layer(num_kv_heads=2, rotary=TURN), (141, 70)
+    cache = layer.cache(sequences=2)
+    check(layer, cache, [(60, 60), *[(1, 1)] * 10, (60, 0), (11, 0)], lengths)
+    assert cache.page_size > 128
+
+
 def test_twins_and_truncation_go_different_ways() -> None:
     """A random walk: fork, cut back, go on with other tokens; always as the tokens that a sequence has now."""
     layer = sparse_layer(num_kv_heads=2, rotary=TURN)
