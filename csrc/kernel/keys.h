@@ -196,7 +196,8 @@ class Walk {
     bool find(Scratch& scratch) {
         const Ranges &seen = bounds_.seen, &full = bounds_.full;
         for (;;) {
-            for (; range_ < seen.count; ++range_) {
+            // A range beyond what is known may be several: where the next bounds begin is not told by it.
+            for (; range_ < seen.count && (open_ || seen.first[range_] < known_); ++range_) {
                 if (!open_) at_ = upper(done_, seen.first[range_] / kGranule * kGranule);
                 open_ = true;
                 const int64_t stop = lower(seen.last[range_], known_);

@@ -247,6 +247,10 @@ SPARSE: dict[str, tuple[Spec, dict[str, Any]]] = {
     ),
     "scattered, few rows": (("strided", 9, 0), {"Lq": 3, "Lk": 700, "Hq": 4, "Hkv": 2, "dtype": "bf16"}),
     "more ranges than a list holds": (("blocks", _draw.random((1, 1, 40, 350)) < 0.5, 2), {"Lq": 60, "Lk": 700}),
+    "more ranges than a list holds, and others after those": (
+        ("and", ("blocks", _draw.random((3, 32)) < 0.6, 64), ("blocks", _draw.random((70, 1000)) < 0.5, 2)),
+        {"Lq": 130, "Lk": 2000, "Hq": 8, "Hkv": 2, "D": 16, "positions": ("start",)},
+    ),
 }
 
 # The variants that have names, small enough to judge row by row, and those that the benchmark times.
