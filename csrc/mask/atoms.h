@@ -1,6 +1,7 @@
 // Evaluates single masks for a tile of query rows: the words of a mask program that are no composition.
 #pragma once
 #include <bit>
+#include <numeric>
 
 #include "mask/ranges.h"
 
@@ -35,6 +36,42 @@ QKV_INLINE uint64_t mix(int64_t seed, int64_t block, int64_t t) {
     x ^= x >> 27;
     x *= 0x94D049BB133111EBu;
     return x ^ x >> 31;
+}
+
+// What a mask program says of rows that see alike (pattern.h).
+struct Pattern {
+    // A row at position p sees no key but those that are p - offset modulo step; 1: no such thing is known.
+    int64_t step = 1, offset = 0;
+    // Rows of one block of positions see alike, in part of the program at least; 0: there are none.
+    int64_t block = 0;
+    // Queries, counted by index, that share a list of keys with the other heads of their group; 0: there are none.
+    int64_t listed = 0;
+    // Whether heads may see other keys than each other.
+    bool by_head = false;
+};
+
+// The keys that a row at position p sees are p - offset modulo step.
+struct Comb {
+    int64_t step, offset;
+};
+
+// Blocks of two sizes: those that tiles of both fit into.
+inline void add_block(Pattern& to, int64_t block) { to.block = to.block == 0 ? block : std::gcd(to.block, block); }
+
+inline Comb comb_of(const int64_t* w, Pattern& found) {
+    switch (w[0]) {
+        case kMaskStrided: return {w[1], w[2]};
+        case kMaskDilated: return {w[2], 0};
+        case kMaskBlocks: add_block(found, w[6]), found.by_head |= w[3] > 1; break;
+        case kMaskRandom: add_block(found, w[2]); break;
+        case kMaskChunked: add_block(found, w[1]); break;
+        case kMaskSelected:
+            found.listed = found.listed == 0 ? w[8] : std::gcd(found.listed, w[8]), found.by_head |= w[4] > 1;
+            break;
+        case kMaskDense: found.by_head |= w[3] != 0; break;
+        default: break;
+    }
+    return {1, 0};
 }
 
 class Atoms {

@@ -1,22 +1,9 @@
 // What a mask program says of rows that see alike, without evaluating it: which rows a tile should hold.
 #pragma once
-#include <numeric>
-
-#include "mask/ranges.h"
+#include "mask/atoms.h"
 
 namespace qkv {
 namespace QKV_ISA {
-
-struct Pattern {
-    // A row at position p sees no key but those that are p - offset modulo step; 1: no such thing is known.
-    int64_t step = 1, offset = 0;
-    // Rows of one block of positions see alike, in part of the program at least; 0: there are none.
-    int64_t block = 0;
-    // Queries, counted by index, that share a list of keys with the other heads of their group; 0: there are none.
-    int64_t listed = 0;
-    // Whether heads may see other keys than each other.
-    bool by_head = false;
-};
 
 class PatternReader {
   public:
@@ -28,17 +15,11 @@ class PatternReader {
     }
 
   private:
-    struct Comb {
-        int64_t step, offset;
-    };
     static Comb both(Comb a, Comb b) { return a.step >= b.step ? a : b; }
     static Comb either(Comb a, Comb b) {
         return {std::gcd(std::gcd(a.step, b.step), a.offset < b.offset ? b.offset - a.offset : a.offset - b.offset),
                 a.offset};
     }
-    // Blocks of two sizes: those that tiles of both fit into.
-    static void add_block(Pattern& to, int64_t block) { to.block = to.block == 0 ? block : std::gcd(to.block, block); }
-
     static Comb read(const int64_t* w, int64_t length, Pattern& found) {
         Comb stack[kMaxDepth + 1];
         int top = -1;
@@ -57,25 +38,10 @@ class PatternReader {
                     }
                     break;
                 }
-                default: stack[++top] = atom(w + at, found);
+                default: stack[++top] = comb_of(w + at, found);
             }
         }
         return top < 0 ? Comb{1, 0} : stack[0];
-    }
-    static Comb atom(const int64_t* w, Pattern& found) {
-        switch (w[0]) {
-            case kMaskStrided: return {w[1], w[2]};
-            case kMaskDilated: return {w[2], 0};
-            case kMaskBlocks: add_block(found, w[6]), found.by_head |= w[3] > 1; break;
-            case kMaskRandom: add_block(found, w[2]); break;
-            case kMaskChunked: add_block(found, w[1]); break;
-            case kMaskSelected:
-                found.listed = found.listed == 0 ? w[8] : std::gcd(found.listed, w[8]), found.by_head |= w[4] > 1;
-                break;
-            case kMaskDense: found.by_head |= w[3] != 0; break;
-            default: break;
-        }
-        return {1, 0};
     }
 };
 

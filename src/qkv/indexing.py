@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -15,7 +14,7 @@ from qkv.call import keywords
 from qkv.call.keys import KVView
 from qkv.call.problem import Inputs, Options, Problem
 from qkv.call.validate import named, validate
-from qkv.call.view import Group, check_view, joined, problem_of
+from qkv.call.view import Group, check_view, joined, problem_of, reader
 from qkv.checks import integer, integers, no_tensor, shown
 from qkv.errors import ArgumentError, ArgumentTypeError, ShapeError, UnsupportedError
 from qkv.masks import Mask, Tile, as_mask, selected_blocks, window
@@ -288,33 +287,9 @@ def _of_view(
         Lq = q.shape[2] if queries is None else queries[i]
         problem, _ = problem_of(call, alone, view, seen, options, Group(Lq, Lk, (i,)))
         here = (i, slice(None)) if queries is None else (0, slice(first, first + Lq))
-        rows.append(_Row(i, q[here[0], :, here[1]], weights[here], _pages(view, i), problem, None))
+        rows.append(_Row(i, q[here[0], :, here[1]], weights[here], reader(view, i), problem, None))
         first += Lq
     return rows
-
-
-def _pages(view: KVView, i: int) -> Callable[[int, int], Tensor]:
-    """Reads keys of sequence i: where they lie, if on one page, else copied; pages that were given back are hidden."""
-    layout, P = view.layout, view.k.shape[2]
-    own = layout.tables[layout.starts[i] : layout.starts[i + 1]]
-    table = torch.tensor(own, dtype=torch.int64, device="cpu").clamp(min=0).to(view.k.device)
-    stored = [x for x in (view.k, view.k_scale) if x is not None]
-
-    def keys(start: int, stop: int) -> Tensor:
-        first, last = start // P, (stop - 1) // P
-        if first == last:
-            here: Any = (max(own[first], 0), 0, slice(start - first * P, stop - first * P))
-            rows, scale = view.k[here], None if len(stored) == 1 else stored[1][here]
-        else:
-            within, page = slice(start - first * P, stop - first * P), max(own[first], 0)
-            if own[first : last + 1] == array("i", range(page, page + last + 1 - first)):  # a copy costs a tenth
-                pages = [x[page : page + last + 1 - first, 0] for x in stored]
-            else:
-                pages = [x[:, 0].index_select(0, table[first : last + 1]) for x in stored]
-            rows, scale = pages[0].flatten(0, 1)[within], None if len(pages) == 1 else pages[1].flatten()[within]
-        return rows if scale is None else rows.float() * scale[:, None]
-
-    return keys
 
 
 # ------------------------------------------------------------------------------------------------------------- choice

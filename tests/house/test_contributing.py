@@ -43,7 +43,7 @@ def test_a_mask_is_in_the_files_that_the_recipe_names() -> None:
     places = [ROOT / "src", ROOT / "csrc", ROOT / "tests" / "kit", ROOT / "tests" / "native", ROOT / "docs"]
     found = set()
     for path in (path for place in places for path in place.rglob("*") if path.suffix in suffixes):
-        if path == ROOT / "docs" / "recipes.md":  # shows what people ask for, not every mask
+        if path in (ROOT / "docs" / "recipes.md", ROOT / "tests" / "kit" / "cases.py"):  # calls that some masks are in
             continue
         pattern = r"dilated\(" if path.suffix == ".md" else r'Dilated|"dilated"'
         if re.search(pattern, path.read_text(encoding="utf-8")):

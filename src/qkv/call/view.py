@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -172,3 +174,27 @@ def gathered(view: KVView, Lk: int | None = None) -> tuple[Tensor, Tensor]:
             to[i, :, :n] = part.transpose(0, 1).flatten(1, 2)[:, :n]
         parts.append(to)
     return parts[0], parts[1]
+
+
+def reader(view: KVView, i: int) -> Callable[[int, int], Tensor]:
+    """Reads keys of sequence i: where they lie, if on one page, else copied; pages that were given back are hidden."""
+    layout, P = view.layout, view.k.shape[2]
+    own = layout.tables[layout.starts[i] : layout.starts[i + 1]]
+    table = torch.tensor(own, dtype=torch.int64, device="cpu").clamp(min=0).to(view.k.device)
+    stored = [x for x in (view.k, view.k_scale) if x is not None]
+
+    def keys(start: int, stop: int) -> Tensor:
+        first, last = start // P, (stop - 1) // P
+        if first == last:
+            here: Any = (max(own[first], 0), 0, slice(start - first * P, stop - first * P))
+            rows, scale = view.k[here], None if len(stored) == 1 else stored[1][here]
+        else:
+            within, page = slice(start - first * P, stop - first * P), max(own[first], 0)
+            if own[first : last + 1] == array("i", range(page, page + last + 1 - first)):  # a copy costs a tenth
+                pages = [x[page : page + last + 1 - first, 0] for x in stored]
+            else:
+                pages = [x[:, 0].index_select(0, table[first : last + 1]) for x in stored]
+            rows, scale = pages[0].flatten(0, 1)[within], None if len(pages) == 1 else pages[1].flatten()[within]
+        return rows if scale is None else rows.float() * scale[:, None]
+
+    return keys

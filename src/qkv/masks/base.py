@@ -12,8 +12,7 @@ from torch import Tensor
 
 from qkv.checks import integer, readable, shown
 from qkv.errors import ArgumentError, ArgumentTypeError, ShapeError
-from qkv.masks.counts import counted_cells
-from qkv.masks.picture import draw, steps, written
+from qkv.masks.picture import counted, looked_at
 from qkv.masks.positions import resolve_positions
 from qkv.masks.program import Builder
 from qkv.masks.rule import CPU, Rule
@@ -131,12 +130,12 @@ class Mask(Rule):
         sizes = Sizes(B, Hq, Lq, Lk, device=self._device())
         self.check(call, sizes)
         p = self._positions(call, positions, sizes)
-        if Lq * Lk > _LOOKED_AT and (drawn := self._counted(p, sizes, b, h)) is not None:
+        if Lq * Lk > _LOOKED_AT and (drawn := counted(self, p, sizes, b, h)) is not None:
             return drawn
         if Lq * Lk > _PICTURE_PAIRS:
             rule = f"Lq * Lk must be at most {_PICTURE_PAIRS} where a mask is a tensor or a function"
             raise ArgumentError.of(call, rule, f"Lq={Lq}, Lk={Lk}", "Draw a shorter piece")
-        return self._draw(p, sizes, b, h)
+        return looked_at(self, p, sizes, b, h)
 
     def both_readings(self, sizes: Sizes) -> str:
         """The two pictures an error shows where `positions` was left out and matters.
@@ -155,7 +154,7 @@ class Mask(Rule):
             title = f'positions="{name}" ({rule})'
             if Lq * Lk <= _ERROR_PAIRS:
                 p = resolve_positions("", name, B=sizes.B, Lq=Lq, Lk=Lk)
-                title += ":\n" + self._draw(p, sizes, 0, 0, cells=12)
+                title += ":\n" + looked_at(self, p, sizes, 0, 0, cells=12)
             drawn.append(title)
         return "\n".join(drawn)
 
@@ -167,26 +166,6 @@ class Mask(Rule):
             told = ArgumentError.of(call, rule, f"Lq={Lq}, Lk={Lk} and {self!r}", fix)
             raise ArgumentError(f"{told}\n{self.both_readings(sizes)}")
         return resolve_positions(call, positions, B=B, Lq=Lq, Lk=Lk)
-
-    def _counted(self, p: Tensor, sizes: Sizes, b: int, h: int) -> str | None:
-        """The same picture, from visible pairs counted in each cell; None where they are not known without looking."""
-        line = (p[b] if p.shape[0] > 1 else p[0]).to("cpu")
-        step = steps(sizes.Lq, sizes.Lk)
-        found = counted_cells(self, line, b=b, h=h, sizes=sizes, steps=step)
-        return None if found is None else written(found.tolist(), line[:: step[0]].tolist(), *step)
-
-    def _draw(self, p: Tensor, sizes: Sizes, b: int, h: int, cells: int = 48) -> str:
-        device = self._device()
-        line = (p[b] if p.shape[0] > 1 else p[0]).to(device)
-        j = torch.arange(sizes.Lk, device=device)
-        at_b, at_h = (torch.full((1, 1), n, dtype=torch.int64, device=device) for n in (b, h))
-
-        def rows(start: int, stop: int) -> Tensor:
-            i = torch.arange(start, stop, device=device)[:, None]
-            seen = self.visible(Tile.pairs(at_b, at_h, i, line[start:stop, None], j), sizes)
-            return seen.expand(stop - start, sizes.Lk).cpu()
-
-        return draw(rows, line.tolist(), sizes.Lk, cells)
 
     # Composition. A bool tensor may stand on either side.
     def __and__(self, other: Any) -> Mask:

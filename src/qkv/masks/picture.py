@@ -7,6 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from qkv.masks.counts import counted_cells
+from qkv.masks.rule import Rule
+from qkv.masks.tile import Sizes, Tile
+
 FULL, MIXED, EMPTY = "■", "▒", "·"
 CELLS = 48
 
@@ -50,3 +54,26 @@ def written(table: list[list[int]], labels: list[int], step_q: int, step_k: int)
             f"one cell: {step_q:,} x {step_k:,} (queries x keys); {FULL} all, {MIXED} some, {EMPTY} none visible"
         )
     return "\n".join(lines)
+
+
+def counted(mask: Rule, p: Tensor, sizes: Sizes, b: int, h: int) -> str | None:
+    """A head's picture, from visible pairs counted in each cell; None where they are not known without looking."""
+    line = (p[b] if p.shape[0] > 1 else p[0]).to("cpu")
+    step = steps(sizes.Lq, sizes.Lk)
+    found = counted_cells(mask, line, b=b, h=h, sizes=sizes, steps=step)
+    return None if found is None else written(found.tolist(), line[:: step[0]].tolist(), *step)
+
+
+def looked_at(mask: Rule, p: Tensor, sizes: Sizes, b: int, h: int, cells: int = CELLS) -> str:
+    """The same picture, from each pair."""
+    device = mask._device()
+    line = (p[b] if p.shape[0] > 1 else p[0]).to(device)
+    j = torch.arange(sizes.Lk, device=device)
+    at_b, at_h = (torch.full((1, 1), n, dtype=torch.int64, device=device) for n in (b, h))
+
+    def rows(start: int, stop: int) -> Tensor:
+        i = torch.arange(start, stop, device=device)[:, None]
+        seen = mask.visible(Tile.pairs(at_b, at_h, i, line[start:stop, None], j), sizes)
+        return seen.expand(stop - start, sizes.Lk).cpu()
+
+    return draw(rows, line.tolist(), sizes.Lk, cells)
