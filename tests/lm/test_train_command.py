@@ -60,7 +60,7 @@ def test_the_command_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixtu
         (["--resume", "none"], "no such checkpoint"),
         (["--out", "a"], "not overwritten"),
         (["--out", "no/where"], "cannot be written"),
-        (["--attention", "mhq"], "attention is one of mha, gqa, mqa, window, mla, shared-qk"),
+        (["--attention", "mhq"], "attention is one of mha, gqa, mqa, window, mla, bigbird, selected, shared-qk"),
         (["--every", "0"], "--every is >= 1"),
         (["--context", "5000"], "longer than the context of 5,000 bytes"),
     ],
