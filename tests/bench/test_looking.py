@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import qkv
-from qkv.bench import looking, results
+from qkv.bench import looking, results, turns
 from qkv.bench.budget import Budget
+from qkv.bench.turns import Terms
 from qkv.errors import ArgumentError
 from tests.kit.bench_fakes import FakeClock, command
 
@@ -20,7 +21,7 @@ TOY = looking.Call(2, 70, 8, True, torch.float32)
 
 def test_contenders_are_compared() -> None:
     for call in (TOY, replace(TOY, causal=False, dtype=torch.bfloat16)):
-        one = looking.compare(call, "cpu", rounds=3)
+        one = looking.compare(call, Terms(rounds=3))
         assert one.agrees, one
         assert one.rounds == 3
         assert all(low <= middle <= high for low, middle, high in (one.rows, one.all))
@@ -43,7 +44,7 @@ def test_a_wrong_statistic_is_told(name: str, monkeypatch: pytest.MonkeyPatch) -
         return found._replace(statistics=found.statistics._replace(**{name: other}))
 
     monkeypatch.setattr(looking, "observe", wrong)
-    assert looking.compare(TOY, "cpu", rounds=1).verdict == "wrong result"
+    assert looking.compare(TOY, Terms(rounds=1)).verdict == "wrong result"
 
 
 @pytest.mark.parametrize(
@@ -64,21 +65,21 @@ def test_verdicts(rows: Any, every: Any, rectangle: float | None, verdict: str) 
 
 def test_a_rectangle_of_the_longest_call_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(looking, "_LONG", 600)
-    one = looking.compare(replace(TOY, heads=1, length=600), "cpu", rounds=1)
+    one = looking.compare(replace(TOY, heads=1, length=600), Terms(rounds=1))
     assert one.rectangle is not None
     assert "256 × 256 weights" in str(one)
 
 
 def test_looking_keeps_its_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = FakeClock()
-    monkeypatch.setattr(looking.time, "perf_counter", clock.now)
+    monkeypatch.setattr(turns.time, "perf_counter", clock.now)
     for module, name in ((looking, "observe"), (qkv, "attention")):
         real = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *given, real=real, **more: clock.call(1.0)() or real(*given, **more))
     shown: list[str] = []
     which = [replace(TOY, length=20 + n) for n in range(12)]
     budget = Budget(30.0, len(which), clock.now)
-    found = looking.measure(lambda text: None, shown.append, budget, backend="cpu", which=which)
+    found = turns.measure(looking.measurement(), which, Terms(), budget, lambda text: None, shown.append)
     assert [str(one) for one in found] == shown[1:]
     assert 20.0 <= clock.now() <= 40.0
     assert found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -9,8 +10,9 @@ import torch
 from transformers import AttentionInterface
 
 import qkv.integrations.transformers as adapter
-from qkv.bench import models, results
+from qkv.bench import models, results, turns
 from qkv.bench.budget import Budget
+from qkv.bench.turns import Terms
 from qkv.errors import ArgumentError
 from tests.kit import hf_models as hf
 from tests.kit.bench_fakes import FakeClock, command
@@ -25,9 +27,8 @@ def test_caches_are_filled_and_as_before_after_a_run() -> None:
     caches = {kind: contest.filled(kind, 20, room=5) for kind in models.CACHES}
     with torch.inference_mode():
         for kind, cache in caches.items():
-            contest.model.set_attn_implementation("qkv")
             keys = cache.layers[1].keys[:, :, :20].clone()
-            contest.decode(cache, 20, 4)
+            contest.decode("qkv", cache, 20, 4)
             assert int(cache.get_seq_length()) == 20, kind
             assert torch.equal(cache.layers[1].keys[:, :, :20], keys)
         seen = torch.ones(1, 21, dtype=torch.int64)
@@ -37,7 +38,7 @@ def test_caches_are_filled_and_as_before_after_a_run() -> None:
 
 
 def test_contenders_are_compared() -> None:
-    found = models.Contest(TOY).compare(30, rounds=3, count=2)
+    found = models.Contest(TOY).compare(30, Terms(rounds=3), 2)
     assert [(one.context, one.cache, one.rounds) for one in found] == [(30, kind, 3) for kind in models.CACHES]
     assert all(one.agrees and one.ours > 0 and one.theirs > 0 for one in found)
     assert all(low <= middle <= high for one in found for low, middle, high in (one.ratio, one.to_default))
@@ -51,7 +52,7 @@ def test_a_wrong_result_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 
     contest = models.Contest(TOY)
     monkeypatch.setitem(AttentionInterface._global_mapping, "qkv", half_of_the_keys)
-    assert {one.verdict for one in contest.compare(30, rounds=1, count=1)} == {"wrong result"}
+    assert {one.verdict for one in contest.compare(30, Terms(rounds=1), 1)} == {"wrong result"}
 
 
 @pytest.mark.parametrize(
@@ -72,11 +73,11 @@ def test_the_model_is_in_float32_where_its_layers_are_slow(monkeypatch: pytest.M
 
 def test_models_keep_their_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = FakeClock()
-    monkeypatch.setattr(models.time, "perf_counter", clock.now)
+    monkeypatch.setattr(turns.time, "perf_counter", clock.now)
     decode = models.Contest.decode
 
-    def slow(self: models.Contest, cache: Any, context: int, count: int) -> float:
-        seconds = decode(self, cache, context, count)
+    def slow(self: models.Contest, name: str, cache: Any, context: int, count: int) -> float:
+        seconds = decode(self, name, cache, context, count)
         clock.call(1.0)()
         return seconds + 1.0
 
@@ -84,7 +85,9 @@ def test_models_keep_their_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     shown: list[str] = []
     budget = Budget(40.0, 6, clock.now)
     contexts = (8, 9, 10, 11, 12, 13)
-    found = models.measure(lambda text: None, shown.append, budget, contexts=contexts, rounds=7, count=2, shape=TOY)
+    measurement = models.measurement(shape=TOY, contexts=contexts, count=2)
+    which = measurement.calls(False)
+    found = turns.measure(measurement, which, Terms(rounds=7), budget, lambda text: None, shown.append)
     assert 24.0 <= clock.now() <= 48.0
     assert [str(one) for one in found] == shown[1:]
     assert {one.rounds for one in found} == {1}
@@ -92,10 +95,8 @@ def test_models_keep_their_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_command(tmp_path: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    measured = models.measure
-    monkeypatch.setattr(
-        models, "measure", lambda *parts, **given: measured(*parts, **{**given, "contexts": (24,), "shape": TOY})
-    )
+    monkeypatch.setattr(models, "QUICK_CONTEXTS", (24,))
+    monkeypatch.setattr(models, "measurement", partial(models.measurement, shape=TOY, contexts=(24, 48)))
     path = tmp_path / "models.json"
     assert command(["--models", "--quick", "--threads", "1", "--json", str(path)]) == 0
     document = results.read(path)["models"]

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import qkv
-from qkv.bench import patterns, results, sparse
+from qkv.bench import patterns, results, sparse, turns
 from qkv.bench.budget import Budget
+from qkv.bench.turns import Terms
 from qkv.errors import ArgumentError
 from tests.kit.bench_fakes import FakeClock, command
 
@@ -35,7 +36,7 @@ def test_rules_and_masks_are_the_same(pattern: patterns.Pattern, length: int) ->
 @pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
 def test_contenders_are_compared(backward: bool, dtype: str) -> None:
-    one = sparse.compare(replace(TOY, backward=backward, dtype=dtype), "cpu", rounds=3)
+    one = sparse.compare(replace(TOY, backward=backward, dtype=dtype), Terms(rounds=3))
     assert one.agrees, one
     assert one.rounds == 3
     assert one.cover is not None
@@ -43,7 +44,7 @@ def test_contenders_are_compared(backward: bool, dtype: str) -> None:
     assert one.flex is None
     assert one.full > 0
     held = replace(TOY, pattern=replace(NEAR, cover=None), backward=backward)
-    assert (sparse.compare(held, "cpu", rounds=1).needed is None) == backward
+    assert (sparse.compare(held, Terms(rounds=1)).needed is None) == backward
 
 
 @pytest.mark.parametrize("index", range(4))
@@ -61,7 +62,7 @@ def test_a_wrong_result_is_told(index: int, monkeypatch: pytest.MonkeyPatch) -> 
     else:  # one key too many
         rule = lambda L: lambda p, j: (j <= p) & (p - j < 4)  # noqa: E731
         call = replace(call, pattern=replace(NEAR, rule=rule))
-    assert sparse.compare(call, "cpu", rounds=1).verdict == "wrong result"
+    assert sparse.compare(call, Terms(rounds=1)).verdict == "wrong result"
 
 
 @pytest.mark.parametrize(
@@ -89,13 +90,13 @@ def test_verdicts(changed: dict[str, Any], verdict: str) -> None:
 
 def test_the_run_keeps_its_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = FakeClock()
-    monkeypatch.setattr(sparse.time, "perf_counter", clock.now)
+    monkeypatch.setattr(turns.time, "perf_counter", clock.now)
     real = qkv.attention
     monkeypatch.setattr(qkv, "attention", lambda *given, **more: clock.call(1.0)() or real(*given, **more))
     shown: list[str] = []
     which = [replace(TOY, length=20 + n) for n in range(12)]
     budget = Budget(30.0, len(which), clock.now)
-    found = sparse.measure(lambda text: None, shown.append, budget, backend="cpu", which=which, flex=False)
+    found = turns.measure(sparse.measurement(), which, Terms(), budget, lambda text: None, shown.append)
     assert [str(one) for one in found] == shown[1:]
     assert 20.0 <= clock.now() <= 40.0
     assert len(found) + len(budget.names) == len(which)
@@ -107,9 +108,9 @@ def test_a_peer_that_fails_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
         raise RuntimeError("no compiler here")
 
     monkeypatch.setattr(sparse, "_flex", fails)
-    assert "flex: no compiler here" in str(sparse.compare(TOY, "cpu", rounds=1, flex=True))
+    assert "flex: no compiler here" in str(sparse.compare(TOY, Terms(rounds=1, compiled=True)))
     monkeypatch.setattr(sparse, "_flex", lambda pattern, L, q, k, v: lambda: v * 2)
-    assert "flex differs by" in str(sparse.compare(TOY, "cpu", rounds=1, flex=True))
+    assert "flex differs by" in str(sparse.compare(TOY, Terms(rounds=1, compiled=True)))
 
 
 def test_the_command(tmp_path: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

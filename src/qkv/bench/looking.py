@@ -10,19 +10,19 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 import qkv
-from qkv.bench.budget import Budget
+from qkv.bench import turns
+from qkv.bench.turns import Quartiles, Terms
 from qkv.call.problem import Options
 from qkv.call.statistics import Statistics, Wanted
 from qkv.observation import observe
 
-SECONDS, QUICK_SECONDS = 420.0, 60.0
 TOP = 8
 WANTED = {"rows": Wanted(), "all": Wanted(top=TOP, mass=True)}
 NEEDED = {"rows": 1.3, "all": 2.5}
@@ -30,6 +30,7 @@ NEEDED = {"rows": 1.3, "all": 2.5}
 RECTANGLE, RECTANGLE_MS = 256, 50.0
 """Queries and keys of a rectangle of weights at the longest call, and the milliseconds that it may take."""
 AGREE = 1e-5  # of each statistic's own size
+HEAD = "Looking at a call, as a multiple of the call: each row's lse, maximum and entropy; top 8 and mass too:"
 _SAMPLE = 16  # rows of a head that are checked
 _LONG = 100_000
 
@@ -58,6 +59,10 @@ class Call:
     def mask(self) -> qkv.Mask | None:
         return qkv.causal() if self.causal else None
 
+    def compare(self, terms: Terms) -> list[Looked]:
+        """Check what is found, then time the three in turn."""
+        return [compare(self, terms)]
+
 
 def calls(*, quick: bool = False) -> Iterator[Call]:
     """Eight heads of 2,048 tokens in every kind, and one of 100,000; quick: the first kind of each type."""
@@ -76,8 +81,8 @@ class Looked:
 
     name: str
     milliseconds: float  # of the call itself
-    rows: tuple[float, float, float]  # lse, largest score and weight, entropy
-    all: tuple[float, float, float]  # and top keys, and what keys receive
+    rows: Quartiles  # lse, largest score and weight, entropy
+    all: Quartiles  # and top keys, and what keys receive
     error: float  # the worst of the statistics, relative to each one's size
     rounds: int
     rectangle: float | None = None  # milliseconds, at the longest call
@@ -88,15 +93,13 @@ class Looked:
 
     @property
     def verdict(self) -> str:
-        """`pass`: the medians reached it. `near`: where not, it lies between the quartiles. `miss`: neither."""
+        """As `turns.verdict` says."""
         if not self.agrees:
             return "wrong result"
-        found = [(NEEDED[key], getattr(self, key)) for key in NEEDED]
-        if self.rectangle is not None and self.rectangle > RECTANGLE_MS:
-            return "miss"
-        if all(middle <= most for most, (_, middle, _) in found):
-            return "pass"
-        return "near" if all(low <= most for most, (low, _, _) in found) else "miss"
+        found = [turns.at_most(NEEDED[key], getattr(self, key)) for key in NEEDED]
+        if self.rectangle is not None:
+            found.append(turns.at_most(RECTANGLE_MS, (self.rectangle,) * 3))
+        return turns.verdict(found)
 
     def __str__(self) -> str:
         rows, every = (
@@ -108,10 +111,10 @@ class Looked:
         return f"  {self.name:<26} {self.milliseconds:9.1f} ms; rows {rows}; all {every}{more}  {self.verdict}"
 
 
-def compare(call: Call, backend: str | None, *, rounds: int, until: float = math.inf) -> Looked:
-    """Check what is found, then time the three in turn; a round that would end after `until` is not begun."""
+def compare(call: Call, terms: Terms) -> Looked:
+    """Check what is found, then time the three in turn."""
     q, k, v = call.tensors()
-    mask = call.mask
+    mask, backend = call.mask, terms.backend
 
     def look(wanted: Wanted) -> tuple[Tensor, Statistics]:
         found = observe("qkv.see()", q, k, v, mask, Options(), backend, wanted)
@@ -125,17 +128,8 @@ def compare(call: Call, backend: str | None, *, rounds: int, until: float = math
     out, found = look(WANTED["all"])
     plain = qkv.attention(q, k, v, mask, backend=backend)
     error = max(worst(call, q, k, found), 0.0 if torch.equal(out, plain) else math.inf)
-    taken: dict[str, list[float]] = {name: [] for name in contenders}
-    started = time.perf_counter()
-    for n in range(rounds):
-        if n and time.perf_counter() + (time.perf_counter() - started) / n > until:
-            break
-        for name in contenders if n % 2 else reversed(contenders):
-            begun = time.perf_counter()
-            contenders[name]()
-            taken[name].append(time.perf_counter() - begun)
-    ratios = (quartiles([b / a for a, b in zip(taken["call"], taken[name], strict=True)]) for name in NEEDED)
-    rows, every = ratios
+    taken = turns.take_turns(contenders, terms)
+    rows, every = (turns.ratios(taken[name], taken["call"]) for name in NEEDED)
     rectangle = _rectangle(call, q, k, v, backend) if call.length == _LONG else None
     median = 1e3 * statistics.median(taken["call"])
     return Looked(call.name, median, rows, every, error, len(taken["call"]), rectangle)
@@ -196,35 +190,14 @@ def _rectangle(call: Call, q: Tensor, k: Tensor, v: Tensor, backend: str | None)
     return statistics.median(taken)
 
 
-def quartiles(ratios: Sequence[float]) -> tuple[float, float, float]:
-    low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else [*ratios] * 3
-    return low, middle, high
-
-
-def measure(
-    say: Callable[[str], None],
-    show: Callable[[str], None],
-    budget: Budget,
-    *,
-    backend: str | None,
-    which: Sequence[Call],
-    rounds: int = 15,
-) -> list[Looked]:
-    """Look at every call, and show each as soon as it is known."""
-    show("Looking at a call, as a multiple of the call: each row's lse, maximum and entropy; top 8 and mass too:")
-    found: list[Looked] = []
-    for call in which:
-        if not budget.fits:
-            budget.leave_out(call.name)
-            continue
-        say(call.name)
-        seconds = budget.rounds(math.inf)
-        found.append(compare(call, backend, rounds=rounds, until=budget.now() + seconds))
-        budget.done()
-        show(str(found[-1]))
-    return found
-
-
-def as_data(found: Sequence[Looked]) -> list[dict[str, object]]:
-    """For the JSON report."""
-    return [{**asdict(one), "agrees": one.agrees, "verdict": one.verdict} for one in found]
+def measurement() -> turns.Measurement:
+    """`qkv bench --insight`."""
+    return turns.Measurement(
+        "insight",
+        seconds=420.0,
+        quick_seconds=60.0,
+        calls=lambda quick: list(calls(quick=quick)),
+        begin=lambda say: HEAD,
+        rounds=15,
+        quick_rounds=15,
+    )

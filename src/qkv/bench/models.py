@@ -8,21 +8,20 @@ cache is filled with random keys; the prefill is not run.
 
 from __future__ import annotations
 
-import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qkv.bench import machine
-from qkv.bench.budget import Budget
+from qkv.bench import machine, turns
+from qkv.bench.turns import Quartiles, Terms
 
-SECONDS, QUICK_SECONDS = 600.0, 120.0
-CONTEXTS = (512, 4096, 8192, 16384)
+CONTEXTS, QUICK_CONTEXTS = (512, 4096, 8192, 16384), (512, 8192)
 CACHES = ("DynamicCache", "StaticCache", "GrowingCache")  # the last is ours
 # How many times as fast as sdpa with its DynamicCache, the default of transformers, this project set out to be.
 NEEDED = {
@@ -57,14 +56,14 @@ class Decoding:
     cache: str
     ours: float  # ms a token
     theirs: float
-    ratio: tuple[float, float, float]  # to sdpa with the same cache
-    to_default: tuple[float, float, float]  # to sdpa with a DynamicCache
+    ratio: Quartiles  # to sdpa with the same cache
+    to_default: Quartiles  # to sdpa with a DynamicCache
     difference: float  # of the logits: relative root mean square
     rounds: int
+    needed: float | None = field(init=False)  # of to_default, at least
 
-    @property
-    def needed(self) -> float | None:
-        return NEEDED.get((self.context, self.cache))
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "needed", NEEDED.get((self.context, self.cache)))
 
     @property
     def agrees(self) -> bool:
@@ -72,13 +71,10 @@ class Decoding:
 
     @property
     def verdict(self) -> str:
-        """`pass`: the median reached what is needed. `near`: it lies between the quartiles. `miss`: neither."""
+        """As `turns.verdict` says; empty where nothing is needed."""
         if not self.agrees:
             return "wrong result"
-        if self.needed is None:
-            return ""
-        low, middle, high = self.to_default
-        return "pass" if middle >= self.needed else "near" if low <= self.needed <= high else "miss"
+        return "" if self.needed is None else turns.verdict([(self.needed, self.to_default)])
 
     def __str__(self) -> str:
         same, default = (f"{m:.2f}× ({low:.2f} to {high:.2f})" for low, m, high in (self.ratio, self.to_default))
@@ -134,8 +130,9 @@ class Contest:
         found: Tensor = self.model(input_ids=token, attention_mask=seen, **{self.keyword: cache}).logits[:, -1]
         return found
 
-    def decode(self, cache: Any, context: int, count: int) -> float:
-        """Seconds a token of `count` greedy tokens; the cache is as before afterwards."""
+    def decode(self, name: str, cache: Any, context: int, count: int) -> float:
+        """Seconds a token of `count` greedy tokens by that attention; the cache is as before afterwards."""
+        self.model.set_attn_implementation(name)
         token, seen = self.token, torch.ones(1, context + count, dtype=torch.int64)
         started = time.perf_counter()
         for n in range(count):
@@ -145,33 +142,24 @@ class Contest:
         return taken / count
 
     @torch.inference_mode()
-    def compare(self, context: int, *, rounds: int, count: int, until: float = math.inf) -> list[Decoding]:
-        """Check one step of each against sdpa, then time all in turn, on the same caches.
-
-        A round that would end after `until`, as `time.perf_counter` counts, is not begun, but for the first.
-        """
+    def compare(self, context: int, terms: Terms, count: int) -> list[Decoding]:
+        """Check one step of each against sdpa, then time all in turn, `count` tokens each, on the same caches."""
         caches = {kind: self.filled(kind, context, room=count + 1) for kind in CACHES}
         contenders = [(name, kind) for kind in CACHES for name in ("sdpa", "qkv")]
         first: dict[tuple[str, str], Tensor] = {}
-        taken: dict[tuple[str, str], list[float]] = {contender: [] for contender in contenders}
         for name, kind in contenders:
             self.model.set_attn_implementation(name)
             seen = torch.ones(1, context + 1, dtype=torch.int64)
             first[name, kind] = self.step(caches[kind], self.token, seen).float()
             forget(caches[kind], 1)
-        started = time.perf_counter()
-        for n in range(rounds):
-            if n and time.perf_counter() + (time.perf_counter() - started) / n > until:
-                break
-            for name, kind in contenders if n % 2 else reversed(contenders):
-                self.model.set_attn_implementation(name)
-                taken[name, kind].append(1e3 * self.decode(caches[kind], context, count))
+        steps = {(name, kind): partial(self.decode, name, caches[kind], context, count) for name, kind in contenders}
+        taken = turns.take_turns(steps, terms, lambda decode: 1e3 * decode())
         found = []
         for kind in CACHES:
             ours, theirs = taken["qkv", kind], taken["sdpa", kind]
             want = first["sdpa", kind]
             apart = float((first["qkv", kind] - want).norm() / want.norm())
-            ratios = _quartiles(ours, theirs), _quartiles(ours, taken["sdpa", "DynamicCache"])
+            ratios = turns.ratios(theirs, ours), turns.ratios(taken["sdpa", "DynamicCache"], ours)
             found.append(
                 Decoding(context, kind, statistics.median(ours), statistics.median(theirs), *ratios, apart, len(ours))
             )
@@ -187,12 +175,6 @@ def _transformers() -> Any:
     return transformers
 
 
-def _quartiles(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float, float]:
-    ratios = [b / a for a, b in zip(ours, theirs, strict=True)]
-    low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
-    return low, middle, high
-
-
 def forget(cache: Any, count: int) -> None:
     """Take back the last `count` tokens of a cache."""
     for layer in cache.layers:
@@ -202,37 +184,39 @@ def forget(cache: Any, count: int) -> None:
             layer.crop(-count)
 
 
-def measure(
-    say: Callable[[str], None],
-    show: Callable[[str], None],
-    budget: Budget,
-    *,
-    contexts: Sequence[int] = CONTEXTS,
-    rounds: int = 7,
-    count: int = 4,
-    shape: Shape | None = None,
-) -> list[Decoding]:
-    """Time every context with all kinds of cache, and show each as soon as it is known."""
-    say("making the model")
-    contest = Contest(shape)
-    kind = str(contest.dtype).removeprefix("torch.")
-    show(f"\nGreedy decoding, batch 1, Hugging Face Llama (16 layers, 32/8 heads of 64, hidden 2,048), {kind}:")
-    found: list[Decoding] = []
-    for context in contexts:
-        name = f"{context:,} tokens"
-        if not budget.fits:
-            budget.leave_out(name)
-            continue
-        say(name)
-        seconds = budget.rounds(math.inf)
-        new = contest.compare(context, rounds=rounds, count=count, until=budget.now() + seconds)
-        budget.done()
-        for one in new:
-            show(str(one))
-        found += new
-    return found
+@dataclass(frozen=True)
+class Context:
+    """Steps behind so many tokens, with all kinds of cache."""
+
+    tokens: int
+    contest: Callable[[], Contest]
+    count: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.tokens:,} tokens"
+
+    def compare(self, terms: Terms) -> list[Decoding]:
+        """Check one step of each, then time all in turn."""
+        return self.contest().compare(self.tokens, terms, self.count)
 
 
-def as_data(found: Sequence[Decoding]) -> list[dict[str, object]]:
-    """For the JSON report."""
-    return [{**asdict(one), "needed": one.needed, "agrees": one.agrees, "verdict": one.verdict} for one in found]
+def measurement(*, shape: Shape | None = None, contexts: Sequence[int] = CONTEXTS, count: int = 4) -> turns.Measurement:
+    """`qkv bench --models`, of steps of `count` tokens."""
+    contest = cache(partial(Contest, shape))
+
+    def begin(say: turns.Say) -> str:
+        say("making the model")
+        kind = str(contest().dtype).removeprefix("torch.")
+        return f"\nGreedy decoding, batch 1, Hugging Face Llama (16 layers, 32/8 heads of 64, hidden 2,048), {kind}:"
+
+    return turns.Measurement(
+        "models",
+        seconds=600.0,
+        quick_seconds=120.0,
+        calls=lambda quick: [Context(n, contest, count) for n in contexts if not quick or n in QUICK_CONTEXTS],
+        begin=begin,
+        rounds=7,
+        quick_rounds=3,
+        packages=("transformers",),
+    )

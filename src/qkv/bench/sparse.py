@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import math
 import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -20,13 +19,12 @@ import torch
 from torch import Tensor
 
 import qkv
-from qkv.bench.budget import Budget
+from qkv.bench import turns
 from qkv.bench.cases import DTYPES, TOLERANCE
-from qkv.bench.looking import quartiles
 from qkv.bench.patterns import PATTERNS, Pattern, Rule
 from qkv.bench.peers.base import first_line
+from qkv.bench.turns import Quartiles, Terms
 
-SECONDS, QUICK_SECONDS = 900.0, 90.0
 LENGTH, HEADS = 8192, 8
 SLOPE, OFFSET = 1.25, 0.005
 """A mask may take SLOPE times its share of the pairs, and OFFSET, of the time without a mask."""
@@ -59,6 +57,10 @@ class Call:
         kind = DTYPES[self.dtype]
         return [torch.randn(1, self.heads, self.length, self.dim, generator=g).to(kind) for _ in range(4)]
 
+    def compare(self, terms: Terms) -> list[Measured]:
+        """Check the call, then time the contenders in turn."""
+        return [compare(self, terms)]
+
 
 def calls(*, quick: bool = False) -> Iterator[Call]:
     """Every pattern in both types and widths, forward and backward; quick: one type and width, forward."""
@@ -76,12 +78,12 @@ class Measured:
     name: str
     share: float  # of the pairs that is visible
     full: float  # milliseconds without a mask
-    time: tuple[float, float, float]  # with it, as a part of that
+    time: Quartiles  # with it, as a part of that
     needed: float | None  # at most, of forward calls
-    cover: tuple[float, float, float] | None  # times of the covering tiles
-    flex: tuple[float, float, float] | None
+    cover: Quartiles | None  # times of the covering tiles
+    flex: Quartiles | None
     flex_needed: float | None
-    efficiency: tuple[float, float, float] | None  # of backward calls: of forward's efficiency
+    efficiency: Quartiles | None  # of backward calls: of forward's efficiency
     error: float  # the worst row, relative
     tolerance: float
     rounds: int
@@ -93,20 +95,17 @@ class Measured:
 
     @property
     def verdict(self) -> str:
-        """`pass`: the medians reached it. `near`: where not, it lies between the quartiles. `miss`: neither."""
+        """As `turns.verdict` says."""
         if not self.agrees:
             return "wrong result"
-        # Each as (needed at least, quartiles).
-        found = [] if self.needed is None else [(-self.needed, tuple(-x for x in reversed(self.time)))]
+        found = [] if self.needed is None else [turns.at_most(self.needed, self.time)]
         if self.cover is not None:
             found.append((SCATTERED, self.cover))
         if self.flex is not None and self.flex_needed is not None:
             found.append((self.flex_needed, self.flex))
         if self.efficiency is not None:
             found.append((BACKWARD, self.efficiency))
-        if all(q[1] >= least for least, q in found):
-            return "pass"
-        return "near" if all(q[2] >= least for least, q in found) else "miss"
+        return turns.verdict(found)
 
     def __str__(self) -> str:
         text = f"  {self.name:<44} {self.share:6.2%} visible, {self.time[1]:6.2%} of {self.full:7.1f} ms"
@@ -120,9 +119,9 @@ class Measured:
         return f"{text}{''.join(f'; {note}' for note in self.notes)}  {self.verdict}"
 
 
-def compare(call: Call, backend: str | None, *, rounds: int, until: float = math.inf, flex: bool = False) -> Measured:
-    """Check the call, then time the contenders in turn; a round that would end after `until` is not begun."""
-    pattern, L = call.pattern, call.length
+def compare(call: Call, terms: Terms) -> Measured:
+    """Check the call, then time the contenders in turn."""
+    pattern, L, backend = call.pattern, call.length, terms.backend
     q, k, v, d_out = call.tensors()
     mask, notes = pattern.mask(L), []
     masks: dict[str, qkv.Mask | None] = {"full": None, "sparse": mask}
@@ -139,7 +138,7 @@ def compare(call: Call, backend: str | None, *, rounds: int, until: float = math
             leaves = [t.detach().requires_grad_() for t in (q, k, v)]
             out = _ours(leaves, one, backend)
             contenders[f"{name} back"] = partial(torch.autograd.grad, out, leaves, d_out, retain_graph=True)
-    elif flex and pattern.held:
+    elif terms.compiled and pattern.held:
         try:
             their = _flex(pattern, L, q, k, v)
             contenders["flex"] = their
@@ -149,8 +148,7 @@ def compare(call: Call, backend: str | None, *, rounds: int, until: float = math
         except Exception as wrong:  # a missing compiler surfaces as any of a dozen types
             contenders.pop("flex", None)
             notes.append(f"flex: {first_line(wrong)}")
-    taken = _take_turns(contenders, rounds, until)
-    return _measured(call, taken, error, tuple(notes))
+    return _measured(call, turns.take_turns(contenders, terms), error, tuple(notes))
 
 
 def _ours(tensors: Sequence[Tensor], mask: qkv.Mask | None, backend: str | None) -> Tensor:
@@ -159,24 +157,11 @@ def _ours(tensors: Sequence[Tensor], mask: qkv.Mask | None, backend: str | None)
     return out
 
 
-def _take_turns(contenders: dict[str, Callable[[], object]], rounds: int, until: float) -> dict[str, list[float]]:
-    taken: dict[str, list[float]] = {name: [] for name in contenders}
-    started = time.perf_counter()
-    for n in range(rounds):
-        if n and time.perf_counter() + (time.perf_counter() - started) / n > until:
-            break
-        for name in contenders if n % 2 else reversed(contenders):
-            begun = time.perf_counter()
-            contenders[name]()
-            taken[name].append(time.perf_counter() - begun)
-    return taken
-
-
 def _measured(call: Call, taken: dict[str, list[float]], error: float, notes: tuple[str, ...]) -> Measured:
-    def ratio(a: str, b: str) -> tuple[float, float, float] | None:
+    def ratio(a: str, b: str) -> Quartiles | None:
         if a not in taken or b not in taken:
             return None
-        return quartiles([x / y for x, y in zip(taken[a], taken[b], strict=True)])
+        return turns.ratios(taken[a], taken[b])
 
     share, back = call.pattern.share(call.length), call.backward
     end = " back" * back
@@ -184,8 +169,10 @@ def _measured(call: Call, taken: dict[str, list[float]], error: float, notes: tu
     assert own is not None
     efficiency = None
     if back:
-        turns = zip(*(taken[name] for name in ("full", "sparse", "full back", "sparse back")), strict=True)
-        efficiency = quartiles([(back_full / back_mine) / (full / mine) for full, mine, back_full, back_mine in turns])
+        times = zip(*(taken[name] for name in ("full", "sparse", "full back", "sparse back")), strict=True)
+        efficiency = turns.quartiles(
+            [(back_full / back_mine) / (full / mine) for full, mine, back_full, back_mine in times]
+        )
     held = call.pattern.held and call.pattern.cover is None
     return Measured(
         call.name,
@@ -268,31 +255,14 @@ def _difference(x: Tensor, y: Tensor) -> float:
     return worst if math.isfinite(worst) else math.inf
 
 
-def measure(
-    say: Callable[[str], None],
-    show: Callable[[str], None],
-    budget: Budget,
-    *,
-    backend: str | None,
-    which: Sequence[Call],
-    flex: bool = True,
-    rounds: int = 9,
-) -> list[Measured]:
-    """Measure every call, and show each as soon as it is known."""
-    show("A mask's time as a part of that without one:")
-    found: list[Measured] = []
-    for call in which:
-        if not budget.fits:
-            budget.leave_out(call.name)
-            continue
-        say(call.name)
-        seconds = budget.rounds(math.inf)
-        found.append(compare(call, backend, rounds=rounds, until=budget.now() + seconds, flex=flex))
-        budget.done()
-        show(str(found[-1]))
-    return found
-
-
-def as_data(found: Sequence[Measured]) -> list[dict[str, object]]:
-    """For the JSON report."""
-    return [{**asdict(one), "agrees": one.agrees, "verdict": one.verdict} for one in found]
+def measurement() -> turns.Measurement:
+    """`qkv bench --sparse`."""
+    return turns.Measurement(
+        "sparse",
+        seconds=900.0,
+        quick_seconds=90.0,
+        calls=lambda quick: list(calls(quick=quick)),
+        begin=lambda say: "A mask's time as a part of that without one:",
+        rounds=9,
+        quick_rounds=9,
+    )

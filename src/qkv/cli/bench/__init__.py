@@ -32,9 +32,8 @@ def run(args: argparse.Namespace) -> int:
     if args.isa == SHARED and any(os.environ.get(key) != value for key, value in _HELD.items()):
         return _again_held(args)
     options.check(args)
-    kind = options.kind(args)
-    module = import_module(f"qkv.cli.bench.{'calls' if kind == 'training' else kind}")
-    return int(module.run(args))
+    module = {"calls": "calls", "training": "calls", "caches": "caches"}.get(options.kind(args), "rows")
+    return int(import_module(f"qkv.cli.bench.{module}").run(args))
 
 
 def _again_held(args: argparse.Namespace) -> int:

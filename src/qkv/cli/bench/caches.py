@@ -5,13 +5,11 @@ from __future__ import annotations
 import argparse
 import os
 import re
-import time
 
-import torch
-
-from qkv.bench import caches, machine, report, results
+from qkv.bench import caches
 from qkv.bench.budget import Budget
 from qkv.bench.caches.contest import Bench
+from qkv.cli.bench.begun import begun
 from qkv.cli.progress import Progress
 from qkv.errors import ArgumentError
 
@@ -27,15 +25,8 @@ def run(args: argparse.Namespace) -> int:
     if args.list:
         print("\n".join(chosen))
         return 0
-    started = time.perf_counter()
-    with machine.threads(args.threads) as threads:
-        cache_bytes = machine.last_level_cache()
-        about = machine.describe(threads, cache_bytes)
-        if args.json:
-            results.check(args.json, "caches", about, args.isa)
-        size = f"last-level cache {cache_bytes >> 20} MB"
-        print(f"{about['cpu']}, {threads} threads, {size}, torch {torch.__version__}", flush=True)
-        bench = Bench(cache_bytes, args.backend or (f"cpu:{args.isa}" if args.isa else None))
+    with begun(args) as job:
+        bench = Bench(job.cache_bytes, job.backend)
         seconds = args.seconds or (caches.QUICK_SECONDS if args.quick else caches.SECONDS)
         with Progress("qkv bench --caches") as progress:
             progress.show("\n" + caches.COLUMNS.head)
@@ -43,13 +34,12 @@ def run(args: argparse.Namespace) -> int:
             lines, took = caches.measure(
                 chosen, bench, budget, progress.say, lambda line: progress.show(caches.line_text(line))
             )
-    policy, spent = os.environ.get("OMP_WAIT_POLICY"), time.perf_counter() - started
-    said = [caches.summary(lines), budget.said(), caches.waiting(policy), f"{spent:.0f} s"]
+    policy = os.environ.get("OMP_WAIT_POLICY")
+    said = [caches.summary(lines), budget.said(), caches.waiting(policy), f"{job.spent:.0f} s"]
     print("\n" + "\n\n".join(text for text in said if text))
+    settings = {"caches": True, "quick": args.quick, "only": args.only, "isa": args.isa, "backend": bench.backend}
+    settings |= {"omp_wait_policy": policy, "seconds": {name: round(s, 1) for name, s in took.items()}}
+    job.write(settings, {"caches": caches.as_data(lines)})
     if args.json:
-        settings = {"caches": True, "quick": args.quick, "only": args.only, "isa": args.isa, "backend": bench.backend}
-        settings |= {"omp_wait_policy": policy, "seconds": {name: round(s, 1) for name, s in took.items()}}
-        found = {"caches": caches.as_data(lines)}
-        results.write(args.json, "caches", report.document([], about, {}, settings, spent, found))
         print(f"\nwrote {args.json}")
     return 1 if any(line.problem for line in lines) else 0

@@ -8,10 +8,8 @@ import time
 from dataclasses import replace
 from typing import Any
 
-import torch
-
 from qkv.backends.isas import SHARED
-from qkv.bench import machine, readme, report, results, session
+from qkv.bench import machine, readme, report, session
 from qkv.bench.budget import Budget
 from qkv.bench.calls import all_rows
 from qkv.bench.cases import Row
@@ -19,7 +17,7 @@ from qkv.bench.peers import Roster
 from qkv.bench.peers.base import Setup
 from qkv.bench.race import Result, Runner
 from qkv.bench.training import training_rows
-from qkv.cli.bench.options import kind
+from qkv.cli.bench.begun import begun
 from qkv.cli.progress import Progress
 from qkv.errors import ArgumentError
 
@@ -35,23 +33,14 @@ def run(args: argparse.Namespace) -> int:
         for row in rows:
             print(f"{row.name:<42} {', '.join(row.peers)}")
         return 0
-    started = time.perf_counter()
-    with machine.threads(args.threads) as threads:
-        isa, backend = args.isa, args.backend or (f"cpu:{args.isa}" if args.isa else None)
-        about = machine.describe(threads, cache_bytes)
-        if args.json:
-            results.check(args.json, kind(args), about, isa)
-        size = f"last-level cache {cache_bytes >> 20} MB"
-        print(f"{about['cpu']}, {threads} threads, {size}, torch {torch.__version__}\n", flush=True)
-        roster = Roster(Setup(threads, SHARED if isa == SHARED else None), backend, _peers(args))
-        settings = {"isa": isa, "backend": backend, "quick": args.quick, "only": args.only, "training": args.training}
+    with begun(args) as job:
+        print(flush=True)
+        roster = Roster(Setup(job.threads, SHARED if args.isa == SHARED else None), job.backend, _peers(args))
+        settings = {"isa": args.isa, "backend": job.backend, "quick": args.quick, "only": args.only}
+        settings["training"] = args.training
 
         def save(so_far: list[Result], extra: dict[str, Any] | None = None) -> dict[str, Any]:
-            took = time.perf_counter() - started
-            whole = report.document(so_far, about, roster.versions, settings, took, extra)
-            if args.json:
-                results.write(args.json, kind(args), whole)
-            return whole
+            return job.write(settings, extra, roster.versions, so_far)
 
         def done(so_far: list[Result]) -> None:
             progress.show(report.lines(so_far[-1], columns))
