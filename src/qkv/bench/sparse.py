@@ -3,7 +3,8 @@
 Contenders take turns in one process: our attention of the same tensors without a mask, with it, with the least mask of
 whole tiles that covers it (where keys lie scattered), and compiled FlexAttention with the same rule; of gradients, the
 backward pass without a mask and with it. Rows are checked against the definition in float64 first. What a pattern shows
-is written out here once more, as a rule of two positions, so that a wrong mask cannot agree with itself.
+is written out here once more, as a rule of two positions, so that a wrong mask cannot agree with itself. The rows of
+decode with selected blocks are those of `selection`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 import qkv
-from qkv.bench import turns
+from qkv.bench import selection, turns
 from qkv.bench.cases import DTYPES, TOLERANCE
 from qkv.bench.patterns import PATTERNS, Pattern, Rule
 from qkv.bench.peers.base import first_line
@@ -62,13 +63,17 @@ class Call:
         return [compare(self, terms)]
 
 
-def calls(*, quick: bool = False) -> Iterator[Call]:
-    """Every pattern in both types and widths, forward and backward; quick: one type and width, forward."""
+def calls(*, quick: bool = False) -> Iterator[turns.Call]:
+    """Every pattern in both types and widths, forward and backward, and steps of decode with selected blocks.
+
+    Quick: one type and width, forward, and one step at a shorter length.
+    """
     for dtype in ("bf16",) if quick else ("bf16", "f32"):
         for dim in (128,) if quick else (64, 128):
             for backward in (False,) if quick else (False, True):
                 for pattern in PATTERNS:
                     yield Call(pattern, dtype, dim, backward)
+    yield from selection.steps(quick=quick)
 
 
 @dataclass(frozen=True)

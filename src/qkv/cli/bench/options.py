@@ -65,8 +65,8 @@ def add(parser: argparse.ArgumentParser) -> None:
     give(
         "--sparse",
         action="store_true",
-        help="masks instead: their time beside that without one, and FlexAttention's; about fifteen minutes "
-        "(--quick: one and a half)",
+        help="masks instead: their time beside that without one and FlexAttention's, and decode with selected blocks; "
+        "about fifteen minutes (--quick: one and a half)",
     )
     give("--only", metavar="REGEX", help="rows whose name matches")
     give("--peers", metavar="NAMES", help="these peers only, such as sdpa,openvino")
