@@ -103,8 +103,13 @@ class Dots {
         }
     }
 
-    static void run(const Job& job, const Program& program, Work& w, int64_t k0, int64_t k1, bool careful) {
+    // Finds the first of the keys in [k0, k1) that the tile may see. False: there is none.
+    static bool begin(const Program& program, Work& w, int64_t k0, int64_t k1) {
         w.walk.begin(program, w.tile.rows, w.scratch, keys_between(k0, k1), !program.empty());
+        return !w.walk.over();
+    }
+    // Goes through the keys from where it began.
+    static void run(const Job& job, Work& w, bool careful) {
         while (w.walk.next(w.scratch, w.block)) step(job, w, w.block, careful);
     }
 
@@ -363,8 +368,9 @@ class Dots {
                            const Source<S>& v, Laid& laid) {
         const int64_t j = block.key[g], keys = w.tile.sequence->k_count;
         const int rows = w.tile.rows.count, later = g + kAheadKeys / kGranule;
-        // What comes next; past the block, what would if keys went on.
-        const int64_t then = later < block.granules ? block.key[later] : block.key[block.granules - 1] + kAheadKeys;
+        // What comes next; past the last block, what would if keys went on.
+        const int64_t after = w.walk.over() ? block.key[block.granules - 1] + kGranule : w.walk.position();
+        const int64_t then = later < block.granules ? block.key[later] : after + (later - block.granules) * kGranule;
         laid.live[g] = block.live[g];
         Products of{};
         of.D = a.D, of.width = padded(a.D), of.live = laid.live[g];

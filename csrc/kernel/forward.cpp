@@ -283,12 +283,18 @@ class Run {
         auto& work = *dots_memory(arena).work;
         schedule.rows_of(s, c, kv_head, 0, work.tile);
         const int64_t k0 = chunk * c.chunk, k1 = lower(s.k_count, k0 + c.chunk), width = D::padded(a.Dv);
+        if (!D::begin(job.program, work, k0, k1) && c.chunks > 1) {  // merging asks for nothing but the empty states
+            for (int r = 0; r < work.tile.rows.count; ++r)
+                partial_states[partial(c, kv_head, chunk, r)] = RowState<E, 2>::none();
+            return;
+        }
         D::load(job, work, work.tile, 0);
         D::reset(a, work);
-        D::run(job, job.program, work, k0, k1, false);
+        D::run(job, work, false);
         if (D::spoiled(a, work)) {
             D::reset(a, work);
-            D::run(job, job.program, work, k0, k1, true);
+            D::begin(job.program, work, k0, k1);
+            D::run(job, work, true);
         }
         D::settle(a, work);
         if (c.chunks == 1) {
@@ -320,7 +326,8 @@ class Run {
             work.tile.rows.count = rows;
             work.tile.rows.key_count = k1;
             D::reset(a, work);
-            D::run(job, everything, work, k0, k1, false);
+            D::begin(everything, work, k0, k1);
+            D::run(job, work, false);
             D::settle(a, work);
             for (int64_t i = 0, r = 0; i < n; ++i) {
                 const Cut& c = schedule.cuts[members[i]];

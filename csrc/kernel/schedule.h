@@ -97,6 +97,9 @@ struct Schedule {
             c.split = !c.by_head && c.tiles <= kShortTiles;
         }
         c.chunk = c.split ? (a.Dv > 256 && !c.dots ? 1024 : 512) : s.k_count;
+        // Where lists name a part of the keys, a chunk holds as many that are seen as one would without them.
+        if (c.split && job.pattern.most < s.k_count)
+            c.chunk = round_up(c.chunk * s.k_count / upper(job.pattern.most, 1), kGranule);
         if (c.split && s.k_count > c.chunk * 64) c.chunk = round_up(s.k_count / 64, kGranule);
         c.chunks = c.split && s.k_count > 0 ? (s.k_count + c.chunk - 1) / c.chunk : 1;
         return c;

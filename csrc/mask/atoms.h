@@ -46,13 +46,15 @@ struct Pattern {
     int64_t block = 0;
     // Queries, counted by index, that share a list of keys with the other heads of their group; 0: there are none.
     int64_t listed = 0;
+    // A row sees no more keys than its lists name; kFar: not all of it goes by lists.
+    int64_t most = kFar;
     // Whether heads may see other keys than each other.
     bool by_head = false;
 };
 
-// The keys that a row at position p sees are p - offset modulo step.
+// The keys that a row at position p sees are p - offset modulo step, and no more than `most`.
 struct Comb {
-    int64_t step, offset;
+    int64_t step, offset, most = kFar;
 };
 
 // Blocks of two sizes: those that tiles of both fit into.
@@ -67,7 +69,7 @@ inline Comb comb_of(const int64_t* w, Pattern& found) {
         case kMaskChunked: add_block(found, w[1]); break;
         case kMaskSelected:
             found.listed = found.listed == 0 ? w[8] : std::gcd(found.listed, w[8]), found.by_head |= w[4] > 1;
-            break;
+            return {1, 0, w[6] < kFar / w[7] ? w[6] * w[7] : kFar};
         case kMaskDense: found.by_head |= w[3] != 0; break;
         default: break;
     }

@@ -10,15 +10,18 @@ class PatternReader {
     static Pattern of(const int64_t* words, int64_t length) {
         Pattern found;
         const Comb comb = read(words, length, found);
-        found.step = comb.step, found.offset = comb.offset;
+        found.step = comb.step, found.offset = comb.offset, found.most = comb.most;
         return found;
     }
 
   private:
-    static Comb both(Comb a, Comb b) { return a.step >= b.step ? a : b; }
+    static Comb both(Comb a, Comb b) {
+        const Comb finer = a.step >= b.step ? a : b;
+        return {finer.step, finer.offset, lower(a.most, b.most)};
+    }
     static Comb either(Comb a, Comb b) {
         return {std::gcd(std::gcd(a.step, b.step), a.offset < b.offset ? b.offset - a.offset : a.offset - b.offset),
-                a.offset};
+                a.offset, lower(a.most, kFar - b.most) + b.most};
     }
     static Comb read(const int64_t* w, int64_t length, Pattern& found) {
         Comb stack[kMaxDepth + 1];

@@ -136,6 +136,11 @@ class _Choice(NamedTuple):
     per_group: bool
     queries: int
 
+    def kinds(self, summaries: Any) -> tuple[Tensor, ...]:
+        """Those of the blocks' means, minima and maxima that their scores are made of."""
+        mean, low, high = summaries[:3]
+        return (mean,) if self.how == "mean" else (low, high) if self.how == "minmax" else (mean, low, high)
+
 
 class _Part(NamedTuple):
     """Batch rows whose sequences have one number of keys, with the summaries of their full blocks where they lie."""
@@ -144,7 +149,7 @@ class _Part(NamedTuple):
     p: Tensor  # int64 (rows_b or 1, Lq): positions, on the CPU
     first: int  # the number of the first batch row, for the mask
     sizes: Sizes  # of the whole call, with this part's lengths
-    kinds: tuple[Tensor, Tensor, Tensor]  # (rows_b, Hkv, places, D): mean, minimum, maximum
+    kinds: tuple[Tensor, ...]  # (rows_b, Hkv, places, D): of mean, minimum and maximum those that are looked at
     places: Tensor | None  # int64 (blocks,): where those of the blocks are; None: in order from the first on
 
 
@@ -159,7 +164,7 @@ def _of_tensors(
     _check_summaries(summaries, choice.block, (B, Hkv, Lk // choice.block, D))
     p = query_positions(problem, inputs.positions, "cpu").cpu()
     sizes = Sizes(B, q.shape[1], q.shape[2], Lk, q.dtype, q.device)
-    return _lists(_Part(q, p, 0, sizes, summaries[:3], None), mask, choice)
+    return _lists(_Part(q, p, 0, sizes, choice.kinds(summaries), None), mask, choice)
 
 
 def _of_view(
@@ -188,21 +193,21 @@ def _of_view(
             mask.check(CALL, sizes)
         p = (Lk - Lq + torch.arange(Lq, dtype=torch.int64, device="cpu"))[None]
         if summaries is not None:
-            kinds, places = tuple([x[i : i + 1, :, : Lk // block] for x in summaries[:3]]), None
+            kinds, places = tuple([x[i : i + 1, :, : Lk // block] for x in choice.kinds(summaries)]), None
         else:
-            kinds, places = _kept(view, i, block)
-        found.append(_lists(_Part(own, p, i, sizes, kinds, places), mask, choice))  # type: ignore[arg-type]
+            kinds, places = _kept(view, i, choice)
+        found.append(_lists(_Part(own, p, i, sizes, kinds, places), mask, choice))
     return _stacked(found, q)
 
 
-def _kept(view: KVView, i: int, block: int) -> tuple[tuple[Tensor, ...], Tensor | None]:
+def _kept(view: KVView, i: int, choice: _Choice) -> tuple[tuple[Tensor, ...], Tensor | None]:
     """What a cache keeps for sequence i: all of the pool where most of it is the sequence's, else its own part."""
     assert view.summaries is not None
-    places = places_of(view, i, block)
-    pool = [x.flatten(1, 2)[None] for x in view.summaries[:3]]
+    places = places_of(view, i, choice.block)
+    pool = [x.flatten(1, 2)[None] for x in choice.kinds(view.summaries)]
     n = places.numel()
     first = int(places[0]) if n else -1
-    if first >= 0 and int(places[-1]) == first + n - 1 and bool((places.diff() == 1).all()):
+    if first >= 0 and torch.equal(places, torch.arange(first, first + n, dtype=places.dtype, device="cpu")):
         return tuple([x[:, :, first : first + n] for x in pool]), None
     places = places.clamp(min=0).to(view.k.device)
     if pool[0].shape[2] <= 2 * n:
@@ -296,10 +301,11 @@ def _scores(part: _Part, choice: _Choice, rows: slice) -> Tensor:
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     if callable(how):
         return _asked(part, choice, q, how).to(wide)
-    q, (mean, low, high) = q.to(wide), part.kinds
+    q = q.to(wide)
     if how == "mean":
-        found = _product(_summed(q, Hkv, choice), mean)
+        found = _product(_summed(q, Hkv, choice), part.kinds[0])
     else:
+        low, high = part.kinds
         found = _product(_summed(q.clamp(min=0), Hkv, choice), high)
         found += _product(_summed(q.clamp(max=0), Hkv, choice), low)
     found = found if part.places is None else found.index_select(-1, part.places)
@@ -370,6 +376,11 @@ def _leading(scores: Tensor, seen: int, choice: _Choice) -> Tensor:
     whole, rest = divmod(seen, choice.block)
     wide = min(whole, max(choice.top_k - (rest > 0), 0))
     scores = scores[..., :whole]
+    least = scores.topk(wide, dim=-1, sorted=False).values.amin(-1, keepdim=True) if wide else scores
+    best = scores >= least
+    if wide and bool((best.sum(-1) == wide).all()):  # no ties with the last one, and no NaN
+        lists = best.nonzero()[:, -1].view(*best.shape[:-1], wide).to(torch.int32)
+        return torch.nn.functional.pad(lists, (0, 1), value=whole) if rest else lists
     if scores.dtype == torch.float64:
         lists = _in_order(scores, torch.ones_like(scores, dtype=torch.int8))[..., :wide]
     else:

@@ -55,6 +55,11 @@ LOOKS = "look_"
 
 # fmt: off
 MUTANTS = (
+    _mutant("unseen_chunk", "few rows: a chunk of which nothing is seen keeps the sums that memory held",
+            (FORWARD, "partial_states[partial(c, kv_head, chunk, r)] = «RowState<E, 2>::none()»;",
+             "partial_states[partial(c, kv_head, chunk, r)]")),
+    _mutant("first_keys_alone", "few rows: a chunk whose first keys are hidden counts as hidden",
+            (DOTS, "return «!w.walk.over()»;", "w.walk.position() < k0 + kGranule")),
     _mutant("rescale_forgotten", "lanes: earlier blocks are not rescaled to the new maximum",
             (LANES, "keep[z] = «shift.keep»;", "V::set1(1)")),
     _mutant("last_granule", "lanes: the last 16 keys of a block have no values",
@@ -135,7 +140,7 @@ MUTANTS = (
              "s.q_count / c.step")),
     _mutant("residue_either", "either of two strided masks: keys of the first one's step",
             ("mask/pattern.h", "return {«std::gcd(std::gcd(a.step, b.step), a.offset < b.offset ? b.offset - a.offset "
-             ": a.offset - b.offset)», a.offset};", "upper(a.step, b.step)")),
+             ": a.offset - b.offset)», a.offset,", "upper(a.step, b.step)")),
     _mutant("block_rows", "rows of a block: those of the last one are left out",
             (SCHEDULE, "«floor_div(s.position + s.q_count - 1, block) - floor_div(s.position, block) + 1»;",
              "floor_div(s.position + s.q_count - 1, block) - floor_div(s.position, block)")),
