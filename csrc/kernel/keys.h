@@ -172,7 +172,10 @@ class Walk {
     // The keys that were gathered, as a granule.
     void push_waiting(Block& block) {
         uint64_t all = waiting_ == kGranule ? every_ : 0;
-        if (block.granules == 0) block.low = vectors_, block.high = 0;
+        if (lanes_ == 0)
+            block.low = 0, block.high = vectors_;
+        else if (block.granules == 0)
+            block.low = vectors_, block.high = 0;
         for (int j = 0; j < waiting_ && lanes_ > 0; ++j) {
             const int low = std::countr_zero(waiting_words_[j]) / lanes_,
                       high = (63 - std::countl_zero(waiting_words_[j])) / lanes_ + 1;
