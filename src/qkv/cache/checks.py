@@ -53,6 +53,24 @@ def real_device(call: str, value: Any) -> torch.device:
     return device
 
 
+def one_kind(
+    call: str, cache: str, pages: Any, sequences: Any, *, of_pages: dict[str, Any], of_dense: dict[str, Any]
+) -> None:
+    """A cache is on pages or dense, and takes no option of the other kind: given with their values, None for none."""
+    if (pages is None) == (sequences is None):
+        given = "neither" if pages is None else f"pages={pages!r} and sequences={sequences!r}"
+        fix = "Pass pages=, or sequences= for a dense one"
+        raise ArgumentError.of(call, f"a {cache} cache is on pages or dense", given, fix)
+    other = of_pages if pages is None else of_dense
+    wrong = [f"{name}={x!r}" for name, x in other.items() if x is not None]
+    if wrong:
+        what = "a cache on pages" if pages is None else "a dense cache"
+        rule = f"{' and '.join(other)} {'are' if len(other) > 1 else 'is'} of {what}"
+        swap = "pages= in place of sequences=" if pages is None else "sequences= in place of pages="
+        fix = f"Leave {'them' if len(wrong) > 1 else 'it'} out, or pass {swap}"
+        raise ArgumentError.of(call, rule, ", ".join(wrong), fix)
+
+
 def common(
     call: str, layers: Any, dtype: Any, storage: Any, device: Any, debug: Any
 ) -> tuple[int, torch.dtype, torch.dtype, torch.device, bool]:

@@ -12,7 +12,6 @@ from qkv.cache.base import Cache
 from qkv.cache.dense import DenseCache
 from qkv.cache.paged import PagedCache
 from qkv.cache.spec import Spec
-from qkv.errors import ArgumentError
 
 _CALL = "qkv.cache.LatentCache()"
 
@@ -75,17 +74,8 @@ class LatentCache(Cache):
         identity: str | bytes | int | None = None,
         debug: bool = False,
     ) -> None:
-        if (pages is None) == (sequences is None):
-            given = "neither" if pages is None else f"pages={pages!r} and sequences={sequences!r}"
-            rule = "a latent cache is on pages or dense"
-            raise ArgumentError.of(_CALL, rule, given, "Pass pages=, or sequences= for a dense one")
-        if pages is not None and capacity is not None:
-            fix = "Leave it out, or pass sequences= in place of pages="
-            raise ArgumentError.of(_CALL, "capacity is of a dense cache", f"capacity={capacity!r}", fix)
-        if sequences is not None and (page_size != 16 or identity is not None):
-            given = f"page_size={page_size!r}, identity={identity!r}"
-            fix = "Leave them out, or pass pages= in place of sequences="
-            raise ArgumentError.of(_CALL, "page_size and identity are of a cache on pages", given, fix)
+        of_pages = {"page_size": None if page_size == 16 else page_size, "identity": identity}
+        checks.one_kind(_CALL, "latent", pages, sequences, of_pages=of_pages, of_dense={"capacity": capacity})
         if pages is not None:
             pages, page_size = checks.size(_CALL, "pages", pages), checks.size(_CALL, "page_size", page_size)
         spec = Spec.of_latents(_CALL, rank, rope_dim, index_dim, layers, dtype, storage, device, debug)

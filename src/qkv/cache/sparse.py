@@ -93,18 +93,13 @@ class SparseCache(Cache):
         identity: str | bytes | int | None = None,
         debug: bool = False,
     ) -> None:
-        if (pages is None) == (sequences is None):
-            given = "neither" if pages is None else f"pages={pages!r} and sequences={sequences!r}"
-            rule = "a sparse cache is on pages or dense"
-            raise ArgumentError.of(_CALL, rule, given, "Pass pages=, or sequences= for a dense one")
+        of_pages, of_dense = {"identity": identity}, {"capacity": capacity}
+        checks.one_kind(_CALL, "sparse", pages, sequences, of_pages=of_pages, of_dense=of_dense)
         self.stride = checks.size(_CALL, "stride", stride)
         spec = Spec.of_heads(_CALL, num_kv_heads, head_dim, value_dim, 0, layers, dtype, storage, device, debug)
         heads = spec.heads if compressed_heads is None else checks.size(_CALL, "compressed_heads", compressed_heads)
         self.compressed_heads = heads
         if isinstance(self, PagedSparseCache):
-            if capacity is not None:
-                fix = "Leave it out, or pass sequences= in place of pages="
-                raise ArgumentError.of(_CALL, "capacity is of a dense cache", f"capacity={capacity!r}", fix)
             count, P = checks.size(_CALL, "pages", pages), checks.size(_CALL, "page_size", page_size)
             if P % self.stride:
                 fix = f"Use a page_size that is a multiple of {self.stride}"
@@ -112,9 +107,6 @@ class SparseCache(Cache):
             self._begin_paged(_CALL, spec, count, P, identity, None, 0)
         else:
             assert isinstance(self, DenseSparseCache)
-            if identity is not None:
-                fix = "Leave it out, or pass pages= in place of sequences="
-                raise ArgumentError.of(_CALL, "identity is of a cache on pages", f"identity={identity!r}", fix)
             self._begin_dense(_CALL, spec, sequences, capacity)
         self._storage = CompressedStorage(self._storage, self.stride, heads)
 

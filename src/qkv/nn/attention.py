@@ -13,7 +13,7 @@ from qkv.checks import integer
 from qkv.errors import ArgumentError, ShapeError
 from qkv.graph import eager
 from qkv.masks import Mask, as_mask
-from qkv.nn.layer import Layer, RMSNorm, check_heads, check_step, check_tokens, even_head_dim
+from qkv.nn.layer import Layer, RMSNorm, check_step, check_tokens
 from qkv.rotary import Rotary, as_positions
 
 _CALL = "qkv.nn.Attention()"
@@ -128,20 +128,14 @@ class Attention(Layer):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.dim, self.num_heads = integer(_CALL, "dim", dim, low=1), integer(_CALL, "num_heads", num_heads, low=1)
-        self.num_kv_heads = (
-            self.num_heads if num_kv_heads is None else integer(_CALL, "num_kv_heads", num_kv_heads, low=1)
-        )
-        self.head_dim = (
-            even_head_dim(_CALL, self.dim, self.num_heads)
-            if head_dim is None
-            else integer(_CALL, "head_dim", head_dim, low=1)
-        )
+        self._hold_heads(_CALL, dim, num_heads, num_kv_heads, head_dim, value_dim, rotary)
+        self.rotary = rotary
         self.context_dim = self.dim if context_dim is None else integer(_CALL, "context_dim", context_dim, low=1)
-        self.value_dim = self.head_dim if value_dim is None else integer(_CALL, "value_dim", value_dim, low=1)
-        self.rotary, self.gate = rotary, gate
+        if gate not in (False, True, "headwise"):
+            fix = 'Pass True for a gate a number, or "headwise"'
+            raise ArgumentError.of(_CALL, 'gate is a bool or "headwise"', f"gate={gate!r}", fix)
+        self.gate = gate
         self._hold(_CALL, mask, softcap, scale, dropout_p, backend)
-        self._check()
 
         made: dict[str, Any] = {"device": device, "dtype": dtype}
         out_bias = bias if out_bias is None else out_bias
@@ -341,12 +335,6 @@ class Attention(Layer):
             raise ArgumentError.of(_FORWARD, rule, given, fix)
         self._query_positions(x, None, None)
         return check_step(_FORWARD, self, x, positions, self.rotary, cache)
-
-    def _check(self) -> None:
-        check_heads(_CALL, self.num_heads, self.num_kv_heads, self.head_dim, self.rotary)
-        if self.gate not in (False, True, "headwise"):
-            fix = 'Pass True for a gate a number, or "headwise"'
-            raise ArgumentError.of(_CALL, 'gate is a bool or "headwise"', f"gate={self.gate!r}", fix)
 
     def extra_repr(self) -> str:
         """The sizes and options, for `print`."""

@@ -88,10 +88,8 @@ def chosen_blocks(
 
     Notes
     -----
-    A query chooses among the blocks that begin at or before its place: first the `initial` and `local` ones, then by
-    importance, compared in float32; of equal ones the lower. Cost: 2 D FLOPs a pair of a query and a compressed block
-    that it sees; memory for 2**19 scores, or for those of 16
-    queries.
+    First the `initial` and `local` blocks, then as `qkv.native_sparse_attention` says. Cost: 2 D FLOPs a pair of a
+    query and a compressed block that it sees; memory for 2**19 scores, or for those of 16 queries.
     """
     if torch.compiler.is_dynamo_compiling() or stands_in(q):
         found: Tensor = torch.ops.qkv.native_sparse_blocks(q, k_cmp, lse, places, list(pattern), scale, Lk)

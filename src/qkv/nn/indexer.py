@@ -8,10 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from qkv.checks import integer
-from qkv.errors import ArgumentError, ArgumentTypeError
 from qkv.indexing import index_scores
 from qkv.masks import Mask
-from qkv.nn.layer import check_tokens
+from qkv.nn.layer import check_rotary, check_tokens
 from qkv.rotary import Rotary, as_positions
 
 _CALL = "qkv.nn.Indexer()"
@@ -104,12 +103,7 @@ class Indexer(nn.Module):
         self.q_lora_rank = None if q_lora_rank is None else integer(_CALL, "q_lora_rank", q_lora_rank, low=1)
         self.rope_dim = integer(_CALL, "rope_dim", rope_dim, low=2, high=self.head_dim)
         self.rotary = Rotary(self.rope_dim) if rotary is None else rotary
-        if not isinstance(self.rotary, Rotary):
-            fix = f"Pass qkv.rotary.Rotary({self.rope_dim})"
-            raise ArgumentTypeError.of(_CALL, "rotary must be a Rotary", f"rotary={self.rotary!r}", fix)
-        if self.rotary.dim != self.rope_dim:
-            given = f"rotary.dim={self.rotary.dim} and rope_dim={self.rope_dim}"
-            raise ArgumentError.of(_CALL, "rotary must turn rope_dim numbers", given, f"Use Rotary({self.rope_dim})")
+        check_rotary(_CALL, self.rotary, "rope_dim", self.rope_dim, f"Rotary({self.rope_dim})")
         made: dict[str, Any] = {"device": device, "dtype": dtype}
         self.wq_b = nn.Linear(self.q_lora_rank or self.dim, self.num_heads * self.head_dim, bias=False, **made)
         self.wk = nn.Linear(self.dim, self.head_dim, bias=False, **made)

@@ -17,7 +17,7 @@ from qkv.graph import eager
 from qkv.indexing import index_scores, select_tokens
 from qkv.masks import Mask, as_mask
 from qkv.nn.indexer import Indexer
-from qkv.nn.layer import Layer, RMSNorm, check_step, check_tokens, matrix_of
+from qkv.nn.layer import Layer, RMSNorm, check_rotary, check_step, check_tokens, matrix_of
 from qkv.probabilities import weights
 from qkv.rotary import Rotary, as_positions
 
@@ -160,8 +160,9 @@ class LatentAttention(Layer):
         self.qk_nope_head_dim = integer(_CALL, "qk_nope_head_dim", qk_nope_head_dim, low=1)
         self.qk_rope_head_dim = integer(_CALL, "qk_rope_head_dim", qk_rope_head_dim, low=2)
         self.v_head_dim = integer(_CALL, "v_head_dim", v_head_dim, low=1)
-        self.rotary = Rotary(self.qk_rope_head_dim, interleaved=True) if rotary is None else rotary
-        self._check_rotary()
+        dr, right = self.qk_rope_head_dim, f"Rotary({self.qk_rope_head_dim}, interleaved=True)"
+        self.rotary = Rotary(dr, interleaved=True) if rotary is None else rotary
+        check_rotary(_CALL, self.rotary, "qk_rope_head_dim", dr, right)
         self._check_indexer(indexer)
         if absorb not in (None, False, True):
             fix = "Pass True, False, or None for the cheaper form"
@@ -439,15 +440,6 @@ class LatentAttention(Layer):
     def _positions(self, x: Tensor, positions: Any) -> int | Tensor:
         check_tokens(_FORWARD, "x", x, "dim", self.dim)
         return 0 if positions is None else as_positions(_FORWARD, positions, x.shape[0], x.shape[1])
-
-    def _check_rotary(self) -> None:
-        if not isinstance(self.rotary, Rotary):
-            fix = f"Pass qkv.rotary.Rotary({self.qk_rope_head_dim}, interleaved=True)"
-            raise ArgumentTypeError.of(_CALL, "rotary must be a Rotary", f"rotary={self.rotary!r}", fix)
-        if self.rotary.dim != self.qk_rope_head_dim:
-            given = f"rotary.dim={self.rotary.dim} and qk_rope_head_dim={self.qk_rope_head_dim}"
-            fix = f"Use Rotary({self.qk_rope_head_dim}, interleaved=True)"
-            raise ArgumentError.of(_CALL, "rotary must turn exactly the rotary part", given, fix)
 
     def _check_indexer(self, indexer: Any) -> None:
         if indexer is None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from qkv import _torch
 from qkv.call.keys import KVView
-from qkv.checks import no_tensor, shown
+from qkv.checks import integer, no_tensor, shown
 from qkv.errors import ArgumentError, ArgumentTypeError, ShapeError, UnsupportedError
 from qkv.functional import attention
 from qkv.masks import Mask, as_mask
@@ -55,6 +55,27 @@ class Layer(nn.Module):
         self.mask = as_mask(mask, call)
         self.softcap, self.scale, self.dropout_p, self.backend = softcap, scale, dropout_p, backend
 
+    def _hold_heads(
+        self,
+        call: str,
+        dim: int,
+        num_heads: int,
+        num_kv_heads: int | None,
+        head_dim: int | None,
+        value_dim: int | None,
+        rotary: Rotary | None,
+    ) -> None:
+        """The sizes of query heads, of key/value heads and of what turns them."""
+        self.dim, self.num_heads = integer(call, "dim", dim, low=1), integer(call, "num_heads", num_heads, low=1)
+        Hkv = self.num_heads if num_kv_heads is None else integer(call, "num_kv_heads", num_kv_heads, low=1)
+        if head_dim is None and self.dim % self.num_heads:
+            rule, fix = "dim must be a multiple of num_heads where head_dim is left out", "Pass head_dim"
+            raise ArgumentError.of(call, rule, f"dim={dim} and num_heads={num_heads}", fix)
+        D = self.dim // self.num_heads if head_dim is None else integer(call, "head_dim", head_dim, low=1)
+        self.num_kv_heads, self.head_dim = Hkv, D
+        self.value_dim = D if value_dim is None else integer(call, "value_dim", value_dim, low=1)
+        _check_heads(call, self.num_heads, Hkv, D, rotary)
+
     def _attend(self, q: Tensor, k: Tensor | KVView, v: Tensor | None, mask: Any, **more: Any) -> Tensor:
         """attention() with the layer's options; `more` are positions, scale and sinks."""
         more = {"scale": self.scale, "softcap": self.softcap, "backend": self.backend, **more}
@@ -79,27 +100,30 @@ class Layer(nn.Module):
         return self.mask & mask
 
 
-def even_head_dim(call: str, dim: int, num_heads: int) -> int:
-    """D of heads that share the width between them."""
-    if dim % num_heads:
-        rule, fix = "dim must be a multiple of num_heads where head_dim is left out", "Pass head_dim"
-        raise ArgumentError.of(call, rule, f"dim={dim} and num_heads={num_heads}", fix)
-    return dim // num_heads
-
-
-def check_heads(call: str, num_heads: int, num_kv_heads: int, head_dim: int, rotary: Any) -> None:
+def _check_heads(call: str, num_heads: int, num_kv_heads: int, head_dim: int, rotary: Any) -> None:
     """The numbers of heads must fit each other, and rotary the size of a head."""
     if num_heads % num_kv_heads:
         fits = ", ".join(str(n) for n in range(1, num_heads + 1) if num_heads % n == 0)
         rule, fix = "num_heads must be a multiple of num_kv_heads", f"Use num_kv_heads in {{{fits}}}"
         raise ArgumentError.of(call, rule, f"num_heads={num_heads} and num_kv_heads={num_kv_heads}", fix)
-    if rotary is not None and not isinstance(rotary, Rotary):
-        fix = f"Pass qkv.rotary.Rotary({head_dim})"
-        raise ArgumentTypeError.of(call, "rotary must be a Rotary", f"rotary={rotary!r}", fix)
-    if rotary is not None and rotary.dim > head_dim:
+    if rotary is not None and _typed(call, rotary, f"Rotary({head_dim})").dim > head_dim:
         given = f"rotary.dim={rotary.dim} and head_dim={head_dim}"
         fix = f"Use Rotary({head_dim}), or fewer for a partial one"
         raise ArgumentError.of(call, "rotary turns at most head_dim numbers", given, fix)
+
+
+def check_rotary(call: str, rotary: Any, name: str, size: int, right: str) -> None:
+    """A rotary that turns exactly the numbers of that name; `right` is one that would do."""
+    if _typed(call, rotary, right).dim != size:
+        given = f"rotary.dim={rotary.dim} and {name}={size}"
+        raise ArgumentError.of(call, f"rotary must turn {name} numbers", given, f"Use {right}")
+
+
+def _typed(call: str, rotary: Any, right: str) -> Rotary:
+    if not isinstance(rotary, Rotary):
+        fix = f"Pass qkv.rotary.{right}"
+        raise ArgumentTypeError.of(call, "rotary must be a Rotary", f"rotary={rotary!r}", fix)
+    return rotary
 
 
 def check_tokens(call: str, name: str, x: Any, width_name: str, width: int) -> None:

@@ -16,7 +16,7 @@ from qkv.checks import integer
 from qkv.errors import ArgumentError, ArgumentTypeError
 from qkv.graph import eager
 from qkv.nn.choice import Pattern, checked
-from qkv.nn.layer import Layer, check_heads, check_step, check_tokens, even_head_dim
+from qkv.nn.layer import Layer, check_step, check_tokens
 from qkv.nn.nsa import Keys, branches, mean, windows
 from qkv.rotary import Rotary, as_positions
 
@@ -78,14 +78,8 @@ class SparseAttention(Layer):
     ----------
     dim, num_heads, num_kv_heads, head_dim, value_dim, bias, out_bias, rotary
         As in `qkv.nn.Attention`. Query heads of one key/value head share their selected blocks.
-    block, stride : int
-        The paper's l and d: a compressed block is `block` tokens, one begins every `stride` tokens.
-    selected_block, top_k : int
-        l' and n: each token reads top_k blocks of `selected_block` tokens.
-    initial, local : int
-        How many first and last blocks are always among them, the token's own with the last.
-    window : int
-        w.
+    block, stride, selected_block, top_k, initial, local, window : int
+        As in `qkv.native_sparse_attention`.
     compress : "mlp" or "mean"
         phi: a learned perceptron with positions within the block, one for keys and one for values, or their mean.
     compress_hidden : int
@@ -163,16 +157,9 @@ class SparseAttention(Layer):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.dim, self.num_heads = integer(_CALL, "dim", dim, low=1), integer(_CALL, "num_heads", num_heads, low=1)
-        self.num_kv_heads = num_heads if num_kv_heads is None else integer(_CALL, "num_kv_heads", num_kv_heads, low=1)
-        self.head_dim = (
-            even_head_dim(_CALL, self.dim, self.num_heads)
-            if head_dim is None
-            else integer(_CALL, "head_dim", head_dim, low=1)
-        )
-        self.value_dim = self.head_dim if value_dim is None else integer(_CALL, "value_dim", value_dim, low=1)
-        check_heads(_CALL, self.num_heads, self.num_kv_heads, self.head_dim, rotary)
-        self.rotary, self.compress, self.shared_kv = rotary, compress, shared_kv
+        self._hold_heads(_CALL, dim, num_heads, num_kv_heads, head_dim, value_dim, rotary)
+        self.rotary = rotary
+        self.compress, self.shared_kv = compress, shared_kv
         self.pattern = checked(_CALL, Pattern(block, stride, selected_block, top_k, initial, local, window))
         if compress not in ("mlp", "mean"):
             raise ArgumentError.of(_CALL, 'compress is "mlp" or "mean"', f"compress={compress!r}", "Pass one of them")
