@@ -70,6 +70,16 @@ def test_what_is_computed_is_near_what_is_visible(mask: qkv.Mask, most: float, w
     assert ("rearranged" in plan.note) == bool(word)
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("mask", [qkv.strided(16) & qkv.causal(), qkv.dilated(64, 16), qkv.bigbird(64)], ids=repr)
+def test_no_less_is_computed_of_many_tiles_than_is_visible(mask: qkv.Mask, isa: str) -> None:
+    """A few of them are looked at: those may be the first ones of a causal mask, or miss a global token's."""
+    q = torch.empty(1, 1, 1, 16).expand(1, 2, 300_000, 16)
+    plan = qkv.plan(q, q, q, mask=mask, backend=isa)
+    rows, keys = plan.tile
+    assert plan.visible.least <= plan.pairs <= plan.tiles.visible * rows * keys
+
+
 def test_a_mask_of_neighbours_rearranges_nothing() -> None:
     q = torch.empty(1, 2, 512, 16)
     for mask in (None, qkv.causal(), qkv.sliding_window(64), qkv.prefix(20)):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import qkv
-from qkv.masks import Sizes as Shape, counts
+from qkv.masks import Sizes as Shape, counts, patches, touched
 from tests.kit.mask_specs import EXACT_KINDS, KINDS, Sizes, Spec, draw_positions, draw_sizes, expression, leaf, seeds
 
 CLOSED = [kind for kind in KINDS if kind not in ("dense", "mask_mod", "per_head")]
@@ -223,7 +223,7 @@ def test_tiles_that_stand_for_others_count_as_they_do(seed: int) -> None:
         line = [HeadRow(0, 0, offset, None, 1)]
         found = count_tiles(mask, line, s.Lq, s.Lk, T, K)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(counts, "_MANY", 1 << 60)
+            patch.setattr(touched, "MANY", 1 << 60)
             assert count_tiles(mask, line, s.Lq, s.Lk, T, K) == found, f"{mask!r} {s} {T} {K} {offset}"
 
 
@@ -231,7 +231,98 @@ def test_most_tiles_of_a_window_are_not_looked_at(monkeypatch: pytest.MonkeyPatc
     from qkv.backends.tiled.schedule import HeadRow, count_tiles
 
     seen: list[int] = []
-    whole = counts.divided
-    monkeypatch.setattr(counts, "divided", lambda m, w, last, n: (seen.append(last.numel()), whole(m, w, last, n))[1])
+    whole = touched.divided
+    monkeypatch.setattr(touched, "divided", lambda m, w, last, n: (seen.append(last.numel()), whole(m, w, last, n))[1])
     count_tiles(qkv.causal() & (qkv.prefix(4) | qkv.sliding_window(4096)), [HeadRow(0, 0, 0, None)], LONG, LONG, 96, 16)
     assert seen[0] < 300
+
+
+def looked_at(table: torch.Tensor, T: int, K: int) -> tuple[int, int, int]:
+    """Visible pairs, and tiles of T by K with a visible one, and without a hidden one: of a table (Lq, Lk)."""
+    high, wide = -table.shape[0] % T, -table.shape[1] % K
+    some = torch.nn.functional.pad(table, (0, wide, 0, high)).unflatten(1, (-1, K)).unflatten(0, (-1, T)).any(3).any(1)
+    gone = torch.nn.functional.pad(~table, (0, wide, 0, high)).unflatten(1, (-1, K)).unflatten(0, (-1, T)).any(3).any(1)
+    return int(table.sum()), int(some.sum()), int((~gone).sum())
+
+
+def all_counts(mask: qkv.Mask, Lq: int, Lk: int, offset: int, T: int, K: int) -> tuple[int, int, int]:
+    from qkv.backends.tiled.schedule import HeadRow, count_tiles
+
+    tiles = count_tiles(mask, [HeadRow(0, 0, offset, None, 1)], Lq, Lk, T, K)
+    first = torch.tensor([offset])
+    pairs = counts.pairs(
+        mask, first, first + Lq - 1, torch.tensor([0]), b=0, h=0, sizes=Shape(1, 1, Lq, Lk), look=counts.Look(0)
+    )
+    assert pairs.exact, f"{mask!r}"
+    return pairs.least, tiles.visible, tiles.full
+
+
+def others(rng: random.Random, L: int) -> qkv.Mask:
+    """A mask with few pieces."""
+    some = rng.sample(range(L), 2)
+    return rng.choice([
+        qkv.causal(), qkv.sliding_window(rng.randint(1, L // 2)), qkv.window(rng.randint(0, 40), rng.randint(0, 90)),
+        qkv.prefix(rng.randint(0, L // 3)), qkv.global_tokens(some), qkv.padding([rng.randint(L // 2, L - 40)]),
+        qkv.documents([min(some), L - min(some)]),
+    ])  # fmt: skip
+
+
+@seeds(150)
+def test_forms_that_come_back_are_counted_once(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = random.Random(f"come back {seed}")
+    monkeypatch.setattr(touched, "MANY", 4)
+    L, T, K = rng.randint(300, 700), rng.choice([1, 2, 3, 4, 6]), rng.choice([1, 2, 4, 6])
+    offset = rng.choice([0, 0, -3, 5, -120])
+    mask: qkv.Mask = qkv.chunked(rng.randint(2, 7))
+    if rng.random() < 0.4:
+        step = qkv.strided(rng.randint(2, 3))
+        mask = rng.choice([mask & step, mask | (step & others(rng, L)), mask | qkv.chunked(rng.randint(2, 4)), ~mask])
+    for _ in range(rng.randint(0, 2)):
+        other = others(rng, L)
+        mask = rng.choice([mask & other, mask | other, mask & ~other, other & ~mask])
+    want = looked_at(mask.tensor(L, L, positions=offset).view(L, L), T, K)
+    found = all_counts(mask, L, L, offset, T, K)
+    where = f"{mask!r} L={L} T={T} K={K} offset={offset}"
+    assert found[0] == want[0], where
+    assert found[1] >= want[1], where
+    assert found[2] <= want[2], where
+    assert "strided" in repr(mask) or found == want, where
+
+
+@seeds(200)
+def test_blocks_that_lie_apart_count_for_themselves(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = random.Random(f"apart {seed}")
+    for where, name, value in ((touched, "MANY", 4), (patches, "_LEAST", 4), (patches, "_MOST", rng.choice([1, 4]))):
+        monkeypatch.setattr(where, name, value)
+    L, T, K = rng.randint(300, 700), rng.choice([1, 3, 4, 6, 8]), rng.choice([1, 2, 4, 6])
+    Lk, offset, size = L + rng.choice([0, 0, -90, 55]), rng.choice([0, 0, -3, 5, -120]), rng.choice([2, 3, 4, 5, 8, 16])
+    if rng.random() < 0.5:
+        mask: qkv.Mask = qkv.random_blocks(rng.randint(0, 3), size, rng.randint(0, 99))
+    else:
+        g = torch.Generator().manual_seed(seed)
+        blocks = torch.rand(-(-L // size) + 1, -(-(L + 55) // size), generator=g) < rng.choice([0.01, 0.05, 0.4])
+        mask = qkv.blocks(blocks, size)
+    for _ in range(rng.randint(0, 2)):
+        other = others(rng, Lk)
+        mask = rng.choice([mask & other, mask | other, mask | other, mask & ~other, other & ~mask, ~mask & other])
+    table = mask.tensor(L, Lk, positions=offset)
+    want = looked_at(table.view(L, Lk), T, K)
+    assert all_counts(mask, L, Lk, offset, T, K) == want, f"{mask!r} L={L} Lk={Lk} T={T} K={K} offset={offset}"
+    assert all_counts(mask, L, Lk, offset, T, K) == want, "what was kept is what was found"
+
+
+def test_most_blocks_are_not_thought_about(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a million tokens of BigBird, or of a map; and what was kept answers for no other length, offset or tile."""
+    looked: list[int] = []
+    whole = touched._counted
+    monkeypatch.setattr(touched, "_counted", lambda *args: (looked.append(args[5].numel()), whole(*args))[1])
+    g = torch.Generator().manual_seed(1)
+    sparse = qkv.blocks(torch.rand(2001, 2001, generator=g) < 0.01, 512)
+    for mask in (qkv.bigbird(64), qkv.bigbird(64) & qkv.causal(), sparse):
+        looked.clear()
+        all_counts(mask, LONG, LONG, 0, 48, 16)
+        assert sum(looked) < 1000, f"{mask!r}: {looked}"
+        for Lq, offset, T in ((LONG - 640, 0, 48), (LONG - 640, 640, 48), (LONG - 640, 640, 64)):
+            found = all_counts(mask, Lq, LONG, offset, T, 16)
+            object.__delattr__(mask, "_patches")
+            assert all_counts(mask, Lq, LONG, offset, T, 16) == found, f"{mask!r} {Lq} {offset} {T}"

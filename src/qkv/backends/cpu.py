@@ -20,10 +20,12 @@ from qkv.backends.base import Advice, Backend, Gradients, Prepared, Result, Spee
 from qkv.backends.isas import UNMEASURED
 from qkv.backends.paged import ViewCall
 from qkv.backends.places import MOST_TOP, Places
+from qkv.backends.tiled.schedule import pairs_of
 from qkv.call.keys import KVView
 from qkv.call.problem import Inputs, Output, Problem, dense_strides, empty_output
 from qkv.call.statistics import Statistics, Wanted
 from qkv.masks import Sizes
+from qkv.masks.counts import Look
 from qkv.scores import ScoreTerm
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
@@ -120,7 +122,11 @@ class CpuBackend(Backend):
 
     def visited(self, problem: Problem, positions: Tensor | None) -> int:
         found = self._cover(problem, positions, covers.LOOKED_AT)
-        return super().visited(problem, positions) if found is None or found.in_order else found.pairs
+        covering = super().visited(problem, positions)
+        if found is None or found.in_order:
+            return covering
+        # Few of many tiles may miss those that see most, or tell of too many.
+        return min(max(found.pairs, pairs_of(problem, positions, Look(0)).least), covering)
 
     def note(self, problem: Problem) -> str:
         found = None if problem.positions == "tensor" else self._cover(problem, None, 0)

@@ -25,12 +25,16 @@ from qkv.masks import Mask, sliding_window
 CALL = "qkv.plan()"
 _HEADS = 8
 _WIDTH = 64  # of the window whose time says what a row costs
-_SHORT, _LONG = 128, 1024  # queries of a timed call
-_SECONDS = 0.002  # that a timed call takes, if it can be so short: others who use the machine leave such gaps
+_SHORT, _LONG = 96, 1536  # queries of a timed call: whole tiles
+_SECONDS = 0.004  # that a timed call takes, if it can be so short: others who use the machine leave such gaps
 _TURNS = 3
 _PATIENCE = 0.05  # seconds after which a call is not timed again
 _FEW = 16  # queries of a head below which reading keys and values is what takes time
-_READ = 1 << 25  # bytes of keys and values that are read
+_READ = 1 << 26  # bytes of keys and values that are read: from memory, as after the other layers of a model
+
+
+# What this thread ran, where that is told to a small part of a timed call.
+_ran = time.thread_time if time.get_clock_info("thread_time").resolution < _SECONDS / 100 else time.perf_counter
 
 
 class Rates(NamedTuple):
@@ -107,20 +111,22 @@ def _read(backend: Backend, dtype: torch.dtype, D: int, Dv: int, turns: int) -> 
 def least(call: Callable[[], object], turns: int) -> float:
     """The least time of so many calls, after one that warms up, with all threads and with one.
 
-    Threads that wait for one another take a hundred times as long where other programs have the processors; one alone
-    takes its own time then, and a prediction is at most as many times too long as there are threads.
+    One thread is timed by what it ran, which other programs that have the processors do not add to. Threads that wait
+    for one another take a hundred times as long then: a prediction is at most as many times too long as there are
+    threads.
     """
     threads, taken, begun = torch.get_num_threads(), [], time.perf_counter()
     try:
         for count in dict.fromkeys((1, threads)):
             torch.set_num_threads(count)
+            clock = _ran if count == 1 else time.perf_counter
             call()
             for turn in range(turns):
                 if turn and time.perf_counter() - begun > _PATIENCE:
                     break  # a busy machine is not made to answer more often
-                start = time.perf_counter()
+                start = clock()
                 call()
-                taken.append(time.perf_counter() - start)
+                taken.append(clock() - start)
     finally:
         torch.set_num_threads(threads)
     return min(taken)

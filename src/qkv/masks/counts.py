@@ -1,8 +1,7 @@
-"""How much a mask leaves, without looking at single rows: tiles that hold a visible key, and visible pairs.
+"""How much a mask leaves, without looking at single rows: visible pairs.
 
-Both come from the pieces of `intervals`, within which every end stands still or moves by one key a row:
+They come from the pieces of `intervals`, within which every end stands still or moves by one key a row:
 
-* tiles of K keys that a tile of queries touches are a union of ranges, and so are those with a hidden key;
 * a cell of R rows whose ends are lo + s r and hi + t r has R (hi - lo) + (t - s) R (R - 1) / 2 pairs;
 * what a mask sees of a cell by the remainder of p - j (strided, dilated) has a period: its sum over the first x
   distances is q times that of a period and a rest, and so is the sum of these sums over rows.
@@ -19,15 +18,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from qkv.masks.intervals import Parts, Ranges, Rows, Spans, cells, cuts_of, divided
+from qkv.masks import patches, touched
+from qkv.masks.intervals import Rows, cells, cuts_of
 from qkv.masks.rule import Rule
 from qkv.masks.tile import Sizes, Tile
+from qkv.masks.touched import Keys, representatives
 
 _CUTS = 1 << 15  # pieces that are thought about at once
 _PERIOD = 1 << 20  # the longest period that is tabulated
 _AT_ONCE = 1 << 22  # pairs that are looked at at once
-_MANY = 256  # tiles from which on some may stand for others
-_RARE = 16  # tiles of a period: with fewer there are none between
 _FEW = 64  # pieces that are not divided further
 _BITS = 60  # masks of an expression that a code has room for
 
@@ -43,103 +42,6 @@ class Pairs(NamedTuple):
         return self.least == self.most
 
 
-def tiles(mask: Rule, whole: Rows, last: Tensor, tile: Tensor, K: int) -> tuple[int, int]:
-    """Tiles with a visible key, and without a hidden one, of K keys by the runs of queries from `whole` to `last`.
-
-    Run r is of query tile `tile[r]`; runs are in the order of their tiles.
-    """
-    Lk = whole.Lk
-    if not last.numel() or not Lk:
-        return 0, 0
-    number: Tensor = torch.arange(last.numel(), device="cpu")
-    weight: Tensor | None = None
-    if last.numel() >= _MANY and (some := _representatives(mask, whole, last, tile, K)) is not None:
-        number, weight = some
-    part = whole._replace(p=whole.p[number], i=whole.i[number])
-    parts = divided(mask, part, last[number], 4 * last.numel() + 4096)
-    owner = tile[parts.tile] if weight is None else parts.tile
-    visible = _touched(parts, parts.pieces.visible, owner, Lk, K, weight)
-    every = (int(tile[-1]) - int(tile[0]) + 1) * -(-Lk // K)
-    return visible, every - _touched(parts, parts.pieces.hidden, owner, Lk, K, weight)
-
-
-def _representatives(mask: Rule, whole: Rows, last: Tensor, tile: Tensor, K: int) -> tuple[Tensor, Tensor] | None:
-    """Tiles that stand for all, where the mask's form changes rarely: their numbers, and twice their weights.
-
-    Inside of a piece, and further than a tile from its ends, no end passes another, and each moves by as many keys as
-    the tile has rows: what tile t + P touches, with P tiles' rows a multiple of K, grows evenly with t. So the first
-    and the last of each remainder of t stand for those between. None where that is not so, or does not pay.
-    """
-    first, i_first, b, h, _, Lk, _ = whole
-    size = last - first + 1
-    n, T = first.numel(), int(size[0])
-    even = (size[:-1] == T).all() & (first[1:] - first[:-1] == size[:-1]).all()
-    if not bool(even & (i_first[1:] - i_first[:-1] == size[:-1]).all() & (tile[1:] == tile[:-1] + 1).all()):
-        return None
-    leaves = list(dict.fromkeys(mask._leaves(h)))
-    cuts = [leaf._cuts(b) for leaf in leaves]
-    often = (c.optional or 0 < c.period < _RARE * T or (c.at is not None and 8 * c.at.numel() > n) for c in cuts if c)
-    if any(often):
-        return None
-    found = cells([*leaves, _Keys(Lk)], whole._replace(p=first[:1], i=i_first[:1]), last[-1:], 4 * n + 4096)
-    vague = [leaf for leaf, spans in zip(leaves, found.spans, strict=False) if spans.exact is not True]
-    ranges = [leaf for leaf in vague if leaf._period() is None and type(leaf)._spans is not Rule._spans]
-    if ranges or found.rows.numel() * 8 > n:
-        return None
-    period, margin = K // math.gcd(T, K), T + 2 * K
-    weight = torch.full((n,), 2, dtype=torch.int64, device="cpu")
-    for begin, rows in zip(found.row.tolist(), found.rows.tolist(), strict=True):
-        low, high = -(-(begin + margin) // T), (begin + rows - margin) // T
-        if high - low < 4 * period:
-            continue
-        weight[low:high] = 0
-        for t in range(low, low + period):
-            count = -(-(high - t) // period)
-            weight[t] = weight[t + (count - 1) * period] = count
-    chosen = weight.nonzero()[:, 0]
-    return chosen, weight[chosen]
-
-
-def _touched(parts: Parts, ranges: Ranges, owner: Tensor, Lk: int, K: int, weight: Tensor | None) -> int:
-    """Tiles of keys that the ranges touch, over all query tiles; `weight`: twice how many each stands for."""
-    lo, hi = parts.ends(ranges, Lk)
-    chosen = lo < hi
-    # Query tiles stand one after the other, with a gap of one tile of keys between them.
-    stride = -(-Lk // K) + 1
-    base = (owner * stride)[:, None]
-    lo, hi = lo.div_(K, rounding_mode="floor").add_(base), hi.add_(K - 1).div_(K, rounding_mode="floor").add_(base)
-    same = owner[1:] == owner[:-1]
-    several = torch.nn.functional.pad(same, (1, 0)) | torch.nn.functional.pad(same, (0, 1))
-    total = 0
-    # Only ranges of several parts may be out of order.
-    for which in (~several, several) if bool(same.any()) else (None,):
-        some = (lo, hi, chosen) if which is None else (lo[which], hi[which], chosen[which])
-        start, stop = some[0].masked_select(some[2]), some[1].masked_select(some[2])
-        if start.numel() == 0:
-            continue
-        if which is several and bool((start[1:] < start[:-1]).any()):
-            start, order = start.sort()
-            stop = stop[order]
-        covered = torch.maximum(start, torch.nn.functional.pad(stop.cummax(0).values[:-1], (1, 0)))
-        new = (stop - covered).clamp_(min=0)
-        total += int(new.sum() if weight is None else (new * weight[start // stride]).sum())
-    return total if weight is None else total // 2
-
-
-class _Keys:
-    """The keys there are, as if they were a mask: in bins of `step`, all in one if there is none."""
-
-    def __init__(self, Lk: int, step: int | None = None) -> None:
-        self.Lk, self.step = Lk, step or max(Lk, 1)
-
-    def _cuts(self, b: int) -> None:
-        return None
-
-    def _spans(self, rows: Rows) -> Spans:
-        start = torch.arange(0, max(self.Lk, 1), self.step, device="cpu")[None]
-        return Spans(start, (start + self.step).clamp_(max=self.Lk))
-
-
 class Look:
     """How many pairs may be looked at where ranges do not say what is visible; and who is told of rows counted."""
 
@@ -148,7 +50,7 @@ class Look:
 
 
 def pairs(
-    mask: Rule, first: Tensor, last: Tensor, i_first: Tensor, *, b: int, h: int, sizes: Sizes, look: Look
+    mask: Any, first: Tensor, last: Tensor, i_first: Tensor, *, b: int, h: int, sizes: Sizes, look: Look
 ) -> Pairs:
     """Visible pairs of runs of queries at consecutive positions, as `Rule.intervals` takes them.
 
@@ -158,11 +60,65 @@ def pairs(
     some = last >= first
     first, last, i_first = first[some], last[some], i_first[some]
     leaves, least, most = list(dict.fromkeys(mask._leaves(h))), 0, 0
+    if (alike := _alike(mask, leaves, Rows(first, i_first, b, h, sizes.Lq, sizes.Lk, sizes.Hq), last)) is not None:
+        look.tell(int((last - first + 1).sum()))
+        (first, i_first, *_), last, weight = alike
+        silent = Look(0)
+        for twice in weight.unique().tolist():
+            own = weight == twice
+            found = pairs(mask, first[own], last[own], i_first[own], b=b, h=h, sizes=sizes, look=silent)
+            least += twice * found.least
+        return Pairs(least // 2, least // 2)
+    if (apart := _pairs_apart(mask, first, last, i_first, b, h, sizes)) is not None:
+        look.tell(int((last - first + 1).sum()))
+        return Pairs(apart, apart)
     for part in _portions(first, last, i_first, -(-_pieces(leaves, first, last, i_first, b) // _CUTS)):
         found = _Portion(mask, leaves, *part, b, h, sizes).count(look)
         least, most = least + found.least, most + found.most
         look.tell(int((part[1] - part[0] + 1).sum()))
     return Pairs(least, most)
+
+
+def _pairs_apart(mask: Any, first: Tensor, last: Tensor, i_first: Tensor, b: int, h: int, sizes: Sizes) -> int | None:
+    """Visible pairs of one run, of an expression with a mask of blocks: most of its blocks count for themselves."""
+    if first.numel() != 1:
+        return None
+    rows = int(last - first) + 1
+    found = patches.find(mask, Rows(first, i_first, b, h, sizes.Lq, sizes.Lk, sizes.Hq), rows, None, rows)
+    if found is None or not found.apart:
+        return None
+    without, total, silent = patches.without(mask, b, h), found.pairs, Look(0)
+    total += pairs(without, first, last, i_first, b=b, h=h, sizes=sizes, look=silent).least
+    for sign, of in ((1, mask), (-1, without)):
+        some = pairs(
+            of, first + found.x0, first + (found.x1 - 1), i_first + found.x0, b=b, h=h, sizes=sizes, look=silent
+        )
+        total += sign * some.least
+    return total
+
+
+def _alike(mask: Any, leaves: list[Any], whole: Rows, last: Tensor) -> tuple[Rows, Tensor, Tensor] | None:
+    """Runs that stand for one run, and twice how many each stands for, where a form comes back every few rows.
+
+    They are as long as all forms together take to come back, and so see as many pairs as others, or evenly more.
+    """
+    cuts, periods = [leaf._cuts(whole.b) for leaf in leaves], [leaf._period() for leaf in leaves]
+    steps = [c.period for c in cuts if c is not None and c.period and not c.optional]
+    if last.numel() != 1 or not steps:
+        return None
+    rows, every = int(last - whole.p) + 1, math.lcm(*steps, *(p[0] for p in periods if p is not None))
+    if rows < touched.MANY * every:
+        return None
+    start = torch.arange(0, rows, every, device="cpu")
+    runs = whole._replace(p=whole.p + start, i=whole.i + start)
+    ends = (runs.p + (every - 1)).clamp(max=int(last))
+    plain = [leaf for leaf, p in zip(leaves, periods, strict=True) if p is None]
+    sure = all(s.exact is True for s in (leaf._spans(runs._replace(p=runs.p[:1], i=runs.i[:1])) for leaf in plain))
+    chosen = representatives(mask, runs, ends, 1) if sure else None
+    if chosen is None:
+        return None
+    number, weight = chosen
+    return runs._replace(p=runs.p[number], i=runs.i[number]), ends[number], weight
 
 
 def grid(
@@ -238,7 +194,7 @@ class _Portion:
     ) -> None:
         self.mask, self.leaves, self.b, self.h, self.sizes = mask, leaves, b, h, sizes
         self.runs, self.rows = (first, last, i_first), int((last - first + 1).sum())
-        of = [*leaves, _Keys(sizes.Lk, step)]
+        of = [*leaves, Keys(sizes.Lk, step)]
         whole = Rows(first, i_first, b, h, sizes.Lq, sizes.Lk, sizes.Hq)
         self.cells = cells(of, whole, last, limit=self.rows)
         self.p, self.i = (start[self.cells.stretch] + self.cells.row for start in (first, i_first))

@@ -250,10 +250,10 @@ def _pieces(mask: Expression, whole: Rows, last: Tensor, limit: int) -> Pieces:
     found = cells(leaves, whole, last, limit)
     may, must = mask._decide(whole.h, {leaf: found.inside(n) for n, leaf in enumerate(leaves)})
     bounds, real = found.bounds, found.real
-    return Pieces(found.stretch, found.row, _chosen(may & real, bounds), _chosen(~must & real, bounds))
+    return Pieces(found.stretch, found.row, chosen(may & real, bounds), chosen(~must & real, bounds))
 
 
-def _chosen(cells: Tensor, ends: Ranges) -> Ranges:
+def chosen(cells: Tensor, ends: Ranges) -> Ranges:
     """The chosen cells of each piece, those that touch as one range."""
     before = torch.nn.functional.pad(cells[:, :-1], (1, 0))
     after = torch.nn.functional.pad(cells[:, 1:], (0, 1))

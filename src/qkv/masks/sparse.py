@@ -185,18 +185,30 @@ class Blocks(Mask, op=10):
         return Cuts(period=self.block, optional=True)
 
     def _spans(self, rows: Rows) -> Spans:
-        table = self.map.tensor
-        table = table[min(rows.b, table.shape[0] - 1), min(rows.h, table.shape[1] - 1)]
-        nq = table.shape[0]
-        if not table.numel():
+        shape = self.map.tensor.shape
+        nq, runs = shape[2], self._runs(min(rows.b, shape[0] - 1), min(rows.h, shape[1] - 1))
+        if runs is None:
             return Spans(column(0), column(0))
-        edge = torch.nn.functional.pad(table, (1, 1)).to(torch.int8).diff(dim=1)
-        owner, start = (edge == 1).nonzero(as_tuple=True)
-        stop = (edge == -1).nonzero(as_tuple=True)[1]
+        owner, start, stop = runs
         row = floor(rows.p, self.block)
         row = torch.where((row >= 0) & (row < nq), row, nq)  # past the last row nothing is found
         begin, end = (torch.searchsorted(owner, row, right=right) for right in (False, True))
         return groups(start * self.block, stop * self.block, begin, end)
+
+    def _runs(self, b: int, h: int) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Runs of blocks: row, first, past the last. A map of few is looked at once, the last one asked for is kept."""
+        kept = self.__dict__.get("_found")
+        if kept is not None and kept[0] == (b, h):
+            found: tuple[Tensor, Tensor, Tensor] = kept[1]
+            return found
+        if not self.map.tensor.numel():
+            return None
+        edge = torch.nn.functional.pad(self.map.tensor[b, h], (1, 1)).to(torch.int8).diff(dim=1)
+        owner, start = (edge == 1).nonzero(as_tuple=True)
+        found = owner, start, (edge == -1).nonzero(as_tuple=True)[1]
+        if 24 * owner.numel() <= self.map.tensor[b, h].numel():  # no more memory than the map itself
+            object.__setattr__(self, "_found", ((b, h), found))
+        return found
 
     def _lower(self, builder: Builder) -> None:
         table = self.map.tensor

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qkv.call.problem import Problem
-from qkv.masks import Mask, counts
+from qkv.masks import Mask, counts, touched
 from qkv.masks.intervals import Rows
 
 # Arbitrary positions cut the queries into runs of consecutive positions. Beyond this many runs a tile, asking the mask
@@ -142,7 +142,7 @@ def count_tiles(mask: Mask | None, lines: Sequence[HeadRow], Lq: int, Lk: int, T
         runs, found = _runs(line, Lq, T), (each, 0)
         if runs is not None:
             whole = Rows(runs.first, runs.i_first, line.b, line.h, Lq, Lk, line.Hq)
-            found = counts.tiles(mask, whole, runs.last, runs.tile, K)
+            found = touched.tiles(mask, whole, runs.last, runs.tile, K)
         visible, full = visible + found[0], full + found[1]
     return TileCount(visible, full, each * len(lines))
 
@@ -175,10 +175,17 @@ def pairs_of(problem: Problem, positions: Tensor | None, look: counts.Look) -> c
         every = p.B * p.Hq * p.Lq * p.Lk
         return counts.Pairs(every, every)
     lines, times = _lines(p, positions)
+    kept: counts.Pairs | None = p.__dict__.get("_pairs")
+    if positions is None and kept is not None:  # a plan says both these and its work, which is at least that
+        look.tell(p.Lq * len(lines))
+        return kept
     least = most = 0
     for line in lines:
         runs = _runs(line, p.Lq, max(p.Lq, 1), any_number=True)
         assert runs is not None
-        found = counts.pairs(p.mask, *runs[:3], b=line.b, h=line.h, sizes=p.sizes, look=look)
-        least, most = least + times * found.least, most + times * found.most
-    return counts.Pairs(least, most)
+        one = counts.pairs(p.mask, *runs[:3], b=line.b, h=line.h, sizes=p.sizes, look=look)
+        least, most = least + times * one.least, most + times * one.most
+    both = counts.Pairs(least, most)
+    if positions is None and both.exact:
+        p.__dict__["_pairs"] = both
+    return both
