@@ -1,7 +1,7 @@
 """README's table and chart, and docs/speed.md, from the files of results: python benchmarks/speed_tables.py.
 
 The numbers come from `qkv bench --json benchmarks/results/PROCESSOR-INSTRUCTIONSET.jsonl`, and the same with
---training, --caches and --models; each run writes its own part of the file.
+--training, --caches, --sparse and --models; each run writes its own part of the file.
 """
 
 from __future__ import annotations
@@ -99,6 +99,32 @@ def caches(run: dict[str, Any]) -> str:
     return "\n".join([_table(head, rows), note])
 
 
+def sparse(run: dict[str, Any]) -> str:
+    """Patterns of `qkv bench --sparse`, as parts of the call without a mask, and decode with selected blocks."""
+    rows, steps = [], []
+    for row in run["sparse"]:
+        if "step" in row:
+            parts = [f"{row[how][1]:.1%}" for how in ("mean", "minmax")]
+            steps.append([row["name"], f"{row['full']:.1f}", *parts, f"{row['step'][1]:.1f}×", row["verdict"]])
+            continue
+        needed = f" (≤ {row['needed']:.1%})" if row["needed"] else ""
+        factors = [f"{row[key][1]:.1f}×" if row[key] else "" for key in ("flex", "cover")]
+        back = f"{row['efficiency'][1]:.2f}" if row["efficiency"] else ""
+        part = f"{row['time'][1]:.1%}{needed}"
+        rows.append([row["name"], f"{row['share']:.1%}", f"{row['full']:.0f}", part, *factors, back, row["verdict"]])
+    head = [
+        "pattern, heads × tokens",
+        "visible",
+        "no mask, ms",
+        "time, of that",
+        "FlexAttention takes",
+        "covering tiles take",
+    ]
+    head += ["of forward's efficiency", ""]
+    decode = ["step of decode, heads × keys", "all keys, ms", "selection by mean, of that", "by minmax"]
+    return "\n".join([_table(head, rows), _table([*decode, "a full step takes", ""], steps) if steps else ""])
+
+
 def models(run: dict[str, Any]) -> str:
     """A token of a Hugging Face Llama of 1B shape."""
     rows = []
@@ -114,6 +140,7 @@ TABLES = {
     "calls": ("Forward", calls),
     "training": ("Forward and backward", training),
     "caches": ("Caches", caches),
+    "sparse": ("Sparse masks", sparse),
     "models": ("In a Hugging Face model", models),
 }
 
