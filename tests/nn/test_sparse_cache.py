@@ -185,7 +185,8 @@ def test_what_a_cache_holds() -> None:
         ({"pages": 4, "sequences": 2}, "on pages or dense"),
         ({"pages": 4, "page_size": 6}, "stride must divide page_size"),
         ({"pages": 4, "capacity": 9}, "capacity is of a dense cache"),
-        ({"sequences": 4, "identity": "x"}, "identity is of a cache on pages"),
+        ({"sequences": 4, "identity": "x"}, "identity are of a cache on pages. Got identity="),
+        ({"sequences": 4, "page_size": 32}, "are of a cache on pages. Got page_size=32"),
     ],
 )
 def test_caches_that_cannot_be(options: dict[str, Any], said: str) -> None:

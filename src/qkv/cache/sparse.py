@@ -93,8 +93,8 @@ class SparseCache(Cache):
         identity: str | bytes | int | None = None,
         debug: bool = False,
     ) -> None:
-        of_pages, of_dense = {"identity": identity}, {"capacity": capacity}
-        checks.one_kind(_CALL, "sparse", pages, sequences, of_pages=of_pages, of_dense=of_dense)
+        of_pages = {"page_size": None if page_size == 64 else page_size, "identity": identity}
+        checks.one_kind(_CALL, "sparse", pages, sequences, of_pages=of_pages, of_dense={"capacity": capacity})
         self.stride = checks.size(_CALL, "stride", stride)
         spec = Spec.of_heads(_CALL, num_kv_heads, head_dim, value_dim, 0, layers, dtype, storage, device, debug)
         heads = spec.heads if compressed_heads is None else checks.size(_CALL, "compressed_heads", compressed_heads)
