@@ -16,7 +16,7 @@ from qkv.call.view import check_view, gathered, joined, longest, problem_of
 from qkv.checks import flag, given_as, integer, shown
 from qkv.errors import ArgumentError, ArgumentTypeError, ShapeError
 from qkv.masks import Mask, Sizes, as_mask
-from qkv.masks.selected import selected_blocks
+from qkv.masks.selected import of_ascending
 from qkv.masks.shapes import Window
 from qkv.masks.shares import keys_seen
 
@@ -123,7 +123,7 @@ def select_blocks(
             lists = _of_view(q, k, summaries, joined(CALL, known, k.held), positions, chosen)
         else:
             lists = _of_tensors(q, k, summaries, known, positions, chosen)
-    found: Mask = selected_blocks(lists, block, queries=queries)
+    found: Mask = of_ascending(lists, block, queries)
     return found if known is None else found & known
 
 
@@ -191,7 +191,7 @@ def _of_view(
         sizes = Sizes(n, q.shape[1], Lq, Lk, q.dtype, q.device)
         if mask is not None and not mask.fits_any_length:
             mask.check(CALL, sizes)
-        p = (Lk - Lq + torch.arange(Lq, dtype=torch.int64, device="cpu"))[None]
+        p = torch.arange(Lk - Lq, Lk, dtype=torch.int64, device="cpu")[None]
         if summaries is not None:
             kinds, places = tuple([x[i : i + 1, :, : Lk // block] for x in choice.kinds(summaries)]), None
         else:
@@ -203,11 +203,10 @@ def _of_view(
 def _kept(view: KVView, i: int, choice: _Choice) -> tuple[tuple[Tensor, ...], Tensor | None]:
     """What a cache keeps for sequence i: all of the pool where most of it is the sequence's, else its own part."""
     assert view.summaries is not None
-    places = places_of(view, i, choice.block)
-    pool = [x.flatten(1, 2)[None] for x in choice.kinds(view.summaries)]
+    places, first = places_of(view, i, choice.block)
     n = places.numel()
-    first = int(places[0]) if n else -1
-    if first >= 0 and torch.equal(places, torch.arange(first, first + n, dtype=places.dtype, device="cpu")):
+    pool = [x.flatten(1, 2)[None] for x in choice.kinds(view.summaries)]
+    if first >= 0:
         return tuple([x[:, :, first : first + n] for x in pool]), None
     places = places.clamp(min=0).to(view.k.device)
     if pool[0].shape[2] <= 2 * n:
@@ -314,7 +313,10 @@ def _scores(part: _Part, choice: _Choice, rows: slice) -> Tensor:
 
 def _by_list(found: Tensor, q: Tensor, choice: _Choice) -> Tensor:
     """(rows_b, Hkv, heads x lists, n) to (rows_b, H, lists, n)."""
-    by_head: Tensor = found.unflatten(2, (-1, -(-q.shape[2] // choice.queries)))
+    lists = -(-q.shape[2] // choice.queries)
+    if found.shape[2] == lists:
+        return found
+    by_head: Tensor = found.unflatten(2, (-1, lists))
     return by_head.flatten(1, 2)
 
 

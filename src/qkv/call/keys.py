@@ -27,7 +27,7 @@ class KVLayout:
     back: the view's `held` hides its keys, and no kernel touches it.
     """
 
-    __slots__ = ("alive_at", "clock", "fits", "lengths", "most", "queries", "starts", "tables")
+    __slots__ = ("alive_at", "clock", "fits", "lengths", "most", "placed", "queries", "starts", "tables")
 
     def __init__(
         self,
@@ -44,6 +44,7 @@ class KVLayout:
         self.queries = queries  # 'q': of a ragged step, queries of each sequence; None: all have q.shape[2]
         self.clock, self.alive_at = clock, clock.now
         self.fits: tuple[int, int] | None = None  # the sizes of a pool whose pages it was found to name
+        self.placed: dict[tuple[int, int, int], tuple[Tensor, int]] = {}  # what `call.summaries.places_of` found
         self.most = most  # queries that a sequence may have at most: what earlier ones see was given back; None: all
 
 

@@ -81,8 +81,22 @@ def full_blocks(view: KVView, block: int) -> tuple[int, ...]:
     return tuple([length // block for length in view.layout.lengths])
 
 
-def places_of(view: KVView, i: int, block: int) -> Tensor:
-    """Where the summaries of sequence i's full blocks lie, counted over all pages; -1 where keys were given back."""
+def places_of(view: KVView, i: int, block: int) -> tuple[Tensor, int]:
+    """Where the summaries of sequence i's full blocks lie, counted over all pages; -1 where keys were given back.
+
+    And the first of these, where they follow each other; else -1. All layers of a step have them in common.
+    """
+    known = view.layout.placed.get((i, block, view.k.shape[2]))
+    if known is None:
+        places = _places(view, i, block)
+        first, n = int(places[0]) if places.numel() else -1, places.numel()
+        if first >= 0 and not torch.equal(places, torch.arange(first, first + n, dtype=torch.int64, device="cpu")):
+            first = -1
+        known = view.layout.placed[i, block, view.k.shape[2]] = places, first
+    return known
+
+
+def _places(view: KVView, i: int, block: int) -> Tensor:
     layout, each = view.layout, view.k.shape[2] // block
     n = layout.lengths[i] // block
     if n == 0:
@@ -106,7 +120,7 @@ def summaries_of(view: KVView) -> Summaries:
         flat = x.flatten(1, 2)
         to = flat.new_zeros((len(full), flat.shape[0], max(full, default=0), flat.shape[2]))
         for i, n in enumerate(full):
-            at = places_of(view, i, kept.block).to(flat.device)
+            at = places_of(view, i, kept.block)[0].to(flat.device)
             to[i, :, :n] = torch.where(at[:, None] < 0, 0, flat[:, at.clamp(min=0)])
         found.append(to)
     return Summaries(found[0], found[1], found[2], kept.block, full)

@@ -192,3 +192,10 @@ def selected_blocks(indices: Tensor, block: int, *, queries: int = 1) -> Selecte
         raise ArgumentError.of(call, "indices must hold their values in a strided tensor", given, "Fill it")
     block = integer(call, "block", block, low=1)
     return Selected(indices, version_of(indices), block, integer(call, "queries", queries, low=1))
+
+
+def of_ascending(lists: Tensor, block: int, queries: int) -> Selected:
+    """`selected_blocks` of lists that are known to be in ascending order, and right: what a selection made."""
+    made = Selected(lists, version_of(lists), block, queries)
+    object.__setattr__(made, "_known_sorted", lists.contiguous())
+    return made
