@@ -16,8 +16,8 @@ from qkv.bench.report import milliseconds
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted(
-    path for path in (ROOT / "benchmarks" / "results").glob("*.jsonl") if path.stem != "decoders"
-)  # decoders: what models learned (train_tables.py)
+    path for path in (ROOT / "benchmarks" / "results").glob("*.jsonl") if path.stem not in ("decoders", "sparse_study")
+)  # these two: what models learned (train_tables.py, sparse_study.py)
 SHOWN = ("amd-epyc-avx512bf16", "intel-xeon-avx2")  # whose calls README shows; the chart is of the first
 
 HEAD = """# Speed
