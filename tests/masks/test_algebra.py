@@ -143,3 +143,10 @@ def test_document_positions_align_each_document(seed: int) -> None:
                 keys = range(sum(theirs[:d]), sum(theirs[:d]) + max(0, min(theirs[d], last + 1)))
                 assert seen[row].nonzero()[:, 0].tolist() == list(keys)
                 row += 1
+
+
+@pytest.mark.parametrize("entry", [-1, -2, -(2**31)])
+def test_lists_that_name_nothing_show_nothing(entry: int) -> None:
+    mask = qkv.selected_blocks(torch.full((1, 2, 1, 3), entry, dtype=torch.int32), 64, queries=2)
+    assert not mask.tensor(2, 70, "end", 1, 4).any()
+    assert (~mask).tensor(2, 70, "end", 1, 4).all()

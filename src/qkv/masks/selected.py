@@ -78,7 +78,7 @@ class Selected(ByReference, op=16):
         known: tuple[Tensor, int] | None = self.__dict__.get("_known_places")
         if known is None:
             lists = self._sorted().flatten(0, 2).to(torch.int64)
-            span = min(int(lists.max()) + 3, 2**62 // lists.shape[0])
+            span = min(max(int(lists.max()), -1) + 3, 2**62 // lists.shape[0])
             after = torch.arange(lists.shape[0], device=lists.device)[:, None] * span
             known = ((lists.clamp(-1, span - 3) + 1 + after).flatten(), span)
             object.__setattr__(self, "_known_places", known)
