@@ -33,6 +33,7 @@ if TYPE_CHECKING:  # what `__getattr__` below gives, so that type checkers and e
     from qkv import (
         cache as cache,
         compat as compat,
+        distributed as distributed,
         insight as insight,
         integrations as integrations,
         nn as nn,
@@ -62,6 +63,7 @@ _LAZY = {
     "nn": ("qkv.nn", None),
     "rotary": ("qkv.rotary", None),
     "compat": ("qkv.compat", None),
+    "distributed": ("qkv.distributed", None),
     "integrations": ("qkv.integrations", None),
     "insight": ("qkv.insight", None),
 }
@@ -69,7 +71,19 @@ _LAZY = {
 if not TYPE_CHECKING:  # a checker takes what is written "as" above, and would take every misspelt name for Any
     __all__ = [
         *("ArgumentError", "ArgumentTypeError", "PagesExhausted", "QKVError", "ShapeError", "UnsupportedError"),
-        *("VersionError", "Mask", "alibi", "attention", "cache", "compat", "integrations", "merge", "nn", "plan"),
+        *(
+            "VersionError",
+            "Mask",
+            "alibi",
+            "attention",
+            "cache",
+            "compat",
+            "distributed",
+            "integrations",
+            "merge",
+            "nn",
+            "plan",
+        ),
         *(
             "native_sparse_attention",
             "relative",

@@ -1,0 +1,143 @@
+"""A pool of processes that are ranks of gloo groups: started once a run, and asked as often as tests like.
+
+`on_ranks(n, function, *args)` runs `function(mesh, *args)` on n of them and returns what each returned. The function
+has to be found by its module's name, and what it is given and returns goes by pickle. A pool in which something failed
+is thrown away: what its ranks wait for would reach the next test.
+
+Tests that use it carry `pytestmark = pytest.mark.xdist_group("ranks")`, so that one pool serves all of them.
+"""
+
+from __future__ import annotations
+
+import atexit
+import itertools
+import os
+import tempfile
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing import get_context
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+MOST = 4
+TIMEOUT = 30.0  # seconds of the process groups, and of what a test may take on top
+
+
+class RanksFailed(AssertionError):
+    """What happened on the ranks, each with its traceback."""
+
+
+class _Pool:
+    """Ranks 0 .. n - 1, of one world and of a mesh for each smaller number."""
+
+    def __init__(self, ranks: int, timeout: float = TIMEOUT, run: Callable[..., None] | None = None) -> None:
+        context, self.timeout = get_context("spawn"), timeout
+        self.folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+        self.pipes: list[Connection] = []
+        self.processes = []
+        for rank in range(ranks):
+            mine, theirs = context.Pipe()
+            store = os.path.join(self.folder.name, "store")
+            process = context.Process(target=run or _serve, args=(theirs, rank, ranks, store, timeout), daemon=True)
+            process.start()
+            theirs.close()
+            self.pipes.append(mine)
+            self.processes.append(process)
+
+    def ask(self, n: int, function: Callable[..., Any], args: tuple[Any, ...]) -> list[Any]:
+        for pipe in self.pipes[:n]:
+            pipe.send((n, function, args))
+        found: dict[int, Any] = {}
+        said: dict[int, str] = {}
+        left = dict(zip(self.pipes[:n], range(n), strict=True))
+        while left:
+            ready = wait(list(left), self.timeout + 60)
+            if not ready:
+                said |= dict.fromkeys(left.values(), "no answer: it hangs")
+                break
+            for pipe in ready:
+                assert isinstance(pipe, Connection)
+                rank = left.pop(pipe)
+                try:
+                    fine, value = pipe.recv()
+                except EOFError:
+                    fine, value = False, f"the process ended with {self.processes[rank].exitcode}"
+                (found if fine else said)[rank] = value
+        if said:
+            self.stop()
+            raise RanksFailed("\n".join(f"rank {rank} of {n}: {text}" for rank, text in sorted(said.items())))
+        return [found[rank] for rank in range(n)]
+
+    def stop(self) -> None:
+        for process in self.processes:
+            process.kill()
+        for process in self.processes:
+            process.join(10)
+        self.folder.cleanup()
+
+
+_pool: _Pool | None = None
+
+
+def on_ranks(n: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+    """What `function(mesh, *args)` returns on each of n ranks of a 1-D mesh."""
+    global _pool
+    assert 1 <= n <= MOST
+    if _pool is None:
+        _pool = _Pool(MOST)
+        atexit.register(_end)
+    try:
+        return _pool.ask(n, function, args)
+    except BaseException:
+        _end()
+        raise
+
+
+def on_own_ranks(n: int, function: Callable[..., Any], *args: Any, timeout: float = TIMEOUT) -> list[Any]:
+    """The same on processes of their own, for functions that end or stop one, with a timeout of their groups."""
+    pool = _Pool(n, timeout)
+    try:
+        return pool.ask(n, function, args)
+    finally:
+        pool.stop()
+
+
+def _end() -> None:
+    global _pool
+    if _pool is not None:
+        _pool.stop()
+        _pool = None
+
+
+def _serve(pipe: Connection, rank: int, ranks: int, store: str, timeout: float) -> None:
+    """One rank, until the pipe closes."""
+    import warnings
+
+    import torch
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import DeviceMesh
+
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=ranks, timeout=timedelta(seconds=timeout)
+    )
+    warnings.simplefilter("error")
+    meshes: dict[int, DeviceMesh] = {}
+    # Every rank takes part in making every mesh, those that it is no part of too.
+    for n in itertools.chain([ranks], range(1, ranks)):
+        meshes[n] = DeviceMesh("cpu", list(range(n)), mesh_dim_names=("ranks",))
+    while True:
+        try:
+            n, function, args = pipe.recv()
+        except EOFError:
+            return
+        try:
+            torch.manual_seed(0)
+            answer = (True, function(meshes[n], *args))
+        except BaseException:
+            answer = (False, traceback.format_exc())
+        try:
+            pipe.send(answer)
+        except Exception:
+            pipe.send((False, traceback.format_exc()))
