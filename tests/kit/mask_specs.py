@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import qkv
-from qkv.masks import Mask
+from qkv.masks import Mask, portion
 from tests.kit import masks
 from tests.kit.masks import Sizes as Sizes, document, drawn_blocks as drawn_blocks, partition
 
@@ -147,6 +147,22 @@ def _of_row(rng: random.Random, s: Sizes, kind: masks.Kind) -> Spec:
     return Spec(f"{kind.name}({', '.join(map(repr, args))})", getattr(qkv, kind.name)(*args), sees, exact)
 
 
+def _portion(rng: random.Random, s: Sizes) -> Spec:
+    """Some keys and queries of a larger call, whose mask may be a portion itself."""
+    i, j = (rng.choice([0, rng.randint(0, 20)]) for _ in range(2))
+    whole = Sizes(s.B, s.Hq, s.Lq + i + rng.randint(0, 4), s.Lk + j + rng.randint(0, 4))
+    part = expression(rng, whole, rng.randint(0, 2), KINDS)
+    mask = portion(part.mask, first_key=j, first_query=i, Lq=whole.Lq, Lk=whole.Lk)
+    return Spec(
+        f"portion({part.text}, {j}, {i}, {whole})",
+        mask,
+        lambda b, h, at, p, key: part.sees(b, h, at + i, p + j, key + j),
+        part.exact,
+        part.lowers and mask is part.mask,
+        part.tensors,
+    )
+
+
 _EXACT: dict[str, Callable[[random.Random, Sizes], Spec]] = {
     **{kind.name: partial(_of_row, kind=kind) for kind in masks.KINDS if kind.small and kind.exact},
     "prefix_rows": _prefix_rows,
@@ -162,6 +178,7 @@ _MAKERS = {
     "dense": _dense,
     "selected_blocks": _selected,
     "mask_mod": _mask_mod,
+    "portion": _portion,
 }
 EXACT_KINDS, KINDS = list(_EXACT), list(_MAKERS)
 

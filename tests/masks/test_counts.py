@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import qkv
-from qkv.masks import Sizes as Shape, counts, patches, touched
+from qkv.masks import Sizes as Shape, counts, patches, portion, touched
 from tests.kit.mask_specs import EXACT_KINDS, KINDS, Sizes, Spec, draw_positions, draw_sizes, expression, leaf, seeds
 
-CLOSED = [kind for kind in KINDS if kind not in ("dense", "mask_mod", "per_head")]
+CLOSED = [kind for kind in KINDS if kind not in ("dense", "mask_mod", "per_head", "portion")]
 EVERYTHING = 1 << 40
 
 
@@ -109,6 +109,17 @@ def test_tiles_of_each_mask(kind: str, seed: int) -> None:
         assert (found.visible, found.full) == (some, every), spec.text
     assert found.visible >= some
     assert found.full <= every
+
+
+@seeds(150)
+def test_pairs_of_portions_are_counted_where_those_of_the_whole_are(seed: int) -> None:
+    rng = random.Random(f"counts portions {seed}")
+    s = draw_sizes(rng)
+    i, j = rng.randint(0, 9), rng.randint(0, 20)
+    whole = Sizes(s.B, s.Hq, s.Lq + i + rng.randint(0, 3), s.Lk + j + rng.randint(0, 3))
+    of = expression(rng, whole, rng.randint(0, 2), CLOSED)
+    part = portion(of.mask, first_key=j, first_query=i, Lq=whole.Lq, Lk=whole.Lk)
+    check(Spec(repr(part), part, lambda b, h, at, p, key: of.sees(b, h, at + i, p + j, key + j), False), s, rng, True)
 
 
 LONG = 1_000_003
@@ -257,6 +268,17 @@ def all_counts(mask: qkv.Mask, Lq: int, Lk: int, offset: int, T: int, K: int) ->
     return pairs.least, tiles.visible, tiles.full
 
 
+def portion_of(rng: random.Random, mask: qkv.Mask, Lq: int, Lk: int, offset: int) -> tuple[Any, Any, int, int, int]:
+    """A mask, or a part of it at a random place: its table, and its numbers of queries and keys and first position."""
+    table = mask.tensor(Lq, Lk, positions=offset).view(Lq, Lk)
+    if rng.random() < 0.6:
+        return mask, table, Lq, Lk, offset
+    i, j = rng.randint(0, 90), rng.choice([0, rng.randint(1, 90)])
+    rows, keys = Lq - i - rng.choice([0, 7]), Lk - j - rng.choice([0, 11])
+    part = portion(mask, first_key=j, first_query=i, Lq=Lq, Lk=Lk)
+    return part, table[i : i + rows, j : j + keys], rows, keys, offset + i - j
+
+
 def others(rng: random.Random, L: int) -> qkv.Mask:
     """A mask with few pieces."""
     some = rng.sample(range(L), 2)
@@ -280,8 +302,9 @@ def test_forms_that_come_back_are_counted_once(seed: int, monkeypatch: pytest.Mo
     for _ in range(rng.randint(0, 2)):
         other = others(rng, L)
         mask = rng.choice([mask & other, mask | other, mask & ~other, other & ~mask])
-    want = looked_at(mask.tensor(L, L, positions=offset).view(L, L), T, K)
-    found = all_counts(mask, L, L, offset, T, K)
+    mask, table, Lq, Lk, offset = portion_of(rng, mask, L, L, offset)
+    want = looked_at(table, T, K)
+    found = all_counts(mask, Lq, Lk, offset, T, K)
     where = f"{mask!r} L={L} T={T} K={K} offset={offset}"
     assert found[0] == want[0], where
     assert found[1] >= want[1], where
@@ -296,8 +319,13 @@ def test_blocks_that_lie_apart_count_for_themselves(seed: int, monkeypatch: pyte
         monkeypatch.setattr(where, name, value)
     L, T, K = rng.randint(300, 700), rng.choice([1, 3, 4, 6, 8]), rng.choice([1, 2, 4, 6])
     Lk, offset, size = L + rng.choice([0, 0, -90, 55]), rng.choice([0, 0, -3, 5, -120]), rng.choice([2, 3, 4, 5, 8, 16])
-    if rng.random() < 0.5:
+    kind = rng.choice(["random", "random", "map", "map", "lists"])
+    if kind == "random":
         mask: qkv.Mask = qkv.random_blocks(rng.randint(0, 3), size, rng.randint(0, 99))
+    elif kind == "lists":
+        g = torch.Generator().manual_seed(seed)
+        lists = torch.randint(-1, Lk // size + 2, (1, 1, -(-L // size), rng.randint(0, 3)), generator=g)
+        mask = qkv.selected_blocks(lists, size, queries=size)
     else:
         g = torch.Generator().manual_seed(seed)
         blocks = torch.rand(-(-L // size) + 1, -(-(L + 55) // size), generator=g) < rng.choice([0.01, 0.05, 0.4])
@@ -305,10 +333,10 @@ def test_blocks_that_lie_apart_count_for_themselves(seed: int, monkeypatch: pyte
     for _ in range(rng.randint(0, 2)):
         other = others(rng, Lk)
         mask = rng.choice([mask & other, mask | other, mask | other, mask & ~other, other & ~mask, ~mask & other])
-    table = mask.tensor(L, Lk, positions=offset)
-    want = looked_at(table.view(L, Lk), T, K)
-    assert all_counts(mask, L, Lk, offset, T, K) == want, f"{mask!r} L={L} Lk={Lk} T={T} K={K} offset={offset}"
-    assert all_counts(mask, L, Lk, offset, T, K) == want, "what was kept is what was found"
+    mask, table, Lq, Lk, offset = portion_of(rng, mask, L, Lk, offset)
+    want = looked_at(table, T, K)
+    assert all_counts(mask, Lq, Lk, offset, T, K) == want, f"{mask!r} Lq={Lq} Lk={Lk} T={T} K={K} offset={offset}"
+    assert all_counts(mask, Lq, Lk, offset, T, K) == want, "what was kept is what was found"
 
 
 def test_most_blocks_are_not_thought_about(monkeypatch: pytest.MonkeyPatch) -> None:

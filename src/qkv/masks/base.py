@@ -223,6 +223,10 @@ class Composed(Mask):
     def _reads_position(self) -> bool:
         return any(part._reads_position for part in self.parts)
 
+    @property
+    def _by_distance(self) -> bool:
+        return all(part._by_distance for part in self.parts)
+
     def check(self, call: str, sizes: Sizes) -> None:
         for part in self.parts:
             part.check(call, sizes)

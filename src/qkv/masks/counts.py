@@ -227,7 +227,7 @@ class _Portion:
     @property
     def _vast(self) -> bool:
         """Whether a mask has more ranges than are told for all rows at once."""
-        return self.cells.rows.numel() > _FEW and any(type(leaf)._spans is not Rule._spans for leaf in self.vague)
+        return self.cells.rows.numel() > _FEW and any(leaf._has_ranges for leaf in self.vague)
 
     def _each(self) -> Tensor | None:
         """Visible pairs of each cell that is real; None where the mask has to be looked at."""

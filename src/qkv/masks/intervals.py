@@ -47,9 +47,10 @@ class Cuts(NamedTuple):
     """The positions (or query indices) at which the ends of a mask's ranges change their form."""
 
     at: Tensor | None = None  # sorted int64, or
-    period: int = 0  # every multiple of this
+    period: int = 0  # every one that is a multiple of this when `shift` is added
     by_index: bool = False
     optional: bool = False  # may be left out, at the price of exactness, where there are too many
+    shift: int = 0
 
 
 class Rows(NamedTuple):
@@ -269,14 +270,14 @@ def cuts_of(cuts: Cuts, begin: Tensor, rows: Tensor, limit: int) -> tuple[Tensor
     if cuts.at is not None:
         low, high = torch.searchsorted(cuts.at, torch.stack([begin, end]), right=True)
     else:
-        low, high = begin.div(cuts.period, rounding_mode="floor") + 1, end.div(cuts.period, rounding_mode="floor") + 1
+        low, high = ((x + cuts.shift).div(cuts.period, rounding_mode="floor") + 1 for x in (begin, end))
     count = high - low
     total = int(count.sum())
     if cuts.optional and total > limit:
         return None
     owner = torch.repeat_interleave(count, output_size=total)
     nth = torch.arange(total, device="cpu") - (count.cumsum(0) - count)[owner] + low[owner]
-    return owner, (cuts.at[nth] if cuts.at is not None else nth * cuts.period) - begin[owner]
+    return owner, (cuts.at[nth] if cuts.at is not None else nth * cuts.period - cuts.shift) - begin[owner]
 
 
 def _cut(rows: Tensor, cuts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:

@@ -107,11 +107,12 @@ def find(mask: Any, whole: Rows, rows: int, tile: tuple[int, int] | None, most: 
     lists = _lists(mask, whole.b, whole.h)
     if len(lists) != 1:
         return None
-    size = lists[0]._cuts(whole.b).period
+    cuts = lists[0]._cuts(whole.b)
+    size, origin = cuts.period, int(whole.i if cuts.by_index else whole.p) + cuts.shift
     T, K = tile or (size, 1)
     if size == 0 or (T - 1) // size >= _TOGETHER or not _LEAST <= rows // size <= most:
         return None
-    blocks = _listed(Without(mask, lists[0]), size, whole, rows, (T, K))
+    blocks = _listed(Without(mask, lists[0]), size, origin, whole, rows, (T, K))
     found = None if blocks is None else blocks.counted(size, T, K, whole.Lk)
     if found is not None:
         object.__setattr__(mask, "_patches", (where, (T, K), found))
@@ -127,15 +128,15 @@ def _lists(mask: Any, b: int, h: int) -> list[Any]:
     return [leaf for leaf in dict.fromkeys(mask._leaves(h)) if (cuts := leaf._cuts(b)) is not None and cuts.optional]
 
 
-def _listed(without: Without, size: int, whole: Rows, rows: int, tile: tuple[int, int]) -> _Blocks | None:
-    """The blocks that show at all, and which rows of blocks are mixed."""
-    (T, K), h, Lk, p = tile, whole.h, whole.Lk, int(whole.p)
-    first, last = p // size, (p + rows - 1) // size
+def _listed(without: Without, size: int, origin: int, whole: Rows, rows: int, tile: tuple[int, int]) -> _Blocks | None:
+    """The blocks that show at all, and which rows of blocks are mixed; rows of blocks count from -origin."""
+    (T, K), h, Lk = tile, whole.h, whole.Lk
+    first, last = origin // size, (origin + rows - 1) // size
     rest = without._leaves(h)
     found = cells(rest, whole, whole.p + (rows - 1), limit=rows)
     if found.rows.numel() * _FEW > last - first + 1 or any(s.exact is not True for s in found.spans):
         return None
-    edge = (torch.arange(first, last + 2, device="cpu") * size - p).clamp_(0, rows)
+    edge = (torch.arange(first, last + 2, device="cpu") * size - origin).clamp_(0, rows)
     x0, x1 = x = edge[:-1], edge[1:]
     spans = without.blocks._spans(whole._replace(p=whole.p + x0, i=whole.i + x0))
     if spans.exact is not True or spans.lo_moves or spans.hi_moves:

@@ -162,6 +162,11 @@ class Rule:
         """(n, r), where it sees of its ranges exactly the keys with (p - j) % n == r."""
         return None
 
+    @property
+    def _has_ranges(self) -> bool:
+        """Whether it knows any ranges at all."""
+        return type(self)._spans is not Rule._spans
+
     def _leaves(self, h: int) -> list[Rule]:
         return [self]
 
@@ -207,6 +212,11 @@ class Rule:
     def _reads_position(self) -> bool:
         """`depends_on_position`, as far as that can be told without looking into tensors."""
         return self.depends_on_position
+
+    @property
+    def _by_distance(self) -> bool:
+        """Whether it looks at p - j alone."""
+        return False
 
     # A value: equal where constructor and arguments are equal. Subclasses are frozen dataclasses that keep these
     # methods (eq=False, repr=False); names that begin with _ are caches.

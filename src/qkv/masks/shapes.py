@@ -41,6 +41,7 @@ class Window(Mask, op=1):
     text: str
 
     fits_any_length = True
+    _by_distance = True
 
     @property
     def depends_on_position(self) -> bool:
@@ -364,6 +365,7 @@ class Strided(Mask, op=6):
     offset: int
 
     fits_any_length = True
+    _by_distance = True
 
     @property
     def depends_on_position(self) -> bool:
@@ -437,6 +439,7 @@ class Dilated(Mask, op=7):
 
     depends_on_position = True
     fits_any_length = True
+    _by_distance = True
 
     def words(self) -> str:
         return f"every {ordinal(self.step)} key within {self.window * self.step:,} of itself"

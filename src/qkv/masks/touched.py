@@ -14,7 +14,6 @@ from torch import Tensor
 
 from qkv.masks import patches
 from qkv.masks.intervals import Parts, Ranges, Rows, Spans, cells, divided
-from qkv.masks.rule import Rule
 
 MANY = 256  # tiles from which on some may stand for others
 _RARE = 16  # tiles of a period: with fewer there are none between
@@ -95,7 +94,7 @@ def representatives(mask: Any, whole: Rows, last: Tensor, K: int) -> tuple[Tenso
     ]
     found = cells([*forms, Keys(Lk)], whole._replace(p=first[:1], i=i_first[:1]), last[-1:], 4 * n + 4096)
     vague = [leaf for leaf, spans in zip(leaves, found.spans, strict=False) if spans.exact is not True]
-    ranges = [leaf for leaf in vague if leaf._period() is None and type(leaf)._spans is not Rule._spans]
+    ranges = [leaf for leaf in vague if leaf._period() is None and leaf._has_ranges]
     if ranges or found.rows.numel() * 8 > n:
         return None
     period, margin = math.lcm(T, K, *steps) // T, T + 2 * K + 2 * max(steps, default=0)
