@@ -27,6 +27,8 @@
 //              stride_i stride_j
 //   Selected   operand wide rows_b heads    int32, or int64 where wide, (rows_b, heads, rows, n): ascending blocks of
 //              rows n block queries         keys; heads divides Hq, and `queries` queries share a row
+//   Portion    first_key first_query Lq Lk  and after it the length of a program and the program: of a call of so many
+//                                           queries and keys, of which this call is a part; p counts from first_key
 #pragma once
 
 // clang-format off
@@ -53,5 +55,6 @@
     KIND(Not, 15, (), true, true) \
     KIND(Selected, 16, (operand, any, size, positive, size, size, positive, positive), product(w[5], w[8]), \
          rows(w[3], batches) && a.Hq % w[4] == 0 && (queries == 0 || (queries - 1) / w[8] < w[5]) && \
-             holds(count(w[1]), w[3], w[4], w[5], w[6]))
+             holds(count(w[1]), w[3], w[4], w[5], w[6])) \
+    KIND(Portion, 17, (size, size, size, size), true, w[1] + keys <= w[4] && w[2] + queries <= w[3])
 // clang-format on

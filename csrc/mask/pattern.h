@@ -23,6 +23,15 @@ class PatternReader {
         return {std::gcd(std::gcd(a.step, b.step), a.offset < b.offset ? b.offset - a.offset : a.offset - b.offset),
                 a.offset, lower(a.most, kFar - b.most) + b.most};
     }
+    // A shift leaves p - j alone, and lists; blocks that it does not leave in place help no longer.
+    static Comb of_portion(const int64_t* w, Pattern& found) {
+        Pattern inner;
+        inner.listed = found.listed;
+        const Comb comb = read(w + kInPortion, w[kInPortion - 1], inner);
+        if (inner.block > 0 && w[1] % inner.block == 0) add_block(found, inner.block);
+        found.listed = inner.listed, found.by_head |= inner.by_head;
+        return comb;
+    }
     static Comb read(const int64_t* w, int64_t length, Pattern& found) {
         Comb stack[kMaxDepth + 1];
         int top = -1;
@@ -41,6 +50,7 @@ class PatternReader {
                     }
                     break;
                 }
+                case kMaskPortion: stack[++top] = of_portion(w + at, found); break;
                 default: stack[++top] = comb_of(w + at, found);
             }
         }

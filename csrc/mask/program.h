@@ -89,6 +89,7 @@ class Program {
                     }
                     break;
                 }
+                case kMaskPortion: ++top, portion_bounds(w + at, rows, sieve, which, stack + top); break;
                 default: atoms_.bounds(w + at, rows, sieve, which, stack[++top]);
             }
         }
@@ -129,9 +130,35 @@ class Program {
                     }
                     break;
                 }
+                case kMaskPortion: ++top, portion_bits(w + at, rows, sieve, which, x0, n, stack + top); break;
                 default: atoms_.bits(w + at, rows, sieve, which, x0, n, stack[++top]);
             }
         }
+    }
+
+    // Rows and keys of a part of a call as the whole counts them. The keys' places stay what they are, and with them
+    // ranges and bits.
+    struct Whole {
+        Rows rows;
+        Sieve sieve;
+        Whole(const int64_t* w, const Rows& part, const Sieve& asked) : sieve(asked) {
+            rows.count = part.count, rows.batch = part.batch, rows.key_count = w[4];
+            for (int r = 0; r < part.count; ++r) {
+                rows.position[r] = part.position[r] + w[1];
+                rows.index[r] = part.index[r] + w[2];
+                rows.head[r] = part.head[r];
+            }
+            sieve.first = asked.first + w[1];  // and `to`, the part's own: keys of the whole go on
+        }
+    };
+    void portion_bounds(const int64_t* w, const Rows& rows, const Sieve& sieve, uint64_t which, Bounds* stack) const {
+        const Whole whole(w, rows, sieve);
+        run_bounds(w + kInPortion, w[kInPortion - 1], whole.rows, whole.sieve, which, stack);
+    }
+    void portion_bits(const int64_t* w, const Rows& rows, const Sieve& sieve, uint64_t which, int64_t x0, int n,
+                      uint64_t (*stack)[kWindowKeys + 1]) const {
+        const Whole whole(w, rows, sieve);
+        run_bits(w + kInPortion, w[kInPortion - 1], whole.rows, whole.sieve, which, x0, n, stack);
     }
 
     const int64_t* words_;

@@ -8,8 +8,6 @@
 namespace qkv {
 namespace {
 
-bool readable(const Attention& a, const int64_t* w, int64_t length);
-
 bool in(Word word, int64_t x) {
     switch (word) {
         case Word::number: return x >= -kFar && x <= kFar;
@@ -56,6 +54,10 @@ bool valid(const int64_t* w, int64_t length, int64_t operands, int depth = 0) {
                 sub += 1 + w[sub];
             }
         }
+        if (op == kMaskPortion) {
+            if (depth + held + 2 > kMaxDepth - 1) return false;
+            if (!valid(w + at + kInPortion, w[at + kInPortion - 1], operands, depth + held + 1)) return false;
+        }
         if (op == kMaskAnd || op == kMaskOr) {
             if (held < 2) return false;
             --held;
@@ -70,8 +72,14 @@ bool valid(const int64_t* w, int64_t length, int64_t operands, int depth = 0) {
     return held == 1;
 }
 
-// Whether the operands of one instruction hold what it reads for so many batch rows, queries and keys.
-bool held(const Attention& a, const int64_t* w, int64_t batches, int64_t queries, int64_t keys) {
+// Of a call: how many batch rows, queries and keys its masks are asked about.
+struct Extent {
+    int64_t batches, queries, keys;
+};
+
+// Whether the operands of one instruction hold what it reads of so much.
+bool held(const Attention& a, const int64_t* w, const Extent& of) {
+    const auto [batches, queries, keys] = of;
     const auto count = [&](int64_t i) { return a.operands[i].count; };
     const auto rows = [](int64_t n, int64_t least) { return n == 1 || n >= least; };
     // Whether n numbers hold x * y * ... of them, without overflow.
@@ -82,9 +90,9 @@ bool held(const Attention& a, const int64_t* w, int64_t batches, int64_t queries
     };
     // Whether n numbers hold the last one that strides over batch rows, heads, queries and keys come to.
     const auto spans = [&](int64_t n, const int64_t* stride) {
-        if (keys == 0) return true;
+        if (of.keys == 0) return true;
         int64_t left = n - 1;  // the last element that is there
-        const int64_t sizes[] = {batches, a.Hq, queries, keys};
+        const int64_t sizes[] = {of.batches, a.Hq, of.queries, of.keys};
         for (int d = 0; d < 4; ++d) {
             if (sizes[d] > 1 && stride[d] > left / (sizes[d] - 1)) return false;
             left -= (sizes[d] - 1) * stride[d];
@@ -100,28 +108,34 @@ bool held(const Attention& a, const int64_t* w, int64_t batches, int64_t queries
     }
 }
 
-bool readable(const Attention& a, const int64_t* w, int64_t batches, int64_t queries, int64_t keys) {
-    if (batches == 0) return w[0] != kMaskPerHead || w[1] == a.Hq;
-    if (!held(a, w, batches, queries, keys)) return false;
+bool readable(const Attention& a, const int64_t* w, int64_t length, const Extent& of);
+
+bool readable(const Attention& a, const int64_t* w, const Extent& of) {
+    if (of.batches == 0) return w[0] != kMaskPerHead || w[1] == a.Hq;
+    if (!held(a, w, of)) return false;
+    if (w[0] == kMaskPortion) return readable(a, w + kInPortion, w[kInPortion - 1], Extent{of.batches, w[3], w[4]});
     if (w[0] != kMaskPerHead) return true;
     int64_t sub = 2;
     for (int64_t h = 0; h < w[1]; sub += 1 + w[sub], ++h)
-        if (!readable(a, w + sub + 1, w[sub])) return false;
+        if (!readable(a, w + sub + 1, w[sub], of)) return false;
     return true;
 }
 
-// Whether the operands of a valid program hold all that this call may read of them.
-bool readable(const Attention& a, const int64_t* w, int64_t length) {
+bool readable(const Attention& a, const int64_t* w, int64_t length, const Extent& of) {
+    for (int64_t at = 0; at < length; at += instruction_length(w, at, length))
+        if (!readable(a, w + at, of)) return false;
+    return true;
+}
+
+// All that this call may ask its masks about.
+Extent extent_of(const Attention& a) {
     int64_t batches = 0, queries = 0, keys = 0;
     for (int64_t i = 0; i < a.sequence_count; ++i) {
         batches = std::max<int64_t>(batches, a.sequences[i].batch + 1);
         queries = std::max<int64_t>(queries, a.sequences[i].q_count);
         keys = std::max<int64_t>(keys, a.sequences[i].k_count);
     }
-    if (queries == 0) batches = 0;  // nothing is read
-    for (int64_t at = 0; at < length; at += instruction_length(w, at, length))
-        if (!readable(a, w + at, batches, queries, keys)) return false;
-    return true;
+    return {queries == 0 ? 0 : batches, queries, keys};  // without queries nothing is read
 }
 
 }  // namespace
@@ -132,7 +146,7 @@ bool program_fits(const int64_t* words, int64_t length, int64_t operands) {
 
 bool program_runs(const Attention& call) {
     return program_fits(call.program, call.program_length, call.operand_count) &&
-           readable(call, call.program, call.program_length);
+           readable(call, call.program, call.program_length, extent_of(call));
 }
 
 }  // namespace qkv

@@ -50,11 +50,17 @@ static inline const Kind& kind_of(int64_t op) {
     return kTable[op];
 }
 
+constexpr int64_t kInPortion = 6;  // where the program of a portion begins, its length before it
+
 // Number of words of the instruction at `at`, or 0 if there is none such.
 static inline int64_t instruction_length(const int64_t* w, int64_t at, int64_t end) {
     const int64_t op = w[at];
     if (op < 0 || op >= kKinds) return 0;
     const int64_t count = kind_of(op).count;
+    if (op == kMaskPortion) {
+        const int64_t inner = at + kInPortion;
+        return inner < end && w[inner - 1] >= 1 && w[inner - 1] <= end - inner ? kInPortion + w[inner - 1] : 0;
+    }
     if (op != kMaskPerHead) return at + count <= end ? count : 0;
     if (at + 2 > end) return 0;
     int64_t next = at + 2;

@@ -170,6 +170,50 @@ def _prepared(native, **changed):
     return native.Prepared(**{**call, **changed})
 
 
+def _run(native, words, operands=()):
+    """A call of four queries and keys with this program."""
+    q, out = (torch.zeros(1, 1, 4, 8) for _ in range(2))
+    given = [(x.data_ptr(), x.numel()) for x in operands]
+    at = q.data_ptr()
+    _prepared(native, program=words, operands=given).run(at, at, at, out.data_ptr(), 0, 1)
+
+
+def nested(portions):
+    words = [0]
+    for _ in range(portions):
+        words = [17, 1, 1, 99, 99, len(words), *words]
+    return words
+
+
+@pytest.mark.parametrize("part", [[0], [1, -1, 0], nested(1)])
+def test_a_portion_has_to_lie_within_its_whole(native, part):
+    """Before anything is read: a mask of the whole has numbers for no more queries and keys."""
+    whole = [17, 3, 2, 6, 7]
+    _run(native, [*whole, len(part), *part])
+    for change in ([17, 4, 2, 6, 7], [17, 3, 3, 6, 7], [17, 3, 2, 5, 7], [17, 3, 2, 6, 6], [17, 0, 0, 3, 4]):
+        with pytest.raises(ValueError, match="nested too deeply"):
+            _run(native, [*change, len(part), *part])
+
+
+@pytest.mark.parametrize(
+    ("words", "rows"),
+    [
+        ([4, 0, 0, 0, 1, 1, 7, 2, 3, 1], 7),  # documents that are not contiguous, of as many tokens
+        ([12, 0, 0, 0, 7, 1], 42),  # a table
+        ([16, 0, 1, 1, 1, 6, 2, 3, 1], 12),  # lists
+        ([10, 0, 1, 1, 6, 7, 1], 42),  # a map
+    ],
+)
+def test_the_part_of_a_portion_reads_the_whole_s_operands(native, words, rows):
+    """One number fewer than the whole call needs, and it is refused: though this part alone would need fewer."""
+    program = [17, 3, 2, 6, 7, len(words), *words]
+    dtype = torch.uint8 if words[0] in (10, 12) else torch.int64
+    enough = [torch.zeros(rows, dtype=dtype)] * 4
+    _run(native, program, enough)
+    with pytest.raises(ValueError, match="nested too deeply"):
+        _run(native, program, [x[:-1] for x in enough])
+
+
 def test_malformed_programs_are_refused(native):
     for words in (
         [99],
@@ -184,6 +228,15 @@ def test_malformed_programs_are_refused(native):
         [0] * 40,
         [-1],
         [9, 97, 4, 0],
+        [17, 0, 0, 4, 4],
+        [17, 0, 0, 4, 4, 0],
+        [17, 0, 0, 4, 4, 2, 0],
+        [17, 0, 0, 4, 4, 1, 13],
+        [17, -1, 0, 4, 4, 1, 0],
+        [17, 0, -1, 4, 4, 1, 0],
+        [17, 0, 0, 2**62, 4, 1, 0],
+        [17, 0, 0, 4, 4, 3, 2, 0, 7],
+        nested(12),
     ):
         assert not native.program_fits(words, 0), words
         with pytest.raises(ValueError, match="nested too deeply"):

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import qkv
 from qkv.errors import ArgumentError, ArgumentTypeError, QKVError, ShapeError, UnsupportedError
-from qkv.masks import Mask
+from qkv.masks import Mask, portion
 from qkv.masks.portable import decode, depends_on_position, encode
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -45,6 +45,9 @@ MASKS: dict[str, Mask] = {
     "dense 2-D": qkv.dense(BOOLS[0, 0]),
     "selected_blocks": qkv.selected_blocks(LISTS, 2, queries=3),
     "per_head": qkv.per_head([qkv.causal(), qkv.prefix([2, 5]), ~qkv.strided(2), qkv.documents([4, 4])]),
+    "portion": ~portion(
+        qkv.documents([9, 3]) & ~qkv.padding([5, 12], side="left"), first_key=4, first_query=1, Lq=9, Lk=12
+    ),
     "nested": (~(qkv.causal() | qkv.prefix([0, 2])) & qkv.dense(BOOLS)) | (qkv.padding([1, 3]) & ~qkv.chunked(2)),
 }  # fmt: skip
 FUNCTION = qkv.mask_mod(lambda b, h, p, j: j <= p)
@@ -70,6 +73,8 @@ def test_masks_survive_the_graph(name: str) -> None:
 def test_a_function_is_no_part_of_a_graph() -> None:
     with pytest.raises(UnsupportedError, match="MaskMod while tracing"):
         encode("test", qkv.causal() & FUNCTION, [], [])
+    with pytest.raises(UnsupportedError, match="MaskMod while tracing"):
+        encode("test", portion(FUNCTION, first_key=1, first_query=0, Lq=9, Lk=9), [], [])
     assert decode([], []) is None
 
 

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 import qkv
 from qkv.bench.calls import all_rows
+from qkv.masks import as_mask, portion
 from tests.kit.masks import MASK_MODS, Spec
 
 DTYPES = {"f64": torch.float64, "f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
@@ -110,6 +111,8 @@ def uses_position(spec: Spec | None) -> bool:
         return False
     if spec[0] in ("and", "or", "not", "per_head"):
         return any(uses_position(part) for part in spec[1:])
+    if spec[0] == "portion":
+        return uses_position(spec[1])
     return spec[0] not in ("documents", "segments") or spec[2] is None
 
 
@@ -124,6 +127,10 @@ def qkv_mask(spec: Spec | None, device: str = "cpu") -> qkv.Mask | torch.Tensor 
         if kind == "per_head":
             return qkv.per_head(parts)
         return ~parts[0] if kind == "not" else parts[0] & parts[1] if kind == "and" else parts[0] | parts[1]
+    if kind == "portion":
+        whole = as_mask(qkv_mask(args[0], device))
+        assert whole is not None
+        return portion(whole, **dict(zip(("first_key", "first_query", "Lq", "Lk"), args[1:], strict=True)))
     if kind == "dense":
         return torch.from_numpy(args[0].copy()).to(device)
     if kind == "segments":
@@ -250,6 +257,48 @@ SPARSE: dict[str, tuple[Spec, dict[str, Any]]] = {
     "more ranges than a list holds, and others after those": (
         ("and", ("blocks", _draw.random((3, 32)) < 0.6, 64), ("blocks", _draw.random((70, 1000)) < 0.5, 2)),
         {"Lq": 130, "Lk": 2000, "Hq": 8, "Hkv": 2, "D": 16, "positions": ("start",)},
+    ),
+    "a part of blocks and documents": (
+        (
+            "portion",
+            ("and", ("documents", (90, 90, 80), None), ("blocks", _draw.random((9, 9)) < 0.6, 32)),
+            64,
+            7,
+            170,
+            260,
+        ),
+        {"Hq": 4, "Hkv": 2, "positions": ("int", -13)},
+    ),
+    "a part of drawn blocks": (
+        ("portion", ("or", ("random_blocks", 5, 16, 3), ("padding", (60,), "left")), 75, 30, 200, 260),
+        {"positions": ("int", 9), "dtype": "bf16"},
+    ),
+    "a part of lists and a table": (
+        (
+            "portion",
+            (
+                "or",
+                ("selected_blocks", _draw.integers(-1, 260, (1, 2, 190, 12)), 1, 1),
+                ("dense", _draw.random((190, 260)) < 0.05),
+            ),
+            41,
+            40,
+            190,
+            260,
+        ),
+        {"Hq": 4, "Hkv": 2},
+    ),
+    "a part of steps, two parts": (
+        (
+            "and",
+            ("portion", ("or", ("strided", 6, 2), ("global_tokens", (3, 100))), 50, 9, 160, 230),
+            ("not", ("portion", ("chunked", 11), 7, 0, 150, 177)),
+        ),
+        {"bias": (("alibi",),)},
+    ),
+    "a part of segments, few rows": (
+        ("portion", ("segments", _draw.integers(-1, 5, 9), _draw.integers(-1, 5, 900)), 150, 4, 9, 900),
+        {"Lq": 3, "Lk": 700, "Hq": 4, "Hkv": 2},
     ),
 }
 

@@ -102,6 +102,20 @@ def random_mask(rng: Rng, s: dict[str, int], last: int, depth: int, nested: bool
     return (kind, *(random_mask(rng, s, last, depth - 1, nested) for _ in range(parts)))
 
 
+def _of_a_larger_call(config: Config, last: int) -> Config:
+    """Now and then the mask is that of a part of a larger call; drawn apart, so that all else stays what it was."""
+    rng = np.random.default_rng((config.seed, 17))
+    if config.mask is None or not chance(rng, 0.1):
+        return config
+    first_key, first_query = (pick(rng, 0, pick(rng, 1, 16, 64), upto(rng, 100)) for _ in range(2))
+    Lq, Lk = config.Lq + first_query + upto(rng, 9), config.Lk + first_key + pick(rng, 0, upto(rng, 40))
+    sizes = {"B": config.B, "Hq": config.Hq, "Hkv": config.Hkv, "Lq": Lq, "Lk": Lk}
+    part = random_mask(rng, sizes, max(last + first_key, Lk), 2)
+    if config.positions == ("none",) and config.Lq != config.Lk and uses_position(part):
+        return config
+    return replace(config, mask=("portion", part, first_key, first_query, Lq, Lk))
+
+
 # ----------------------------------------------------------------------------------------------- everything else
 def _positions(rng: Rng, s: dict[str, int], needed: bool) -> Spec:
     B, Lq, Lk = s["B"], s["Lq"], s["Lk"]
@@ -172,6 +186,7 @@ def random_config(seed: int) -> Config:
         poison=pick(rng, "nan", "nan", "inf", "huge", "magnet"),
         visible_nan=chance(rng, 0.04),
     )
+    drawn = _of_a_larger_call(drawn, last)
     if (wide := widened(drawn)).wide is not None:
         return replace(wide, v_in_k=False)
     more = np.random.default_rng((seed, 13))  # apart: what else is drawn stays what it was

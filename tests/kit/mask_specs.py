@@ -158,7 +158,7 @@ def _portion(rng: random.Random, s: Sizes) -> Spec:
         mask,
         lambda b, h, at, p, key: part.sees(b, h, at + i, p + j, key + j),
         part.exact,
-        part.lowers and mask is part.mask,
+        part.lowers,
         part.tensors,
     )
 

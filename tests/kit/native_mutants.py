@@ -46,6 +46,7 @@ KEYS, SCORE, STATE = "kernel/keys.h", "kernel/score.h", "kernel/rowstate.h"
 ELEMENTS = "kernel/elements.h"
 LANES, DOTS, FORWARD = "kernel/lanes.h", "kernel/dots.h", "kernel/forward.cpp"
 SCHEDULE, CASCADE, MASK = "kernel/schedule.h", "kernel/cascade.h", "mask/atoms.h"
+PROGRAM = "mask/program.h"
 BACKWARD, PRODUCTS, BIAS = "kernel/backward.h", "kernel/products.h", "kernel/bias_sums.h"
 BANDS = "kernel/bands.h"
 OBSERVE, TALLY = "kernel/observe.h", "kernel/tally.h"
@@ -138,6 +139,21 @@ MUTANTS = (
     _mutant("residue_short", "rows of one residue: the last one is left out where others have one fewer",
             (SCHEDULE, "if (c.step > 1) return {band, «(s.q_count - band + c.step - 1) / c.step»};",
              "s.q_count / c.step")),
+    _mutant("portion_position", "a portion of a mask: queries stand where the part says, not the whole",
+            (PROGRAM, "rows.position[r] = «part.position[r] + w[1]»;", "part.position[r]")),
+    _mutant("portion_query", "a portion of a mask: queries are counted from the part's first",
+            (PROGRAM, "rows.index[r] = «part.index[r] + w[2]»;", "part.index[r]")),
+    _mutant("portion_keys", "a portion of a mask: there are no more keys than the part has",
+            (PROGRAM, "rows.key_count = «w[4]»;", "part.key_count")),
+    _mutant("portion_first_key", "a portion of a mask: keys are counted from the part's first",
+            (PROGRAM, "sieve.first = asked.first + «w[1]»;", "0")),
+    _mutant("portion_first_key_twice", "a portion of a mask: its first key is added twice",
+            (PROGRAM, "sieve.first = «asked.first» + w[1];", "asked.first + w[1]")),
+    _mutant("portion_head", "a portion of a mask: all heads see what the first sees",
+            (PROGRAM, "rows.head[r] = «part.head[r]»;", "0")),
+    _mutant("portion_comb", "a portion of a mask counts as one that sees a comb of keys, whatever it is made of",
+            ("mask/pattern.h", "found.listed = inner.listed, found.by_head |= inner.by_head; return «comb»;",
+             "Comb{3, 0}")),
     _mutant("residue_either", "either of two strided masks: keys of the first one's step",
             ("mask/pattern.h", "return {«std::gcd(std::gcd(a.step, b.step), a.offset < b.offset ? b.offset - a.offset "
              ": a.offset - b.offset)», a.offset,", "upper(a.step, b.step)")),

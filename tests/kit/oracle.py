@@ -23,6 +23,7 @@ from tests.kit.masks import KINDS, Array, Geometry as Geometry, Row as Row, Spec
 _PREDICATES: dict[str, Callable[..., Array]] = {
     **{kind.name: kind.see for kind in KINDS},
     "per_head": lambda r, *masks: _see(r, masks[r.h]),
+    "portion": lambda r, part, *place: _see(_whole(r, *place), part),
     "and": lambda r, a, b: _see(r, a) & _see(r, b),
     "or": lambda r, a, b: _see(r, a) | _see(r, b),
     "not": lambda r, a: ~_see(r, a),
@@ -31,6 +32,12 @@ _PREDICATES: dict[str, Callable[..., Array]] = {
 
 def _see(r: Row, spec: Spec) -> Array:
     return _PREDICATES[spec[0]](r, *spec[1:])
+
+
+def _whole(r: Row, first_key: int, first_query: int, Lq: int, Lk: int) -> Row:
+    """The query and the keys of a part of a call as the whole counts them."""
+    geo = r.geo._replace(Lq=Lq, Lk=Lk)
+    return r._replace(i=r.i + first_query, p=r.p + first_key, j=r.j + first_key, geo=geo)
 
 
 def visible(spec: Spec | None, b: int, h: int, i: int, p: int, j: Array, geo: Geometry) -> Array:

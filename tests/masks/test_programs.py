@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import qkv
-from qkv.masks import Program
+from qkv.masks import Program, portion
 from qkv.masks.rule import Rule
 from tests.kit.mask_specs import KINDS, Sizes, Spec, draw_positions, draw_sizes, drawn, drawn_blocks, leaf, seeds
 
@@ -39,6 +39,12 @@ class Cell(NamedTuple):
             if op == 11:  # a program for each head, each behind its length
                 seen, at = self.per_head(words, at)
                 stack.append(seen)
+            elif op == 17:  # a program of the whole call, behind its length
+                j, i, Lq, Lk, length = words[at : at + 5]
+                at += 5 + length
+                whole = Sizes(self.s.B, self.s.Hq, Lq, Lk)
+                there = self._replace(s=whole, i=self.i + i, p=self.p + j, j=self.j + j)
+                stack.append(there.run(words[at - length : at]))
             elif op in ATOMS:
                 count, atom = ATOMS[op]
                 stack.append(atom(self, *words[at : at + count]))
@@ -177,6 +183,7 @@ def test_the_words_are_the_table() -> None:
         (~qkv.chunked(4), [5, 4, 15]),
         (qkv.per_head([qkv.causal(), ~qkv.strided(2)]), [11, 2, 3, 1, -1, 0, 4, 6, 2, 0, 15]),
         (qkv.dense(t), [12, 0, 0, 4, 0, 1]),
+        (~portion(qkv.chunked(4), first_key=1, first_query=2, Lq=3, Lk=4), [17, 1, 2, 3, 4, 2, 5, 4, 15]),
         (qkv.causal() & qkv.prefix(1) & qkv.prefix(2), [1, -1, 0, 2, 1, -1, 13, 2, 2, -1, 13]),
     ]:
         program = mask.program()

@@ -23,7 +23,7 @@ struct Mask {
     int64_t op = 0;
     std::vector<int64_t> args;                 // the instruction's words after the opcode
     std::vector<std::vector<int64_t>> tables;  // what it reads, in the order of the operands
-    std::vector<Mask> parts;                   // of AND, OR, NOT, PER_HEAD
+    std::vector<Mask> parts;                   // of AND, OR, NOT, PER_HEAD, PORTION
     int64_t shared = 1;                        // query heads that read one list, of SELECTED
 };
 
@@ -85,6 +85,7 @@ inline bool visible(const Mask& m, const Where& w) {
             return m.tables[0][static_cast<size_t>(((b * a[2] + h) * a[3] + row) * a[4] + column)] != 0;
         }
         case qkv::kMaskPerHead: return visible(m.parts[static_cast<size_t>(w.h)], w);
+        case qkv::kMaskPortion: return visible(m.parts[0], {w.b, w.h, w.i + a[1], w.p + a[0], w.j + a[0], a[3]});
         case qkv::kMaskDense:
             return m.tables[0][static_cast<size_t>(w.b * a[1] + w.h * a[2] + w.i * a[3] + w.j * a[4])] != 0;
         case qkv::kMaskSelected: {
@@ -132,6 +133,15 @@ inline void lower(const Mask& m, Lowered& to, Guard guard) {
             lower(part, to, guard);
             to.words[at] = static_cast<int64_t>(to.words.size() - at - 1);
         }
+        return;
+    }
+    if (m.op == qkv::kMaskPortion) {
+        to.words.push_back(m.op);
+        to.words.insert(to.words.end(), m.args.begin(), m.args.end());
+        const size_t at = to.words.size();
+        to.words.push_back(0);
+        lower(m.parts[0], to, guard);
+        to.words[at] = static_cast<int64_t>(to.words.size() - at - 1);
         return;
     }
     for (const Mask& part : m.parts) lower(part, to, guard);
@@ -259,11 +269,32 @@ inline Mask random_selected(Random& random, const Sizes& z) {
     return m;
 }
 
-// `nested` counts the per-head masks around it: at most two.
-inline Mask random_leaf(Random& random, const Sizes& z, bool ragged, int nested = 0) {
+Mask random_leaf(Random& random, const Sizes& z, bool ragged, int nested = 0);
+
+// All sequences are parts of one call, and count their keys from the same one.
+inline Mask random_portion(Random& random, const Sizes& z, int nested) {
+    Mask m{qkv::kMaskPortion, {}, {}, {}};
+    const int64_t key = random.chance(0.3) ? 0 : random.in(1, 100), query = random.chance(0.3) ? 0 : random.in(1, 100);
+    Sizes whole = z;
+    whole.Lq += query + random.in(0, 9), whole.Lk += key + random.in(0, 40);
+    m.args = {key, query, whole.Lq, whole.Lk};
+    Mask part = random_leaf(random, whole, false, nested + 1);
+    if (random.chance(0.4)) {
+        Mask both{random.in(qkv::kMaskAnd, qkv::kMaskOr), {}, {}, {}};
+        both.parts = {part, random_leaf(random, whole, false, nested + 1)};
+        part = both;
+    }
+    m.parts = {part};
+    return m;
+}
+
+// `nested` counts the per-head masks and portions around it: at most two.
+inline Mask random_leaf(Random& random, const Sizes& z, bool ragged, int nested) {
     const int64_t n = z.Lk;
     Mask m{random_leaf_opcode(random), {}, {}, {}};
-    while (m.op == qkv::kMaskPerHead && random.chance(nested == 0 ? 0 : nested == 1 ? 0.9 : 1))
+    while ((m.op == qkv::kMaskPerHead || m.op == qkv::kMaskPortion) && random.chance(nested == 0   ? 0
+                                                                                     : nested == 1 ? 0.9
+                                                                                                   : 1))
         m.op = random_leaf_opcode(random);
     const auto per_batch = [&](int64_t lo, int64_t hi) {
         m.tables.push_back(table_of(random, random.chance(0.5) ? z.B : 1, lo, hi));
@@ -309,6 +340,7 @@ inline Mask random_leaf(Random& random, const Sizes& z, bool ragged, int nested 
                 m.parts.push_back(part);
             }
             break;
+        case qkv::kMaskPortion: return random_portion(random, z, nested);
         case qkv::kMaskDense: return random_dense(random, z);
         case qkv::kMaskSelected: return random_selected(random, z);
         default: std::abort();  // a kind that is only half here

@@ -209,7 +209,7 @@ std::string fuzz(Random& random) {
     for (int n = 0; n < 20000; ++n) {
         const int64_t length = random.in(0, kMost);
         std::vector<int64_t> words(static_cast<size_t>(length));
-        for (auto& w : words) w = random.chance(0.6) ? random.in(-1, 17) : odd_word(random);
+        for (auto& w : words) w = random.chance(0.6) ? random.in(-1, 18) : odd_word(random);
         if (random.chance(0.3) && length > 2) words[0] = qkv::kMaskPerHead;
         char* at = slab.data() + (kMost - length) * 8;
         if (length > 0) std::memcpy(at, words.data(), static_cast<size_t>(length) * 8);
@@ -231,7 +231,7 @@ std::string mutate(Random& random) {
     const std::vector<int64_t> good = c.lowered.words;
     for (int n = 0; n < 20; ++n) {
         std::vector<int64_t> words = good;
-        if (n == 0) words = {random.in(0, 13), odd_word(random), odd_word(random), odd_word(random)};
+        if (n == 0) words = {random.in(0, 17), odd_word(random), odd_word(random), odd_word(random)};
         if (random.chance(0.2)) words.resize(static_cast<size_t>(random.in(0, static_cast<int64_t>(words.size()))));
         for (int64_t changes = random.in(0, 3); changes > 0 && !words.empty(); --changes)
             words[static_cast<size_t>(random.in(0, static_cast<int64_t>(words.size()) - 1))] = odd_word(random);
@@ -256,7 +256,7 @@ std::string mutate(Random& random) {
 std::string nest(Random& random) {
     const int64_t depth = random.pick<int64_t>({1, 5, 11, 12, 13, 100, 10000, 1000000});
     std::vector<int64_t> words;
-    const int64_t kind = random.in(0, 4);
+    const int64_t kind = random.in(0, 5);
     if (kind == 0) {  // one head in another
         for (int64_t d = 0; d < depth; ++d) words.insert(words.end(), {qkv::kMaskPerHead, 1, 3 * (depth - d - 1) + 1});
         words.push_back(qkv::kMaskAll);
@@ -270,6 +270,10 @@ std::string nest(Random& random) {
         words.push_back(qkv::kMaskAll);
         for (int64_t d = 0; d < std::min<int64_t>(depth, 10000); ++d)
             words.insert(words.end(), {qkv::kMaskWindow, d, 0, qkv::kMaskOr});
+    } else if (kind == 4) {  // one portion in another
+        for (int64_t d = 0; d < depth; ++d)
+            words.insert(words.end(), {qkv::kMaskPortion, 1, 1, 1 << 20, 1 << 20, 6 * (depth - d - 1) + 1});
+        words.push_back(qkv::kMaskAll);
     } else {  // many heads, or more than there are words for
         words = {qkv::kMaskPerHead, depth + random.in(0, 1)};
         for (int64_t d = 0; d < depth; ++d) words.insert(words.end(), {1, qkv::kMaskAll});

@@ -18,7 +18,7 @@ from qkv.masks.tile import Sizes, Tile
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Portion(Composed):
+class Portion(Composed, op=17):
     """What `part` shows of the keys from `first_key` on to the queries from `first_query` on; made by `portion`.
 
     A portion of an expression has the portions of its leaves as its leaves.
@@ -94,9 +94,12 @@ class Portion(Composed):
     def _has_ranges(self) -> bool:
         return self.part._has_ranges
 
-    # Lowered.
+    # Lowered: the numbers, and the part; before it, for a kernel, its length.
     def _lower(self, builder: Builder) -> None:
-        builder.supported = False
+        outer, builder.words = builder.words, []
+        self.part._lower(builder)
+        inner, builder.words = builder.words, outer
+        builder.emit(self.op, *self._numbers(), len(inner), *inner)
 
     @classmethod
     def _decode(cls, words: Iterator[int], tensors: Iterator[Tensor]) -> Rule:
