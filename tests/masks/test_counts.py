@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -204,6 +205,42 @@ def test_a_picture_that_was_counted_is_the_one_that_was_looked_at(seed: int) -> 
     found = counts.counted_cells(spec.mask, line, b=b, h=h, sizes=Shape(*_numbers(s)), steps=steps)
     assert found is not None
     assert found.tolist() == want, f"{spec.text} {s} {steps}"
+
+
+@seeds(150)
+def test_cells_between_any_rows_and_keys_are_counted(seed: int) -> None:
+    """Grids cut anywhere: the ranges of queries that ranks hold, by the ranges of keys that others do."""
+    rng = random.Random(f"grids {seed}")
+    s = draw_sizes(rng)
+    if not s.Lq:
+        return
+    closed = rng.random() < 0.7
+    spec = expression(rng, s, rng.randint(0, 2), CLOSED if closed else KINDS)
+    _, table = draw_positions(rng, s)
+    b, h = rng.randrange(s.B), rng.randrange(s.Hq)
+    rows = sorted({0, *(rng.randrange(s.Lq) for _ in range(3))})
+    keys = sorted({0, s.Lk, *(rng.randint(0, s.Lk) for _ in range(4))}) if s.Lk else [0, 0]
+    breaks = [i for _, _, i in runs(table[b])]
+    starts = sorted({*rows, *breaks})
+    ends = [*starts[1:], s.Lq]
+    dense = torch.tensor(seen(spec, table[b], s, b, h), dtype=torch.int64).reshape(s.Lq, s.Lk)
+    want = [[int(dense[i:z, j:y].sum()) for j, y in pairwise(keys)] for i, z in pairwise([*rows, s.Lq])]
+    first, last, index = (
+        torch.tensor(x, dtype=torch.int64)
+        for x in ([table[b][i] for i in starts], [table[b][z - 1] for z in ends], starts)
+    )
+    for most in (False, True):
+        found = counts.grid(
+            spec.mask, first, last, index, b=b, h=h, sizes=Shape(*_numbers(s)), rows=torch.tensor(rows),
+            keys=torch.tensor(keys), most=most,
+        )  # fmt: skip
+        where = f"{spec.text} {s} b={b} h={h} {rows} {keys} {table[b]}"
+        if closed or (found is not None and not most):
+            assert found is not None
+            assert found.tolist() == want, where
+        elif most:
+            assert found is not None
+            assert bool((found >= torch.tensor(want)).all()), where
 
 
 def test_long_pictures_are_those_of_every_pair() -> None:

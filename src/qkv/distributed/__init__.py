@@ -1,5 +1,6 @@
 """Attention over sequences that several processes hold together: context parallel on torch.distributed."""
 
+from qkv.distributed.balance import shards as shards
 from qkv.distributed.shards import Shards as Shards
 
-__all__ = ["Shards"]
+__all__ = ["Shards", "shards"]

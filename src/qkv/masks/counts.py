@@ -28,6 +28,7 @@ _CUTS = 1 << 15  # pieces that are thought about at once
 _PERIOD = 1 << 20  # the longest period that is tabulated
 _AT_ONCE = 1 << 22  # pairs that are looked at at once
 _FEW = 64  # pieces that are not divided further
+_COLUMNS = 32  # of a grid; where it has more, fewer pieces are thought about at once
 _BITS = 60  # masks of an expression that a code has room for
 
 
@@ -122,16 +123,28 @@ def _alike(mask: Any, leaves: list[Any], whole: Rows, last: Tensor) -> tuple[Row
 
 
 def grid(
-    mask: Rule, first: Tensor, last: Tensor, i_first: Tensor, *, b: int, h: int, sizes: Sizes, steps: tuple[int, int]
+    mask: Rule,
+    first: Tensor,
+    last: Tensor,
+    i_first: Tensor,
+    *,
+    b: int,
+    h: int,
+    sizes: Sizes,
+    rows: Tensor,
+    keys: Tensor,
+    most: bool = False,
 ) -> Tensor | None:
-    """Visible pairs in each cell of `steps` queries by keys, int64 (rows, columns); None where they are not known.
+    """Visible pairs in each cell of queries by keys, int64 (rows, columns); None where they are not known.
 
-    Runs end where cells end: run r is of the row of cells i_first[r] // steps[0].
+    Row r of cells begins with query `rows[r]`, in which runs begin where it does not go on; column c has the keys from
+    `keys[c]` to `keys[c + 1]`, from 0 to Lk. `most`: pairs that may be visible count where it is not known.
     """
-    out = torch.zeros(-(-sizes.Lq // steps[0]), -(-sizes.Lk // steps[1]), dtype=torch.int64, device="cpu")
+    out = torch.zeros(rows.numel(), keys.numel() - 1, dtype=torch.int64, device="cpu")
     leaves = list(dict.fromkeys(mask._leaves(h)))
-    for part in _portions(first, last, i_first, -(-_pieces(leaves, first, last, i_first, b) // _CUTS)):
-        if not _Portion(mask, leaves, *part, b, h, sizes, steps[1]).scatter(out, steps):
+    pieces = _pieces(leaves, first, last, i_first, b) * max(1, keys.numel() // _COLUMNS)
+    for part in _portions(first, last, i_first, -(-pieces // _CUTS)):
+        if not _Portion(mask, leaves, *part, b, h, sizes, keys).scatter(out, rows, most):
             return None
     return out
 
@@ -142,17 +155,18 @@ def counted_cells(mask: Rule, line: Tensor, *, b: int, h: int, sizes: Sizes, ste
     None where that is not known without looking at pairs.
     """
     breaks = (line[1:] - line[:-1] != 1).nonzero().flatten() + 1
-    starts = torch.cat((torch.arange(0, sizes.Lq, steps[0], device="cpu"), breaks)).unique()
-    ends = torch.cat((starts[1:], starts.new_tensor([sizes.Lq]))) - 1
-    found = grid(mask, line[starts], line[ends], starts, b=b, h=h, sizes=sizes, steps=steps)
+    rows, columns = (torch.arange(0, n, step, device="cpu") for n, step in zip(sizes[2:4], steps, strict=True))
+    starts = torch.cat((rows, breaks)).unique()
+    ends, keys = torch.cat((starts[1:], starts.new_tensor([sizes.Lq]))) - 1, _closed(columns, sizes.Lk)
+    found = grid(mask, line[starts], line[ends], starts, b=b, h=h, sizes=sizes, rows=rows, keys=keys)
     if found is None:
         return None
-    high, wide = (
-        torch.full((-(-n // step),), step, dtype=torch.int64, device="cpu")
-        for n, step in zip(sizes[2:4], steps, strict=True)
-    )
-    high[-1], wide[-1] = sizes.Lq - steps[0] * (len(high) - 1), sizes.Lk - steps[1] * (len(wide) - 1)
+    high, wide = _closed(rows, sizes.Lq).diff(), keys.diff()
     return (found > 0).to(torch.uint8) + (found == high[:, None] * wide).to(torch.uint8)
+
+
+def _closed(starts: Tensor, end: int) -> Tensor:
+    return torch.cat((starts, starts.new_tensor([end])))
 
 
 def _pieces(leaves: list[Any], first: Tensor, last: Tensor, i_first: Tensor, b: int) -> int:
@@ -190,11 +204,12 @@ class _Portion:
         b: int,
         h: int,
         sizes: Sizes,
-        step: int | None = None,
+        keys: Tensor | None = None,
     ) -> None:
         self.mask, self.leaves, self.b, self.h, self.sizes = mask, leaves, b, h, sizes
         self.runs, self.rows = (first, last, i_first), int((last - first + 1).sum())
-        of = [*leaves, Keys(sizes.Lk, step)]
+        self.keys = keys
+        of = [*leaves, Keys(sizes.Lk, keys)]
         whole = Rows(first, i_first, b, h, sizes.Lq, sizes.Lk, sizes.Hq)
         self.cells = cells(of, whole, last, limit=self.rows)
         self.p, self.i = (start[self.cells.stretch] + self.cells.row for start in (first, i_first))
@@ -238,19 +253,24 @@ class _Portion:
             return None
         return self._sizes().masked_fill(~must, 0).masked_select(self.real)
 
-    def scatter(self, out: Tensor, steps: tuple[int, int]) -> bool:
-        """Add the visible pairs to a grid's cells; False where they are not known."""
+    def scatter(self, out: Tensor, rows: Tensor, most: bool) -> bool:
+        """Add the visible pairs to the cells of a grid whose rows begin at `rows`; False where they are not known."""
         if self._vast:
             b, h, sizes = self.b, self.h, self.sizes
             halves = (
-                _Portion(self.mask, self.leaves, *part, b, h, sizes, steps[1]) for part in _portions(*self.runs, 2)
+                _Portion(self.mask, self.leaves, *part, b, h, sizes, self.keys) for part in _portions(*self.runs, 2)
             )
-            return all(half.scatter(out, steps) for half in halves)
+            return all(half.scatter(out, rows, most) for half in halves)
         known = self._each()
+        if known is None and most:
+            may, _ = self.mask._decide(self.h, self.known)
+            known = self._sizes().masked_fill(~may, 0).masked_select(self.real)
         if known is not None:
-            row = (self.i // steps[0])[:, None].expand(self.real.shape).masked_select(self.real)
-            at = self.bounds.lo.masked_select(self.real).clamp(0, self.sizes.Lk - 1) // steps[1]
-            out.view(-1).index_add_(0, row * out.shape[1] + at, known)
+            assert self.keys is not None
+            row = torch.searchsorted(rows, self.i, right=True) - 1
+            at = torch.searchsorted(self.keys, self.bounds.lo.masked_select(self.real).clamp(min=0), right=True) - 1
+            line = row[:, None].expand(self.real.shape).masked_select(self.real) * out.shape[1]
+            out.view(-1).index_add_(0, line + at.clamp(max=out.shape[1] - 1), known)
         return known is not None
 
     def _halved(self, look: Look) -> Pairs:

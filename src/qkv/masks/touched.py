@@ -153,14 +153,13 @@ class _Steps:
 
 
 class Keys:
-    """The keys there are, as if they were a mask: in bins of `step`, all in one if there is none."""
+    """The keys there are, as if they were a mask: all in one range, or from each of `edges` to the next."""
 
-    def __init__(self, Lk: int, step: int | None = None) -> None:
-        self.Lk, self.step = Lk, step or max(Lk, 1)
+    def __init__(self, Lk: int, edges: Tensor | None = None) -> None:
+        self.edges = torch.tensor([0, Lk], dtype=torch.int64, device="cpu") if edges is None else edges
 
     def _cuts(self, b: int) -> None:
         return None
 
     def _spans(self, rows: Rows) -> Spans:
-        start = torch.arange(0, max(self.Lk, 1), self.step, device="cpu")[None]
-        return Spans(start, (start + self.step).clamp_(max=self.Lk))
+        return Spans(self.edges[None, :-1], self.edges[None, 1:])
