@@ -98,6 +98,12 @@ def stands_in(t: Any) -> bool:
     return getattr(type(t), "__torch_dispatch__", _PLAIN) is not _PLAIN
 
 
+def is_distributed(t: Any) -> bool:
+    """Whether it is a DTensor; asked by name, since most programs never import those."""
+    kind = type(t)
+    return kind.__name__ == "DTensor" and kind.__module__.startswith("torch.distributed.")
+
+
 def for_graph(t: Any) -> bool:
     """Whether the class of t only stands for plain tensors while a graph is made."""
     from torch._subclasses.fake_tensor import FakeTensor

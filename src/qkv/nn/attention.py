@@ -13,6 +13,7 @@ from qkv.checks import integer
 from qkv.errors import ArgumentError, ShapeError
 from qkv.graph import eager
 from qkv.masks import Mask, as_mask
+from qkv.nn.divided import by_head, divided, gates_of, joined, read_by
 from qkv.nn.layer import Layer, RMSNorm, check_step, check_tokens
 from qkv.rotary import Rotary, as_positions
 
@@ -232,19 +233,21 @@ class Attention(Layer):
             at = self._step_positions(x, context, positions, cache)
             seen = as_mask(seen, _FORWARD)
         q, k, v = self._project(x, context, at)
+        ranks = divided(_FORWARD, self, "q_proj", q.shape[1])
         keys: Tensor | KVView = k
         values: Tensor | None = v
         if cache is not None:
             cache.append(k, v)
             keys, values = cache.view(), None
         where = _for_mask(at) if context is not None else None
-        out = self._attend(q, keys, values, seen, positions=where, sinks=self.sinks)
-        heads = out.transpose(1, 2)  # (B, Lq, Hq, Dv)
+        sinks = self.sinks if self.sinks is None or ranks is None else ranks.own(self.sinks, 0, self.num_heads)
+        out = self._attend(q, keys, values, seen, positions=where, sinks=sinks)
+        heads = out.transpose(1, 2)  # (B, Lq, heads here, Dv)
         if self.gate_proj is not None:
-            gates: Tensor = self.gate_proj(x).sigmoid()
-            heads = heads * gates.unflatten(-1, (self.num_heads, -1))
-        result: Tensor = self.o_proj(heads.flatten(2))
-        return result
+            width = self.value_dim if self.gate is True else 1
+            gates = by_head(_FORWARD, "gate_proj", self.gate_proj(x), width, self.num_heads)
+            heads = heads * gates_of(_FORWARD, self, ranks, gates, heads.shape[2]).sigmoid()
+        return joined(_FORWARD, self, ranks, heads)
 
     def project(
         self, x: Tensor, context: Tensor | None = None, *, positions: int | str | Tensor | None = None
@@ -276,11 +279,13 @@ class Attention(Layer):
         self, x: Tensor, context: Tensor | None, at: int | str | Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         source = x if context is None else context
-        q: Tensor = self.q_proj(x).unflatten(-1, (self.num_heads, self.head_dim))
-        k: Tensor = self.k_proj(source).unflatten(-1, (self.num_kv_heads, self.head_dim))
-        v: Tensor = self.v_proj(source).unflatten(-1, (self.num_kv_heads, self.value_dim))
+        q = by_head(_FORWARD, "q_proj", self.q_proj(x), self.head_dim, self.num_heads)
+        k = by_head(_FORWARD, "k_proj", self.k_proj(source), self.head_dim, self.num_kv_heads)
+        v = by_head(_FORWARD, "v_proj", self.v_proj(source), self.value_dim, self.num_kv_heads)
+        ranks = divided(_FORWARD, self, "q_proj", q.shape[2])
+        k, v = read_by(_FORWARD, self, ranks, k, v)
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+            q, k = (n(t) if ranks is None else ranks.shared(n, t) for n, t in ((self.q_norm, q), (self.k_norm, k)))
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if self.rotary is not None:
             q, k = self._rotate(q, k, context is not None, at)

@@ -16,6 +16,7 @@ from qkv.errors import ArgumentError, ArgumentTypeError, ShapeError
 from qkv.graph import eager
 from qkv.indexing import index_scores, select_tokens
 from qkv.masks import Mask, as_mask
+from qkv.nn.divided import FIX, Divided, by_head, divided, joined
 from qkv.nn.indexer import Indexer
 from qkv.nn.layer import Layer, RMSNorm, check_rotary, check_step, check_tokens, matrix_of
 from qkv.probabilities import weights
@@ -264,23 +265,33 @@ class LatentAttention(Layer):
             seen, matrix = as_mask(seen, _FORWARD), matrix_of(self.kv_b_proj)
         c_q = self.query_latent(x)
         q_nope, q_rope, latent = self._project(x, c_q, at)
-        view, seen = self._stored(x, c_q, latent, at, seen, cache)
+        ranks = self._ranks(q_nope)
+        view, seen = self._stored(x, c_q, latent, at, seen, cache, q_nope.shape[1])
         keys: Tensor | KVView
         values: Tensor | None = None
         if matrix is None:
-            keys, values = self._materialised(latent) if view is None else (self._materialised_view(view), None)
+            if view is None:
+                keys, values = self._materialised(latent, q_nope.shape[1], ranks)
+            else:
+                keys = self._materialised_view(view, q_nope.shape[1])
         else:
+            latent = latent if ranks is None or view is not None else ranks.summed(latent)
             keys, values = (latent, latent[..., : self.kv_lora_rank]) if view is None else (view, None)
-            heads = matrix.unflatten(0, (self.num_heads, -1))
+            self._check_expanded(matrix.shape[0], q_nope.shape[1])
+            heads = matrix.unflatten(0, (q_nope.shape[1], -1))
             w_uk, w_uv = heads.split([self.qk_nope_head_dim, self.v_head_dim], dim=1)
             q_nope = q_nope @ w_uk  # (B, H, L, dn) @ (H, dn, R)
         out = self._attend(torch.cat((q_nope, q_rope), dim=-1), keys, values, seen, scale=self._scale())
         if matrix is not None:
             out = out @ w_uv.transpose(1, 2)  # (B, H, L, R) @ (H, R, dv)
-        return self.o_proj(out.transpose(1, 2).flatten(2)), seen
+        return joined(_FORWARD, self, ranks, out.transpose(1, 2)), seen
+
+    def _ranks(self, q: Tensor) -> Divided | None:
+        """The ranks among which the heads of queries (B, heads here, ...) are divided."""
+        return divided(_FORWARD, self, "q_proj" if self.q_lora_rank is None else "q_b_proj", q.shape[1])
 
     def _stored(
-        self, x: Tensor, c_q: Tensor, latent: Tensor, at: int | Tensor, seen: Any, cache: LayerCache | None
+        self, x: Tensor, c_q: Tensor, latent: Tensor, at: int | Tensor, seen: Any, cache: LayerCache | None, heads: int
     ) -> tuple[KVView | None, Mask | Tensor | None]:
         """What a cache holds once it has the step, None without one; and of what is seen what the indexer chooses."""
         index = None if self.indexer is None else self.indexer(x, c_q, positions=at)
@@ -298,7 +309,7 @@ class LatentAttention(Layer):
         if self.indexer is None or index is None or keys is None:
             return view, seen
         top_k = self.indexer.top_k
-        return view, select_tokens(index[0], keys, index[2], top_k, mask=seen, heads=self.num_heads)
+        return view, select_tokens(index[0], keys, index[2], top_k, mask=seen, heads=heads)
 
     def index_loss(
         self,
@@ -345,13 +356,16 @@ class LatentAttention(Layer):
         with torch.no_grad():
             c_q = self.query_latent(x)
             q_nope, q_rope, latent = self._project(x, c_q, at)
-            keys, _ = self._materialised(latent)
+            ranks = self._ranks(q_nope)
+            keys, _ = self._materialised(latent, q_nope.shape[1], ranks)
         q, k, each = self.indexer(x.detach(), c_q, positions=at)
         seen = as_mask(self._seen(mask), _FORWARD)
         if not full:
             seen = select_tokens(q, k, each, self.indexer.top_k, mask=seen)
         main = torch.cat((q_nope, q_rope), dim=-1)
         p = weights(main, keys, rows=rows, mask=seen, scale=self._scale(), softcap=self.softcap).mean(1)
+        if ranks is not None:
+            p = ranks.mean(p)
         log = index_scores(q, k, each, rows=rows, mask=seen).log_softmax(-1)
         far = torch.where(p > 0, p * (p.log() - log), 0.0)
         return far.sum(-1).mean()
@@ -404,26 +418,28 @@ class LatentAttention(Layer):
         dn, dr = self.qk_nope_head_dim, self.qk_rope_head_dim
         cos, sin = self._tables(x, at)
         q: Tensor = self.q_proj(x) if self.q_lora_rank is None else self.q_b_proj(c_q)
-        q_nope, q_rope = q.unflatten(-1, (self.num_heads, dn + dr)).transpose(1, 2).split([dn, dr], dim=-1)
+        name = "q_proj" if self.q_lora_rank is None else "q_b_proj"
+        q_nope, q_rope = by_head(_FORWARD, name, q, dn + dr, self.num_heads).transpose(1, 2).split([dn, dr], dim=-1)
         return q_nope, self.rotary.apply(q_rope, cos, sin), self._latent(x, cos, sin)
 
-    def _materialised(self, latent: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys (B, H, L, dn + dr) and values (B, H, L, dv) of all heads, by calling kv_b_proj on latents."""
+    def _materialised(self, latent: Tensor, heads: int, ranks: Divided | None = None) -> tuple[Tensor, Tensor]:
+        """Keys (B, H, L, dn + dr) and values (B, H, L, dv) of the heads here, by calling kv_b_proj on latents."""
         R, dn, dv = self.kv_lora_rank, self.qk_nope_head_dim, self.v_head_dim
         kv = self.kv_b_proj(latent[:, 0, :, :R])
-        want = (latent.shape[0], latent.shape[2], self.num_heads * (dn + dv))
+        want = (latent.shape[0], latent.shape[2], heads * (dn + dv))
         if not isinstance(kv, Tensor) or kv.shape != want or kv.dtype != latent.dtype:
             rule = "kv_b_proj must give (B, L, H (dn + dv)) in its input's dtype"
             got = f"{tuple(kv.shape)} {kv.dtype}" if isinstance(kv, Tensor) else f"a {type(kv).__name__}"
-            given = f"{got} from {type(self.kv_b_proj).__name__} for H={self.num_heads}, dn={dn}, dv={dv}"
+            given = f"{got} from {type(self.kv_b_proj).__name__} for H={heads}, dn={dn}, dv={dv}"
             raise ShapeError.of(_FORWARD, rule, given, f"Make it return {want} {latent.dtype}")
-        k_nope, v = kv.unflatten(-1, (self.num_heads, dn + dv)).transpose(1, 2).split([dn, dv], dim=-1)
-        return torch.cat((k_nope, latent[..., R:].expand(-1, self.num_heads, -1, -1)), dim=-1), v
+        k_nope, v = kv.unflatten(-1, (heads, dn + dv)).transpose(1, 2).split([dn, dv], dim=-1)
+        k_rope = latent[..., R:] if ranks is None else ranks.summed(latent[..., R:])  # one for the heads of all ranks
+        return torch.cat((k_nope, k_rope.expand(-1, heads, -1, -1)), dim=-1), v
 
-    def _materialised_view(self, view: KVView) -> KVView:
-        """The keys and values of all heads in place of a cache's latents: a page for each sequence."""
+    def _materialised_view(self, view: KVView, heads: int) -> KVView:
+        """The keys and values of the heads here in place of a cache's latents: a page for each sequence."""
         n, longest = len(view.layout.lengths), max(view.layout.lengths, default=0)
-        k, v = self._materialised(gathered(view, max(longest, 1))[0])
+        k, v = self._materialised(gathered(view, max(longest, 1))[0], heads)
         table, starts = array("i", range(n)), array("q", range(n + 1))
         layout = KVLayout(table, starts, view.layout.lengths, view.layout.queries, Clock(), view.layout.most)
         return KVView(k, v, None, None, view.dtype, layout, view.held)
@@ -440,6 +456,13 @@ class LatentAttention(Layer):
     def _positions(self, x: Tensor, positions: Any) -> int | Tensor:
         check_tokens(_FORWARD, "x", x, "dim", self.dim)
         return 0 if positions is None else as_positions(_FORWARD, positions, x.shape[0], x.shape[1])
+
+    def _check_expanded(self, numbers: int, heads: int) -> None:
+        """kv_b_proj's rows must be of the heads that queries are of."""
+        each = self.qk_nope_head_dim + self.v_head_dim
+        if numbers != heads * each:
+            rule, given = "kv_b_proj must give the heads that are here", f"{numbers} rows for {heads} heads of {each}"
+            raise ShapeError.of(_FORWARD, rule, given, FIX)
 
     def _check_indexer(self, indexer: Any) -> None:
         if indexer is None:

@@ -48,6 +48,7 @@ class Layer(nn.Module):
     mask: Mask | None
     scale: float | None
     dropout_p: float
+    head_mesh: Any = None  # the ranks among which qkv.distributed.HeadParallel has divided the heads
 
     def _hold(
         self, call: str, mask: Any, softcap: float | None, scale: float | None, dropout_p: float, backend: str | None
@@ -187,10 +188,17 @@ def matrix_of(module: nn.Module) -> Tensor | None:
     kind = type(module)
     if (getattr(kind, "forward", None), kind.__call__) != _LINEAR or "forward" in vars(module):
         return None
-    if _torch.hooks_of(module) or module.bias is not None or any(map(_changes, _torch.hooks_of_all())):
+    own = module.__dict__.get("head_hooks", ())  # HeadParallel's, which do what is said of the weight below
+    if (
+        any(hook not in own for hook in _torch.hooks_of(module))
+        or module.bias is not None
+        or any(map(_changes, _torch.hooks_of_all()))
+    ):
         return None
     weight: Tensor = module.weight  # read once: a parametrization computes it
     # A subclass may stand for other numbers than its own, as torchao's do; those of tracers do not.
+    if own and _torch.is_distributed(weight):
+        return weight.to_local()  # type: ignore[attr-defined, no-any-return]  # the heads that are here
     plain = type(weight) in (Tensor, nn.Parameter) or _torch.for_graph(weight)
     return weight if plain else None
 

@@ -16,6 +16,7 @@ from qkv.checks import integer
 from qkv.errors import ArgumentError, ArgumentTypeError
 from qkv.graph import eager
 from qkv.nn.choice import Pattern, checked
+from qkv.nn.divided import Divided, by_head, divided, gates_of, indivisible, joined, key_heads, read_by
 from qkv.nn.layer import Layer, check_step, check_tokens
 from qkv.nn.nsa import Keys, branches, mean, windows
 from qkv.rotary import Rotary, as_positions
@@ -212,8 +213,8 @@ class SparseAttention(Layer):
         weight = self.k_proj.weight
         return SparseCache(
             stride=self.pattern.stride,
-            num_kv_heads=self.kept_heads,
-            compressed_heads=self.num_kv_heads,
+            num_kv_heads=key_heads(self) * (1 if self.shared_kv else 3),
+            compressed_heads=key_heads(self),
             head_dim=self.head_dim,
             value_dim=self.value_dim,
             pages=pages,
@@ -283,10 +284,11 @@ class SparseAttention(Layer):
         at = 0 if positions is None else as_positions(_FORWARD, positions, x.shape[0], x.shape[1])
         q, k, v = self._project(x, at)
         ks, vs = self._by_branch(k), self._by_branch(v)
-        k_cmp, v_cmp = self._compressed(windows(ks[0], self.pattern), windows(vs[0], self.pattern))
+        ranks = self._ranks(q.shape[1])
+        k_cmp, v_cmp = self._compressed(windows(ks[0], self.pattern), windows(vs[0], self.pattern), ranks)
         places = torch.arange(x.shape[1], device=x.device)[None]
         keys = Keys(k_cmp, v_cmp, ks[1], vs[1], ks[2], vs[2])
-        return self._out(self._branches(q, keys, self._gates(x), places, x.shape[1]))
+        return self._out(self._branches(q, keys, self._gates(x, q), places, x.shape[1]))
 
     def _step(self, x: Tensor, positions: Any, cache: SparseLayerStep) -> Tensor:
         """`forward` over a cache."""
@@ -294,8 +296,9 @@ class SparseAttention(Layer):
         self._check_cache(cache)
         q, k, v = self._project(x, at)
         blocks = cache.blocks(k, v, self.pattern.block)
-        cache.append(k, v, compressed=None if blocks is None else self._compressed(*blocks))
-        view, entries, gates = cache.view(), cache.entries(), self._gates(x)
+        ranks = self._ranks(q.shape[1])
+        cache.append(k, v, compressed=None if blocks is None else self._compressed(*blocks, ranks))
+        view, entries, gates = cache.view(), cache.entries(), self._gates(x, q)
         counts = view.layout.queries
         if counts is None:
             return self._out(self._over(q, view, entries, gates, at))
@@ -329,24 +332,36 @@ class SparseAttention(Layer):
 
     def _project(self, x: Tensor, at: int | Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (B, Hq, L, D), and the keys and values of all branches."""
-        q: Tensor = self.q_proj(x).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
-        k: Tensor = self.k_proj(x).unflatten(-1, (self.kept_heads, self.head_dim)).transpose(1, 2)
-        v: Tensor = self.v_proj(x).unflatten(-1, (self.kept_heads, self.value_dim)).transpose(1, 2)
+        q = by_head(_FORWARD, "q_proj", self.q_proj(x), self.head_dim, self.num_heads)
+        k = by_head(_FORWARD, "k_proj", self.k_proj(x), self.head_dim, self.kept_heads)
+        v = by_head(_FORWARD, "v_proj", self.v_proj(x), self.value_dim, self.kept_heads)
+        k, v = read_by(_FORWARD, self, self._ranks(q.shape[2]), k, v, 1 if self.shared_kv else 3)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if self.rotary is not None:
             dtype = torch.promote_types(q.dtype, torch.float32)
             tables = self.rotary.tables(at, x.shape[1], device=x.device, dtype=dtype)
             q, k = self.rotary.apply(q, *tables), self.rotary.apply(k, *tables)
         return q, k, v
 
-    def _gates(self, x: Tensor) -> tuple[Tensor, ...]:
-        """A number for each branch, head and token: three of (B, Hq, L)."""
-        gates: Tensor = self.gate_proj(x).sigmoid().unflatten(-1, (self.num_heads, 3))
-        return gates.transpose(1, 2).unbind(-1)
+    def _ranks(self, here: int) -> Divided | None:
+        """The ranks among which query heads are divided, `here` of them on this one; each must hold whole groups."""
+        ranks = divided(_FORWARD, self, "q_proj", here)
+        if ranks is not None and self.num_kv_heads % ranks.ranks:
+            raise indivisible(_FORWARD, "num_kv_heads", self.num_kv_heads, ranks.ranks)
+        return ranks
 
-    def _compressed(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def _gates(self, x: Tensor, q: Tensor) -> tuple[Tensor, ...]:
+        """A number for each branch, head and token: three of (B, heads of q, L)."""
+        ranks = self._ranks(q.shape[1])
+        gates = by_head(_FORWARD, "gate_proj", self.gate_proj(x), 3, self.num_heads)
+        return gates_of(_FORWARD, self, ranks, gates, q.shape[1]).sigmoid().transpose(1, 2).unbind(-1)
+
+    def _compressed(self, k: Tensor, v: Tensor, ranks: Divided | None) -> tuple[Tensor, Tensor]:
         """The keys and values of blocks (B, Hkv, Lc, block, D and Dv) as one each."""
         if self.k_compress is None or self.v_compress is None:
             return mean(k), mean(v)
+        if ranks is not None:
+            return ranks.shared(self.k_compress, k), ranks.shared(self.v_compress, v)
         return self.k_compress(k), self.v_compress(v)
 
     def _by_branch(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -356,13 +371,13 @@ class SparseAttention(Layer):
         """A cache's view with the heads of one branch."""
         if self.shared_kv:
             return view
-        heads = slice(branch * self.num_kv_heads, (branch + 1) * self.num_kv_heads)
+        each = view.k.shape[1] // 3
+        heads = slice(branch * each, (branch + 1) * each)
         k_scale, v_scale = (None if s is None else s[:, heads] for s in (view.k_scale, view.v_scale))
         return view._replace(k=view.k[:, heads], v=view.v[:, heads], k_scale=k_scale, v_scale=v_scale)
 
     def _out(self, heads: Tensor) -> Tensor:
-        out: Tensor = self.o_proj(heads.transpose(1, 2).flatten(2))
-        return out
+        return joined(_FORWARD, self, self._ranks(heads.shape[1]), heads.transpose(1, 2))
 
     def _check_cache(self, cache: Any) -> None:
         rule, fix = "a SparseAttention needs a cache that keeps its entries", "Make one with layer.cache(pages=...)"
