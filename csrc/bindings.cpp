@@ -74,12 +74,12 @@ class Prepared {
   public:
     // sizes: B, Hq, Hkv, Lq, Lk, D, Dv. sinks: none, or their type and stride. positions: of the first query, none for
     // 0, one for all batch rows or one for each. pages: none, or size, number, type of stored keys and values, and the
-    // strides of their scales from page to page, head to head, slot to slot.
+    // strides of their scales from page to page, head to head, slot to slot. part: as of Attention.
     Prepared(std::string isa, int type, const std::array<int64_t, 7>& sizes, const Strides& q_stride,
              const Strides& k_stride, const Strides& v_stride, const Strides& out_stride, double scale, double softcap,
              Integers program, const std::vector<std::tuple<uintptr_t, int64_t>>& operands,
              const std::vector<BiasNumbers>& bias, const Integers& sinks, Integers positions, const Integers& pages,
-             double dropout_p)
+             double dropout_p, bool part)
         : isa_(std::move(isa)), program_(std::move(program)), positions_(std::move(positions)) {
         const auto& [B, Hq, Hkv, Lq, Lk, D, Dv] = sizes;
         B_ = B, Lq_ = Lq, Lk_ = Lk;
@@ -98,7 +98,7 @@ class Prepared {
         for (size_t i = 0; i < 3; ++i) a_.k_stride[i] = k_stride[i + 1], a_.v_stride[i] = v_stride[i + 1];
         k_batch_ = a_.k_page = k_stride[0], v_batch_ = a_.v_page = v_stride[0];
         a_.lse_stride[0] = Hq * Lq, a_.lse_stride[1] = Lq, a_.lse_stride[2] = 1;
-        a_.scale = scale, a_.softcap = softcap;
+        a_.scale = scale, a_.softcap = softcap, a_.part = part;
         a_.dropout_below = static_cast<uint64_t>(std::nearbyint(dropout_p * 9007199254740992.0));
         a_.dropout_scale = 1 / (1 - dropout_p);
         a_.state_step = a_.observed_step = B * Hq * Lq;
@@ -408,9 +408,10 @@ NB_MODULE(QKV_MODULE, m) {
         .def(nb::init<std::string, int, const std::array<int64_t, 7>&, const qkv::Strides&, const qkv::Strides&,
                       const qkv::Strides&, const qkv::Strides&, double, double, qkv::Integers,
                       const std::vector<std::tuple<uintptr_t, int64_t>>&, const std::vector<qkv::BiasNumbers>&,
-                      const qkv::Integers&, qkv::Integers, const qkv::Integers&, double>(),
+                      const qkv::Integers&, qkv::Integers, const qkv::Integers&, double, bool>(),
              "isa"_a, "type"_a, "sizes"_a, "q_stride"_a, "k_stride"_a, "v_stride"_a, "out_stride"_a, "scale"_a,
-             "softcap"_a, "program"_a, "operands"_a, "bias"_a, "sinks"_a, "positions"_a, "pages"_a, "dropout_p"_a)
+             "softcap"_a, "program"_a, "operands"_a, "bias"_a, "sinks"_a, "positions"_a, "pages"_a, "dropout_p"_a,
+             "part"_a = false)
         .def("run", &Prepared::run, free)
         .def("cover", &Prepared::cover, free, "positions"_a, "position_rows"_a, "granules"_a)
         .def("run_full", &Prepared::run_full, free, "q"_a, "k"_a, "v"_a, "out"_a, "lse"_a, "threads"_a, "sinks"_a,

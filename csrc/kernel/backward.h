@@ -315,7 +315,7 @@ class Gradients {
             if (state != nullptr) w.m[r] = state[place], w.inverse[r] = state[place + a_.state_step];
             std::memset(d_q_ + row * D_, 0, sizeof(E) * static_cast<size_t>(D_));
         }
-        if (state == nullptr || sequence.q_count * group_ <= kDotRows) find_states(at, g, visits, w);
+        if (state == nullptr || (!a_.part && sequence.q_count * group_ <= kDotRows)) find_states(at, g, visits, w);
         for (int r = 0; r < rows.count; ++r) {
             const int64_t row = row_of(at, w.tile, r);
             // A row that sees nothing gets weights of 0, whatever its scores.

@@ -76,7 +76,9 @@ struct Schedule {
         c.rows = s.q_count * job.group;
         c.pairs = -1;
         c.step = c.bands = 1;
-        c.dots = c.rows <= kDotRows;
+        // Gradients find scores as the kernel for many rows does. States are found anew for few rows, except of a part
+        // of the keys: then that kernel has to have made them.
+        c.dots = !a.part && c.rows <= kDotRows;
         if (c.dots) {
             c.tile_rows = c.rows;
             c.tiles = c.rows > 0;

@@ -17,6 +17,7 @@ from qkv.errors import (
     ArgumentTypeError as ArgumentTypeError,
     PagesExhausted as PagesExhausted,
     QKVError as QKVError,
+    RankError as RankError,
     ShapeError as ShapeError,
     UnsupportedError as UnsupportedError,
     VersionError as VersionError,
@@ -70,7 +71,8 @@ _LAZY = {
 
 if not TYPE_CHECKING:  # a checker takes what is written "as" above, and would take every misspelt name for Any
     __all__ = [
-        *("ArgumentError", "ArgumentTypeError", "PagesExhausted", "QKVError", "ShapeError", "UnsupportedError"),
+        *("ArgumentError", "ArgumentTypeError", "PagesExhausted", "QKVError", "RankError", "ShapeError"),
+        "UnsupportedError",
         *(
             "VersionError",
             "Mask",

@@ -1,8 +1,8 @@
 """The errors qkv raises, and the one way their messages are built.
 
 Every error says the rule that was broken, the named values that were given, and the fix.
-All of them are also a `ValueError` or a `TypeError` (a full page pool: a `RuntimeError`), so code written for PyTorch
-keeps working.
+All of them are also a `ValueError` or a `TypeError` (a full page pool and a lost rank: a `RuntimeError`), so code
+written for PyTorch keeps working.
 """
 
 from __future__ import annotations
@@ -70,6 +70,10 @@ class VersionError(QKVError, ImportError, ValueError):
 
 class PagesExhausted(QKVError, RuntimeError):
     """A page pool has too few free pages for a step; nothing was changed."""
+
+
+class RankError(QKVError, RuntimeError):
+    """Another rank of a distributed call did not answer: it died, is too slow, or does something else."""
 
 
 class RecordingWarning(UserWarning):

@@ -119,7 +119,7 @@ PLAIN_POSITIONS = frozenset((type(None), str, int))
 
 def key_of(
     q: Any, k: Any, v: Any, mask: Any, positions: Any, bias: Any, scale: Any, softcap: Any, dropout_p: Any, sinks: Any,
-    return_lse: Any, backend: Any, learns: bool,
+    return_lse: Any, backend: Any, learns: bool | str,
 ) -> Any:  # fmt: skip
     """All that a prepared call depends on, or None where no key can stand for it: two calls of one key are one kind.
 
@@ -176,7 +176,7 @@ def prepare(problem: Problem, inputs: Inputs, options: Options, backend: str | N
         positions = problem.positions if where is None else (problem.positions, where.shape)
         key = key_of(
             q, k, v, problem.mask, positions, problem.bias, options.scale, options.softcap, problem.dropout_p, sinks,
-            options.return_lse, backend, problem.needs_grad,
+            options.return_lse, backend, "part" if problem.part else problem.needs_grad,
         )  # fmt: skip
         kept = PREPARED.get(key)
         if kept is not None:

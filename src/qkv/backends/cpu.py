@@ -217,7 +217,7 @@ class CpuBackend(Backend):
             operands=operands and [(t.data_ptr(), _extent(t)) for t in operands],
             bias=bias and [_bias(spec.kind, t) for spec, t in zip(p.bias, bias, strict=True)],
             sinks=[] if sinks is None else [_TYPES[sinks.dtype], sinks.stride(0)],
-            positions=offsets, pages=pages, dropout_p=p.dropout_p,
+            positions=offsets, pages=pages, dropout_p=p.dropout_p, part=p.part,
         )  # fmt: skip
 
 

@@ -53,6 +53,7 @@ class Problem:
     dropout_p: float
     needs_grad: bool  # a backward pass may follow: what it starts from, lse and state, is wanted too
     needs_lse: bool
+    part: bool = False  # its keys are a part of those that rows see: states are joined, and given to gradients
 
     @cached_property
     def program(self) -> Program | None:

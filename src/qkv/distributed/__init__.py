@@ -4,13 +4,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from qkv.distributed.balance import shards as shards
+from qkv.distributed.functional import attention as attention
+from qkv.distributed.rows import shard as shard, unshard as unshard
 from qkv.distributed.shards import Shards as Shards
 
 if TYPE_CHECKING:
     from qkv.distributed.tensor_parallel import HeadParallel as HeadParallel
     from qkv.nn.divided import key_heads as key_heads
 
-__all__ = ["HeadParallel", "Shards", "key_heads", "shards"]
+__all__ = ["HeadParallel", "Shards", "attention", "key_heads", "shard", "shards", "unshard"]
 
 # What is made of layers loads on first use, and so do DTensors.
 _LAZY = {"HeadParallel": "qkv.distributed.tensor_parallel", "key_heads": "qkv.nn.divided"}

@@ -83,8 +83,7 @@ class Exchange:
                 tuple((other, ranges) for other, ranges in leaves if ranges),
                 self.pieces(rank, held),
             )
-            if stage.arrives or stage.leaves:
-                found.append(stage)
+            found.append(stage)  # an empty one, too: stages are numbered alike on all ranks, and messages by them
         return tuple(found)
 
     def pieces(self, rank: int, keys: Ranges) -> tuple[Piece, ...]:
@@ -168,7 +167,7 @@ def _runs(
     problem: Problem, tiles: list[tuple[int, int]], positions: Tensor | None, b: int
 ) -> tuple[Tensor, Tensor, Tensor, list[int]] | None:
     """Tiles of one batch row as runs of consecutive positions: first and last position, first index, tile number."""
-    start, stop = torch.tensor(tiles, dtype=torch.int64, device="cpu").unbind(1)
+    start, stop = torch.tensor(tiles, dtype=torch.int64, device="cpu").t().contiguous()
     if positions is None:
         offset = problem.offset(b)
         return start + offset, stop - 1 + offset, start, list(range(len(tiles)))

@@ -63,7 +63,7 @@ class Shards:
         Shards
         """
         length, ranks = _sizes(length, ranks)
-        return cls(tuple(((a, b),) for a, b in _cut(length, ranks)))
+        return cls(tuple(((a, b),) for a, b in cut(length, ranks)))
 
     @classmethod
     def zigzag(cls, length: int, ranks: int) -> Shards:
@@ -78,7 +78,7 @@ class Shards:
         Shards
         """
         length, ranks = _sizes(length, ranks)
-        chunks = _cut(length, 2 * ranks)
+        chunks = cut(length, 2 * ranks)
         return cls(tuple((chunks[r], chunks[2 * ranks - 1 - r]) for r in range(ranks)))
 
     @property
@@ -164,14 +164,7 @@ class Shards:
         -------
         Tensor
         """
-        pieces = []
-        for rank, part in enumerate(parts):
-            at = 0
-            for start, stop in self.ranges[rank]:
-                pieces.append((start, part.narrow(dim, at, stop - start)))
-                at += stop - start
-        ordered = [piece for _, piece in sorted(pieces, key=lambda pair: pair[0])]
-        return torch.cat(ordered, dim) if ordered else parts[0]
+        return in_order(parts, self.ranges, dim)
 
     def __repr__(self) -> str:
         told = [
@@ -179,6 +172,32 @@ class Shards:
             for rank, mine in enumerate(self.ranges[:8])
         ]
         return f"Shards({'; '.join(told)}{f'; ... {self.ranks} ranks' if self.ranks > 8 else ''})"
+
+
+def in_order(parts: Sequence[Tensor], ranges: Sequence[Ranges], dim: int) -> Tensor:
+    """The rows of several tensors, each of which holds its ranges one after the other, in the order of the sequence."""
+    pieces = []
+    for part, mine in zip(parts, ranges, strict=True):
+        at = 0
+        for start, stop in mine:
+            pieces.append((start, part.narrow(dim, at, stop - start)))
+            at += stop - start
+    ordered = [piece for _, piece in sorted(pieces, key=lambda pair: pair[0])]
+    return ordered[0] if len(ordered) == 1 else torch.cat(ordered, dim) if ordered else parts[0]
+
+
+def place(held: Ranges, part: tuple[int, int]) -> slice:
+    """Where some rows stand in the tensor of those that are held; they are in one of its ranges.
+
+    >>> place(((0, 4), (12, 16)), (13, 15))
+    slice(5, 7, None)
+    """
+    at = 0
+    for start, stop in held:
+        if start <= part[0] and part[1] <= stop:
+            return slice(at + part[0] - start, at + part[1] - start)
+        at += stop - start
+    raise AssertionError(f"{part} is not in {held}")
 
 
 def merged(parts: Sequence[tuple[int, int]]) -> Ranges:
@@ -221,7 +240,8 @@ def _sizes(length: int, ranks: int) -> tuple[int, int]:
     return integer(call, "length", length), integer(call, "ranks", ranks, low=1)
 
 
-def _cut(length: int, parts: int) -> list[tuple[int, int]]:
+def cut(length: int, parts: int) -> list[tuple[int, int]]:
+    """Ranges of a length cut into parts that are alike, the first ones longer by one where it does not divide."""
     each, more = divmod(length, parts)
     ends = [0]
     for part in range(parts):

@@ -15,7 +15,7 @@ from qkv.errors import ArgumentError, ArgumentTypeError, ShapeError
 from qkv.masks.picture import counted, looked_at
 from qkv.masks.positions import resolve_positions
 from qkv.masks.program import Builder
-from qkv.masks.rule import CPU, Rule
+from qkv.masks.rule import CPU, Rule, remade
 from qkv.masks.tile import Sizes, Tile
 
 __all__ = ["dense"]
@@ -245,6 +245,12 @@ class Composed(Mask):
         for part in self.parts:
             part._encode(call, words, tensors)
 
+    def _for_head(self, h: int) -> Rule:
+        return remade(self, [part._for_head(h) for part in self.parts])
+
+    def of_heads(self, start: int, stop: int, Hq: int) -> Rule:
+        return remade(self, [part.of_heads(start, stop, Hq) for part in self.parts])
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class _Joined(Composed):
@@ -275,9 +281,6 @@ class _Joined(Composed):
     @classmethod
     def _decode(cls, words: Iterator[int], tensors: Iterator[Tensor]) -> Rule:
         return cls(decoded_parts(words, tensors))
-
-    def _for_head(self, h: int) -> Rule:
-        return type(self)(tuple(part._for_head(h) for part in self.parts))  # type: ignore[misc]
 
     def __repr__(self) -> str:
         return self.sign.join(f"({part!r})" if isinstance(part, _Joined) else repr(part) for part in self.parts)
@@ -331,9 +334,6 @@ class Not(Composed, op=15):
     @classmethod
     def _decode(cls, words: Iterator[int], tensors: Iterator[Tensor]) -> Rule:
         return ~decoded(words, tensors)
-
-    def _for_head(self, h: int) -> Rule:
-        return Not(self.part._for_head(h))  # type: ignore[arg-type]
 
     def __repr__(self) -> str:
         return f"~({self.part!r})" if isinstance(self.part, _Joined) else f"~{self.part!r}"
@@ -452,6 +452,9 @@ class Dense(ByReference, op=12):
             shape = torch.broadcast_shapes(*(x.shape for x in index))
             return torch.zeros(shape, dtype=torch.bool, device=self.t.device)
         return self.t[tuple(torch.zeros_like(x) if n == 1 else x for x, n in zip(index, self.t.shape, strict=True))]
+
+    def of_heads(self, start: int, stop: int, Hq: int) -> Rule:
+        return dense(self.t[:, start:stop]) if self.varies_by_head else self
 
     def _lower(self, builder: Builder) -> None:
         self._unchanged("dense()")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from qkv.checks import shown
 from qkv.errors import ArgumentTypeError, QKVError, ShapeError, from_function
 from qkv.masks.base import Mask
 from qkv.masks.program import Builder
+from qkv.masks.rule import Rule
 from qkv.masks.tile import Sizes, Tile
 
 __all__ = ["mask_mod"]
@@ -50,6 +52,15 @@ class MaskMod(Mask):
             given = f"a result {tuple(seen.shape)} for arguments that broadcast to {tuple(shape)}"
             raise ShapeError.of(call, rule, given, "Compute it elementwise from b, h, p and j")
         return seen
+
+    def of_heads(self, start: int, stop: int, Hq: int) -> Rule:
+        fn = self.fn
+
+        @wraps(fn)
+        def moved(b: Tensor, h: Tensor, p: Tensor, j: Tensor) -> Tensor:
+            return fn(b, h + start, p, j)
+
+        return MaskMod(moved) if start else self
 
     def _lower(self, builder: Builder) -> None:
         builder.supported = False

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -177,6 +178,10 @@ class Rule:
         """The mask that head h sees, without per_head."""
         return self
 
+    def of_heads(self, start: int, stop: int, Hq: int) -> Rule:
+        """The mask of query heads start .. stop - 1 of Hq, for a call that has these alone; start < stop."""
+        return self
+
     # The two lowered forms. The graph form is the opcode, some integers and some tensors; a mask without tensors is the
     # same for a kernel.
     def _numbers(self) -> tuple[int, ...]:
@@ -245,3 +250,10 @@ class Rule:
 
     def __deepcopy__(self, memo: Any) -> Rule:
         return self
+
+
+def remade(mask: Any, parts: Sequence[Rule]) -> Rule:
+    """A composition with other parts."""
+    own = {"part": parts[0]} if hasattr(mask, "part") else {"parts": tuple(parts)}
+    made: Rule = replace(mask, **own)
+    return made

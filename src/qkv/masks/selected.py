@@ -116,6 +116,18 @@ class Selected(ByReference, op=16):
         start = torch.where(lists < far, lists * self.block, INFINITE)
         return Spans(start, torch.where(lists < far, start + self.block, INFINITE))
 
+    def of_heads(self, start: int, stop: int, Hq: int) -> Rule:
+        self._unchanged("selected_blocks()")
+        each = Hq // self.t.shape[1]
+        # One list for all of them, whole lists, or the lists of heads one by one.
+        if (stop - 1) // each == start // each:
+            lists = self.t[:, start // each : start // each + 1]
+        elif start % each == 0 and stop % each == 0:
+            lists = self.t[:, start // each : stop // each]
+        else:
+            lists = self.t.repeat_interleave(each, 1)[:, start:stop]
+        return selected_blocks(lists, self.block, queries=self.queries)
+
     def _lower(self, builder: Builder) -> None:
         self._unchanged("selected_blocks()")
         lists = self._sorted()

@@ -181,6 +181,9 @@ class Blocks(Mask, op=10):
         at_b, at_h = (x if n > 1 else torch.zeros_like(x) for x, n in ((at.b, rows_b), (at.h, rows_h)))
         return table[at_b, at_h, row.clamp(0, nq - 1), key.clamp(0, nk - 1)] & inside
 
+    def of_heads(self, start: int, stop: int, Hq: int) -> Rule:
+        return Blocks(Operand(self.map.tensor[:, start:stop]), self.block) if self.varies_by_head else self
+
     def _cuts(self, b: int) -> Cuts | None:
         return Cuts(period=self.block, optional=True)
 
@@ -319,6 +322,9 @@ class PerHead(Composed, op=11):
 
     def _for_head(self, h: int) -> Rule:
         return self.parts[h]._for_head(h)
+
+    def of_heads(self, start: int, stop: int, Hq: int) -> Rule:
+        return per_head([part.of_heads(start, stop, Hq) for part in self.parts[start:stop]])  # type: ignore[misc]
 
     def __repr__(self) -> str:
         return f"per_head([{', '.join(map(repr, self.parts))}])"

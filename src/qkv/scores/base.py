@@ -48,6 +48,16 @@ class ScoreTerm:
     def check(self, call: str, sizes: Sizes) -> None:
         """Raise a typed error unless the term fits the call."""
 
+    def cut(self, rows: slice, keys: slice) -> ScoreTerm:
+        """The term for some of a call's queries and keys, where positions count from the first of these keys.
+
+        What looks at p - j alone stays as it is."""
+        return self
+
+    def of_heads(self, heads: slice) -> ScoreTerm:
+        """The term for some of a call's query heads."""
+        return self.with_tensors([t[heads] for t in self.tensors()])
+
     def specs(self) -> tuple[TermSpec, ...]:
         return tuple(TermSpec(t.kind, *_metadata(t.tensors())) for t in self.terms)
 
@@ -120,6 +130,12 @@ class Sum(ScoreTerm):
             rest = rest[count:]
         return Sum(tuple(terms))
 
+    def cut(self, rows: slice, keys: slice) -> ScoreTerm:
+        return Sum(tuple(t.cut(rows, keys) for t in self._terms))
+
+    def of_heads(self, heads: slice) -> ScoreTerm:
+        return Sum(tuple(t.of_heads(heads) for t in self._terms))
+
     def lowered(self, device: torch.device) -> ScoreTerm:
         return Sum(tuple(t.lowered(device) for t in self._terms))
 
@@ -165,6 +181,13 @@ class TensorBias(OfTensor):
         if t.dim() > 4 or any(size not in (1, whole) for size, whole in zip(padded, full, strict=True)):
             rule = "a bias tensor must broadcast to (B, Hq, Lq, Lk)"
             raise ShapeError.of(call, rule, f"bias {tuple(t.shape)} for {full}", "Give each dimension its size or 1")
+
+    def cut(self, rows: slice, keys: slice) -> ScoreTerm:
+        t = self._view(self._tensor)
+        return TensorBias(_select(_select(t, 2, rows), 3, keys))
+
+    def of_heads(self, heads: slice) -> ScoreTerm:
+        return TensorBias(_select(self._view(self._tensor), 1, heads))
 
     def tile(self, at: Tile, dtype: torch.dtype) -> Tensor:
         t = self._view(self._tensor)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import wraps
 
 import torch
 from torch import Tensor
@@ -21,6 +22,24 @@ class ScoreMod(ScoreTerm):
 
     def __init__(self, fn: Callable[..., Tensor]) -> None:
         self._fn = fn
+
+    def cut(self, rows: slice, keys: slice) -> ScoreTerm:
+        fn, first = self._fn, keys.start
+
+        @wraps(fn)
+        def moved(s: Tensor, b: Tensor, h: Tensor, p: Tensor, j: Tensor) -> Tensor:
+            return fn(s, b, h, p + first, j + first)
+
+        return ScoreMod(moved) if first else self
+
+    def of_heads(self, heads: slice) -> ScoreTerm:
+        fn, first = self._fn, heads.start
+
+        @wraps(fn)
+        def moved(s: Tensor, b: Tensor, h: Tensor, p: Tensor, j: Tensor) -> Tensor:
+            return fn(s, b, h + first, p, j)
+
+        return ScoreMod(moved) if first else self
 
     def apply(self, s: Tensor, at: Tile) -> Tensor:
         """The replaced scores, in the dtype and shape of s."""

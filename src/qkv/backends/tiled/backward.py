@@ -25,16 +25,16 @@ from torch import Tensor
 from qkv.backends.base import Gradients
 from qkv.backends.tiled.schedule import KeyTile
 from qkv.backends.tiled.walk import QueryTile, Scores, Walk, product, step
-from qkv.call.problem import Inputs, Problem
+from qkv.call.problem import Inputs, Output, Problem
 from qkv.masks import Tile
 from qkv.numerics import finite, no_autocast, softcap_slope, steady_matmul
 from qkv.scores import ScoreMod
 
 
-def backward(problem: Problem, inputs: Inputs, d_out: Tensor, d_lse: Tensor) -> Gradients:
-    """Gradients of sum(out * d_out) + sum(lse * d_lse)."""
+def backward(problem: Problem, inputs: Inputs, d_out: Tensor, d_lse: Tensor, whole: Output | None = None) -> Gradients:
+    """Gradients of sum(out * d_out) + sum(lse * d_lse). `whole`: results of all keys, if these are a part."""
     with no_autocast(problem.device):
-        return _Backward(problem, inputs, d_out, d_lse).run()
+        return _Backward(problem, inputs, d_out, d_lse, whole).run()
 
 
 class Pair(NamedTuple):
@@ -99,6 +99,23 @@ class Rows:
         return torch.where(s == -torch.inf, 0.0, torch.exp(s - self.top) / self.total)
 
 
+class GivenRows(Rows):
+    """The same where the keys are a part of those that rows see: from their results over all keys."""
+
+    def __init__(self, walk: Walk, d_out: Tensor, careful: bool, whole: Output) -> None:
+        super().__init__(walk, d_out, careful)
+        assert whole.state is not None
+        top, total = whole.state
+        dead = total == 0
+        self.top, self.total = top.masked_fill(dead, 0.0), total.masked_fill(dead, 1.0)
+        kind = walk.problem.accumulate
+        self.delta = (d_out.to(kind) * whole.out.to(kind)).sum(-1)
+
+    def sweep(self, tile: QueryTile) -> tuple[Tensor, Tensor, Tensor]:
+        top, total, delta = self.load(tile)
+        return top, total, delta
+
+
 def kept(walk: Walk, x: Tensor, at: Tile) -> Tensor:
     """What dropout leaves of a tile of weights, or of their gradients."""
     p = walk.problem.dropout_p
@@ -131,7 +148,9 @@ def collected(
 
 
 class _Backward:
-    def __init__(self, problem: Problem, inputs: Inputs, d_out: Tensor, d_lse: Tensor) -> None:
+    def __init__(
+        self, problem: Problem, inputs: Inputs, d_out: Tensor, d_lse: Tensor, whole: Output | None = None
+    ) -> None:
         self.walk = Walk(problem, inputs)
         self.problem, self.inputs, self.d_out = problem, inputs, d_out
         kind = problem.accumulate
@@ -139,7 +158,9 @@ class _Backward:
         data = (inputs.q, inputs.k, inputs.v, d_out)
         self.careful = not all(bool(torch.isfinite(x.sum(dtype=kind))) for x in data)
         self.d_lse = d_lse.to(kind)
-        self.rows = Rows(self.walk, d_out, self.careful)
+        self.rows = (
+            Rows(self.walk, d_out, self.careful) if whole is None else GivenRows(self.walk, d_out, self.careful, whole)
+        )
         self.buffers = [t.new_gradients(kind) for t in self.walk.terms]
 
     def run(self) -> Gradients:

@@ -48,6 +48,7 @@ def forward(problem: Problem, inputs: Inputs) -> Output:
     walk = Walk(problem, inputs)
     out = empty_output(inputs.q, problem.Dv)
     lse = torch.empty(problem.B, problem.Hq, problem.Lq, dtype=problem.accumulate, device=inputs.q.device)
+    state = torch.empty((2, *lse.shape), dtype=lse.dtype, device=lse.device) if problem.part else None
     for tile in walk.all_tiles():
         acc, total, top = _accumulated(walk, tile, careful=False)
         if not bool(torch.isfinite(acc).all()):
@@ -57,8 +58,11 @@ def forward(problem: Problem, inputs: Inputs) -> Output:
         if problem.dropout_p > 0:
             acc = acc / (1.0 - problem.dropout_p)
         walk.store(torch.where(dead, 0.0, acc / total), out, tile)
+        if state is not None:
+            walk.store(top, state[0], tile)
+            walk.store(total, state[1], tile)
         walk.store(torch.where(dead, -torch.inf, top + torch.log(total)), lse, tile)
-    return Output(out, lse)
+    return Output(out, lse, state)
 
 
 class TiledBackend(Backend):

@@ -1,0 +1,270 @@
+"""Attention over keys that other ranks hold: they come stage by stage, each while the one before is computed.
+
+    forward     own keys, then those of each stage: pieces are computed, and joined in this order
+    backward    keys and values come once more; dK and dV of a stage go back to who holds the keys, in the accumulation
+                dtype, and are added in the order of the stages
+
+A rank computes for its own queries alone, and its results stay where they are. The order of all sums follows from the
+plan, so bits are the same from run to run. Of others' keys those of two stages are in memory at most, with dK and dV of
+two in the backward pass; "allgather" has one stage.
+
+Source: Liu et al., Ring Attention (2023), for the order; the joining is the online softmax's (Milakov and Gimelshein
+2018).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from qkv.call.problem import Output
+from qkv.distributed.exchange import Exchange, Piece, Stage
+from qkv.distributed.parts import Joined, Whole
+from qkv.distributed.shards import Ranges, merged, place
+from qkv.distributed.transport import Group, Pending
+from qkv.scores import ScoreTerm
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """One call on one rank."""
+
+    whole: Whole
+    exchange: Exchange
+    group: Group
+    method: str
+
+    def stages(self) -> tuple[Stage, ...]:
+        """In order; the first is what the rank holds itself."""
+        return self.exchange.stages(self.group.rank, self.method)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> Output:
+        """out in q's dtype, lse and state of the rank's rows."""
+        p = self.whole.problem
+        joined = Joined(p, q.shape[2], q.device, self.whole.unit)
+        for stage, keys in self.arriving(k, v):
+            for piece in stage.pieces:
+                rows, mine, values = self.rows(piece), *keys.find(piece.keys)
+                problem, inputs = self.whole.inputs_of(piece, q, mine, values, rows)
+                joined.add(rows, self.whole.run(problem, inputs))
+        joined.add_sinks(sinks)
+        return joined.finish(q.dtype)
+
+    def arriving(self, k: Tensor, v: Tensor) -> Iterator[tuple[Stage, Keys]]:
+        """Each stage with its keys; those of the next are on their way while one is computed."""
+        stages = self.stages()
+        coming: tuple[Pending, Mailbox] | None = None
+        for n, stage in enumerate(stages):
+            box = None
+            if coming is not None:
+                coming[0].wait()
+                box = coming[1]
+            if n + 1 < len(stages):
+                coming = self._ask(n + 1, stages[n + 1], k, v)
+            if box is None:
+                yield stage, Keys.held(self.exchange.keys.ranges[self.group.rank], k, v)
+            else:
+                yield stage, box.keys()
+
+    def _ask(self, n: int, stage: Stage, k: Tensor, v: Tensor) -> tuple[Pending, Mailbox]:
+        box = Mailbox(stage.arrives, k, v)
+        leaving = [(other, torch.cat([x.flatten() for x in self.own(ranges, k, v)])) for other, ranges in stage.leaves]
+        return self.group.exchange(f"stage {n}: keys and values", box.letters(), leaving), box
+
+    def own(self, ranges: Ranges, *tensors: Tensor) -> list[Tensor]:
+        """Ranges of the rank's own keys: of each range its part of each tensor (B, Hkv, keys, width)."""
+        held = self.exchange.keys.ranges[self.group.rank]
+        return [x[:, :, place(held, part)] for part in ranges for x in tensors]
+
+    def rows(self, piece: Piece) -> slice:
+        """Where a piece's queries stand among the rank's own."""
+        return place(self.exchange.queries.ranges[self.group.rank], piece.queries)
+
+
+@dataclass(eq=False)
+class Keys:
+    """Keys of the sequence and their values by ranges."""
+
+    ranges: Ranges
+    k: list[Tensor]
+    v: list[Tensor]
+
+    @classmethod
+    def held(cls, ranges: Ranges, k: Tensor, v: Tensor) -> Keys:
+        """Those of a tensor that holds the ranges one after the other."""
+        slices = [place(ranges, part) for part in ranges]
+        return cls(ranges, [k[:, :, s] for s in slices], [v[:, :, s] for s in slices])
+
+    def zeros(self, kind: torch.dtype) -> Keys:
+        """As many zeros, for gradients."""
+        k, v = ([torch.zeros(x.shape, dtype=kind, device=x.device) for x in xs] for xs in (self.k, self.v))
+        return Keys(self.ranges, k, v)
+
+    def find(self, part: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """k and v of some keys that are in one range."""
+        for (start, stop), k, v in zip(self.ranges, self.k, self.v, strict=True):
+            if start <= part[0] and part[1] <= stop:
+                inside = slice(part[0] - start, part[1] - start)
+                return k[:, :, inside], v[:, :, inside]
+        raise AssertionError(f"{part} is not in {self.ranges}")
+
+
+class Mailbox:
+    """Memory for what some ranks send: of each its ranges in order, of each range k, then v."""
+
+    def __init__(self, senders: Sequence[tuple[int, Ranges]], k: Tensor, v: Tensor, dtype: torch.dtype | None = None):
+        self.senders, self.widths, self.lead = senders, (k.shape[3], v.shape[3]), tuple(k.shape[:2])
+        each = self.lead[0] * self.lead[1] * sum(self.widths)
+        self.memory = [
+            torch.empty(each * _count(ranges), dtype=dtype or k.dtype, device=k.device) for _, ranges in senders
+        ]
+
+    def letters(self) -> list[tuple[int, Tensor]]:
+        """Each rank's message."""
+        return [(other, x) for (other, _), x in zip(self.senders, self.memory, strict=True)]
+
+    def parts(self) -> Iterator[tuple[int, tuple[int, int], Tensor, Tensor]]:
+        """Rank, range, k and v."""
+        for (other, ranges), x in zip(self.senders, self.memory, strict=True):
+            at = 0
+            for start, stop in ranges:
+                found = []
+                for width in self.widths:
+                    size = (*self.lead, stop - start, width)
+                    number = size[0] * size[1] * size[2] * width
+                    found.append(x[at : at + number].view(size))
+                    at += number
+                yield other, (start, stop), found[0], found[1]
+
+    def keys(self) -> Keys:
+        """The keys of all ranks; ranges that meet are copied next to each other, to be computed at once."""
+        parts = sorted(((part, k, v) for _, part, k, v in self.parts()), key=lambda x: x[0])
+        ranges = merged([part for part, _, _ in parts])
+        groups: list[tuple[list[Tensor], list[Tensor]]] = [([], []) for _ in ranges]
+        at = 0
+        for part, k, v in parts:
+            while part[0] >= ranges[at][1]:
+                at += 1
+            groups[at][0].append(k)
+            groups[at][1].append(v)
+        k_v = [[x[0] if len(x) == 1 else torch.cat(x, 2) for x in group] for group in groups]
+        return Keys(ranges, [x[0] for x in k_v], [x[1] for x in k_v])
+
+
+def _count(ranges: Ranges) -> int:
+    return sum(stop - start for start, stop in ranges)
+
+
+class Sums:
+    """What a rank's gradients add up to, in the accumulation dtype; those of the bias in float64."""
+
+    def __init__(self, run: Run, q: Tensor, k: Tensor, v: Tensor) -> None:
+        p = run.whole.problem
+        self.q, self.k, self.v = (torch.zeros(x.shape, dtype=p.accumulate, device=x.device) for x in (q, k, v))
+        bias = run.whole.bias
+        self.bias: ScoreTerm | None = None
+        if bias is not None:
+            wide = [torch.zeros(t.shape, dtype=torch.float64, device=t.device) for t in bias.tensors()]
+            self.bias = bias.with_tensors(wide)
+
+    def add_bias(self, found: Sequence[Tensor], rows: slice, keys: slice) -> None:
+        if self.bias is not None:
+            for to, x in zip(self.bias.cut(rows, keys).tensors(), found, strict=True):
+                to += x
+
+
+class _Gradients:
+    """One backward pass on one rank."""
+
+    def __init__(self, run: Run, q: Tensor, k: Tensor, v: Tensor, whole: Output, d_out: Tensor, d_lse: Tensor) -> None:
+        self.run, self.q, self.k, self.v, self.whole = run, q, k, v, whole
+        self.d_out, self.d_lse = d_out, d_lse
+        self.sums = Sums(run, q, k, v)
+        self.returns: list[tuple[Pending, Mailbox]] = []
+
+    def all(self) -> Sums:
+        """Of all stages."""
+        for n, (stage, keys) in enumerate(self.run.arriving(self.k, self.v)):
+            if n == 0:
+                held = self.run.exchange.keys.ranges[self.run.group.rank]
+                self._stage(stage, keys, Keys.held(held, self.sums.k, self.sums.v))
+                continue
+            kind = self.sums.k.dtype
+            mine = keys.zeros(kind)
+            self._stage(stage, keys, mine)
+            self._send_back(n, stage, mine)
+        for pending, box in self.returns:
+            self._take(pending, box)
+        return self.sums
+
+    def _stage(self, stage: Stage, keys: Keys, to: Keys) -> None:
+        for piece in stage.pieces:
+            rows, (k, v) = self.run.rows(piece), keys.find(piece.keys)
+            problem, inputs = self.run.whole.inputs_of(piece, self.q, k, v, rows)
+            out, lse, state = self.whole
+            assert lse is not None
+            assert state is not None
+            known = Output(out[:, :, rows], lse[:, :, rows].contiguous(), state[:, :, :, rows].contiguous())
+            found = self.run.whole.gradients(problem, inputs, known, self.d_out[:, :, rows], self.d_lse[:, :, rows])
+            self.sums.q[:, :, rows] += found.q
+            dk, dv = to.find(piece.keys)
+            dk += found.k
+            dv += found.v
+            self.sums.add_bias(found.bias, rows, slice(*piece.keys))
+
+    def _send_back(self, n: int, stage: Stage, mine: Keys) -> None:
+        """To who holds the keys; and what others found for the rank's own keys is on its way to it."""
+        kind = self.sums.k.dtype
+        leaving = [
+            (other, torch.cat([x.flatten() for x in chain(*(mine.find(part) for part in ranges))]))
+            for other, ranges in stage.arrives
+        ]
+        box = Mailbox(stage.leaves, self.k, self.v, kind)
+        pending = self.run.group.exchange(f"stage {n}: gradients of keys and values", box.letters(), leaving, 1)
+        while len(self.returns) > 1:  # the oldest are there by now
+            self._take(*self.returns.pop(0))
+        self.returns.append((pending, box))
+
+    def _take(self, pending: Pending, box: Mailbox) -> None:
+        pending.wait()
+        for _, part, k, v in box.parts():
+            to_k, to_v = self.run.own((part,), self.sums.k, self.sums.v)
+            to_k += k
+            to_v += v
+
+
+class Attend(Function):
+    """`Run.attend` as a function of autograd's."""
+
+    @staticmethod
+    def forward(ctx: Any, run: Run, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, *bias: Tensor) -> Any:
+        found = run.attend(q, k, v, sinks)
+        ctx.run = run
+        ctx.save_for_backward(q, k, v, sinks, *found)
+        return found.out, found.lse
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, d_out: Tensor, d_lse: Tensor) -> Any:
+        run: Run = ctx.run
+        q, k, v, sinks, out, lse, state = ctx.saved_tensors
+        sums = _Gradients(run, q, k, v, Output(out, lse, state), d_out, d_lse.to(lse.dtype)).all()
+        d_sinks = None
+        if sinks is not None:
+            m, l = state
+            share = torch.where(l == 0, 0.0, torch.exp(sinks.to(m.dtype)[:, None] - m * run.whole.unit) / l)
+            delta = (d_out.to(m.dtype) * out.to(m.dtype)).sum(-1)
+            d_sinks = (share * (d_lse - delta)).sum((0, 2), dtype=torch.float64).to(sinks.dtype)
+        tensors = () if run.whole.bias is None else run.whole.bias.tensors()
+        d_bias = () if sums.bias is None else sums.bias.tensors()
+        return (
+            None, sums.q.to(q.dtype), sums.k.to(k.dtype), sums.v.to(v.dtype), d_sinks,
+            *(x.to(t.dtype) for x, t in zip(d_bias, tensors, strict=True)),
+        )  # fmt: skip
