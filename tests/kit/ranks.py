@@ -14,7 +14,7 @@ import itertools
 import os
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
@@ -45,7 +45,7 @@ class _Pool:
             self.pipes.append(mine)
             self.processes.append(process)
 
-    def ask(self, n: int, function: Callable[..., Any], args: tuple[Any, ...]) -> list[Any]:
+    def ask(self, n: int, function: Callable[..., Any], args: tuple[Any, ...], lost: Sequence[int] = ()) -> list[Any]:
         for pipe in self.pipes[:n]:
             pipe.send((n, function, args))
         found: dict[int, Any] = {}
@@ -61,8 +61,10 @@ class _Pool:
                 rank = left.pop(pipe)
                 try:
                     fine, value = pipe.recv()
-                except EOFError:
-                    fine, value = False, f"the process ended with {self.processes[rank].exitcode}"
+                except (EOFError, OSError):
+                    self.processes[rank].join(10)
+                    fine, value = rank in lost, f"the process ended with {self.processes[rank].exitcode}"
+                    value = None if fine else value
                 (found if fine else said)[rank] = value
         if said:
             self.stop()
@@ -94,11 +96,15 @@ def on_ranks(n: int, function: Callable[..., Any], *args: Any) -> list[Any]:
         raise
 
 
-def on_own_ranks(n: int, function: Callable[..., Any], *args: Any, timeout: float = TIMEOUT) -> list[Any]:
-    """The same on processes of their own, for functions that end or stop one, with a timeout of their groups."""
+def on_own_ranks(
+    n: int, function: Callable[..., Any], *args: Any, timeout: float = TIMEOUT, lost: Sequence[int] = ()
+) -> list[Any]:
+    """The same on processes of their own, for functions that end or stop one, with a timeout of their groups.
+
+    `lost`: the ranks whose processes may end; they return None."""
     pool = _Pool(n, timeout)
     try:
-        return pool.ask(n, function, args)
+        return pool.ask(n, function, args, lost)
     finally:
         pool.stop()
 
@@ -126,7 +132,10 @@ def _serve(pipe: Connection, rank: int, ranks: int, store: str, timeout: float) 
     meshes: dict[int, DeviceMesh] = {}
     # Every rank takes part in making every mesh, those that it is no part of too.
     for n in itertools.chain([ranks], range(1, ranks)):
-        meshes[n] = DeviceMesh("cpu", list(range(n)), mesh_dim_names=("ranks",))
+        # Not by DeviceMesh alone, whose groups have a timeout of half an hour.
+        group = dist.new_group(list(range(n)), timeout=timedelta(seconds=timeout), backend="gloo")
+        if rank < n:
+            meshes[n] = DeviceMesh.from_group(group, "cpu", mesh_dim_names=("ranks",))
     while True:
         try:
             n, function, args = pipe.recv()

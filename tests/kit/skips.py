@@ -15,10 +15,12 @@ NO_OBJECTS = "no objects of these sources are in build/, or there is no nm: buil
 NO_ARM_OBJECTS = "no objects for ARM of these sources are in build/arm: make test-arm makes and counts them"
 NO_CHROMIUM = "no Chromium is here to open the page in: make test-page installs it where it may"
 OLDER_TRANSFORMERS = "this transformers keeps positions along the row"
+NO_NAMESPACES = "network namespaces and veth need Linux, root and iproute2, and not all are here"
 NO_FLA = "no flash-linear-attention is installed here (pip install --no-deps flash-linear-attention fla-core)"
 
 ALLOWED = frozenset({
-    NO_MUTANTS, NO_OBJECTS, NO_ARM_OBJECTS, NO_CHROMIUM, NOT_LINUX, NO_TUNED_KERNEL, OLDER_TRANSFORMERS, NO_FLA
+    NO_MUTANTS, NO_OBJECTS, NO_ARM_OBJECTS, NO_CHROMIUM, NOT_LINUX, NO_TUNED_KERNEL, OLDER_TRANSFORMERS, NO_FLA,
+    NO_NAMESPACES,
 })  # fmt: skip
 
 

@@ -239,23 +239,27 @@ def _method(groups: tuple[Group, ...], method: Any) -> str:
     return method or ("hybrid" if len(groups) == 2 else "ring")
 
 
+_DIGESTS: dict[Any, tuple[int, str]] = {}
 _AGREED: weakref.WeakKeyDictionary[Any, set[Any]] = weakref.WeakKeyDictionary()
 
 
 def _agree(groups: tuple[Group, ...], key: tuple[Any, ...]) -> None:
-    """Before a kind of call is made for the first time: whether all ranks make the same."""
-    for group in groups:
-        if group.size == 1:
-            continue
-        known = _AGREED.setdefault(group.process_group, set())
-        if key in known:
-            continue
+    """Whether all ranks make the same call: messages of other sizes than expected would end a process of gloo's.
+
+    On gloo it is asked in every call, for some bytes and a tenth of a millisecond; where asking would wait for a GPU,
+    before the first of a kind."""
+    if key not in _DIGESTS:
+        if len(_DIGESTS) > 4096:
+            _DIGESTS.clear()
         text = _told(*key)
-        digest = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big")
-        same_everywhere(group, "agreeing on the call", digest, text[:400])
-        if len(known) > 4096:
-            known.clear()
-        known.add(key)
+        _DIGESTS[key] = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big"), text
+    digest, text = _DIGESTS[key]
+    for group in groups:
+        known = _AGREED.setdefault(group.process_group, set())
+        if group.size == 1 or (group.waits and digest in known):
+            continue
+        same_everywhere(group, "agreeing on the call", digest, text)
+        known.add(digest)
 
 
 def _told(problem: Problem, rows: Shards, keys: Shards, method: str, backend: str | None) -> str:

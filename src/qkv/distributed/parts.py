@@ -16,6 +16,7 @@ from torch import Tensor
 
 from qkv import execute
 from qkv.backends.base import Gradients
+from qkv.backends.tiled import backward as tiled
 from qkv.call.problem import Inputs, Options, Output, Problem
 from qkv.distributed.exchange import Piece
 from qkv.masks.portion import portion
@@ -84,8 +85,6 @@ class Whole:
         prepared = execute.prepare(problem, inputs, options, self.backend)
         if prepared.no_backward is None:
             return prepared.backward(inputs, whole, d_out, d_lse)
-        from qkv.backends.tiled import backward as tiled
-
         natural = whole
         if self.unit != 1:
             assert whole.state is not None

@@ -5,8 +5,9 @@ All waiting is torch.distributed's own, and so is its timeout: that of the proce
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,11 +20,32 @@ from qkv.errors import ArgumentError, ArgumentTypeError, RankError, UnsupportedE
 
 @dataclass
 class Traffic:
-    """Bytes that this rank has sent and received, and messages: for tests and measurements."""
+    """Bytes that this rank has sent to others and received from them, and messages; without the few that agree."""
 
     sent: int = 0
     received: int = 0
     messages: int = 0
+
+
+_COUNTERS: list[Traffic] = []
+
+
+@contextmanager
+def traffic() -> Iterator[Traffic]:
+    """What this process sends and receives inside of the block: for tests and measurements."""
+    counter = Traffic()
+    _COUNTERS.append(counter)
+    try:
+        yield counter
+    finally:
+        _COUNTERS.remove(counter)
+
+
+def _count(sent: int, received: int, messages: int) -> None:
+    for counter in _COUNTERS:
+        counter.sent += sent
+        counter.received += received
+        counter.messages += messages
 
 
 @dataclass(eq=False)
@@ -34,7 +56,11 @@ class Group:
     process_group: Any
     rank: int
     size: int
-    traffic: Traffic = field(default_factory=Traffic)
+
+    @property
+    def waits(self) -> bool:
+        """Whether looking at what was received waits for a GPU."""
+        return "gloo" not in dist.get_backend(self.process_group)
 
     def exchange(
         self, what: str, arrivals: Sequence[tuple[int, Tensor]], departures: Sequence[tuple[int, Tensor]], tag: int = 0
@@ -43,22 +69,22 @@ class Group:
 
         Messages of one tag between two ranks arrive in the order in which they were sent; NCCL knows no tags, and there
         all do."""
-        operations, names = [], []
+        operations, names, sent, received = [], [], 0, 0
         for other, x in departures:
             if x.numel():
                 operations.append(
                     dist.P2POp(dist.isend, _bytes(x), group=self.process_group, group_peer=other, tag=tag)
                 )
                 names.append(f"send to rank {other}")
-                self.traffic.sent += x.nbytes
+                sent += x.nbytes
         for other, x in arrivals:
             if x.numel():
                 operations.append(
                     dist.P2POp(dist.irecv, _bytes(x), group=self.process_group, group_peer=other, tag=tag)
                 )
                 names.append(f"receive from rank {other}")
-                self.traffic.received += x.nbytes
-        self.traffic.messages += len(operations)
+                received += x.nbytes
+        _count(sent, received, len(operations))
         keep = [x for _, x in (*arrivals, *departures)]
         if not operations:
             return Pending(self, what, [], [], keep)
@@ -66,7 +92,7 @@ class Group:
         # NCCL makes one work of all.
         return Pending(self, what, works, names if len(works) == len(names) else [", ".join(names)] * len(works), keep)
 
-    def gather(self, what: str, x: Tensor) -> list[Tensor]:
+    def gather(self, what: str, x: Tensor, counted: bool = True) -> list[Tensor]:
         """Every rank's tensor, in the order of ranks; all have one shape and dtype."""
         x = x.contiguous()
         found = [torch.empty_like(x) for _ in range(self.size)]
@@ -74,9 +100,8 @@ class Group:
             return [x]
         flat = [_bytes(t) for t in found]
         self.attempt(what, "gather", lambda: dist.all_gather(flat, _bytes(x), group=self.process_group))
-        self.traffic.sent += x.nbytes * (self.size - 1)
-        self.traffic.received += x.nbytes * (self.size - 1)
-        self.traffic.messages += 1
+        if counted:
+            _count(x.nbytes * (self.size - 1), x.nbytes * (self.size - 1), 1)
         return found
 
     def swap(self, what: str, parts: Sequence[Tensor], sizes: Sequence[Sequence[int]]) -> list[Tensor]:
@@ -92,9 +117,7 @@ class Group:
                 what, "all-to-all",
                 lambda: dist.all_to_all_single(got, sent, counts, [x.nbytes for x in parts], group=self.process_group),
             )  # fmt: skip
-        self.traffic.sent += sent.numel() - parts[self.rank].nbytes
-        self.traffic.received += got.numel() - counts[self.rank]
-        self.traffic.messages += 1
+        _count(sent.numel() - parts[self.rank].nbytes, got.numel() - counts[self.rank], 1)
         return [part.view(like.dtype).view(tuple(size)) for part, size in zip(got.split(counts), sizes, strict=True)]
 
     def attempt(self, what: str, doing: str, operation: Callable[[], Any]) -> Any:
@@ -150,11 +173,12 @@ def groups_of(call: str, mesh: Any) -> tuple[Group, ...]:
 def same_everywhere(group: Group, what: str, digest: int, told: str) -> None:
     """Raise on every rank unless all have one digest: another plan would wait for messages that nobody sends."""
     mine = torch.tensor([digest], dtype=torch.int64, device=_device(group))
-    found = [int(x) for x in torch.cat(group.gather(what, mine)).tolist()]
+    found = [int(x) for x in torch.cat(group.gather(what, mine, counted=False)).tolist()]
     if len(set(found)) > 1:
         alike = [rank for rank, x in enumerate(found) if x == digest]
         rule = "all ranks must make the same call: mask, shards, method, sizes, dtype, options"
-        given = f"{told} on rank {group.rank}, which only rank(s) {alike} have"
+        shown = told if len(told) <= 600 else f"{told[:600]} ..."
+        given = f"{shown} on rank {group.rank}, which only rank(s) {alike} have"
         raise ArgumentError.of(group.call, rule, given, "Print the arguments on two ranks and compare them")
 
 

@@ -179,7 +179,25 @@ class Rule:
         return self
 
     def of_heads(self, start: int, stop: int, Hq: int) -> Rule:
-        """The mask of query heads start .. stop - 1 of Hq, for a call that has these alone; start < stop."""
+        """The mask for a call that has some of the query heads alone.
+
+        Parameters
+        ----------
+        start, stop : int
+            Which: 0 <= start < stop <= Hq.
+        Hq : int
+            Query heads of the whole.
+
+        Returns
+        -------
+        Mask
+
+        Examples
+        --------
+        >>> import qkv
+        >>> qkv.per_head([qkv.causal(), qkv.prefix(3), qkv.prefix(5)]).of_heads(1, 3, 3)
+        per_head([prefix(3), prefix(5)])
+        """
         return self
 
     # The two lowered forms. The graph form is the opcode, some integers and some tensors; a mask without tensors is the
