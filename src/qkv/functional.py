@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any, Literal, overload
+from typing import Any, Literal, cast, overload
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from qkv import graph
 from qkv._torch import compiler_loaded, forward_level, modes, onnx_loaded, recording, under_transform
 from qkv.backends.base import Prepared
 from qkv.call import keywords
-from qkv.call.keys import KVView
+from qkv.call.keys import KVView, SharedView
 from qkv.call.problem import CALL, Inputs, Options, Output
 from qkv.call.validate import validate
 from qkv.call.watchers import WATCHERS, tell
@@ -30,7 +30,7 @@ _TENSORS = frozenset((Tensor, torch.nn.Parameter))
 
 @overload
 def attention(
-    q: Tensor, k: Tensor | KVView, v: Tensor | None = None, mask: Mask | Tensor | None = None, *,
+    q: Tensor, k: Tensor | KVView | SharedView, v: Tensor | None = None, mask: Mask | Tensor | None = None, *,
     positions: str | int | Sequence[int] | Tensor | None = None, bias: Tensor | ScoreTerm | None = None,
     scale: float | None = None, softcap: float | None = None, sinks: Tensor | None = None, dropout_p: float = 0.0,
     return_lse: Literal[False] = False, backend: str | None = None,
@@ -39,7 +39,7 @@ def attention(
 
 @overload
 def attention(
-    q: Tensor, k: Tensor | KVView, v: Tensor | None = None, mask: Mask | Tensor | None = None, *,
+    q: Tensor, k: Tensor | KVView | SharedView, v: Tensor | None = None, mask: Mask | Tensor | None = None, *,
     positions: str | int | Sequence[int] | Tensor | None = None, bias: Tensor | ScoreTerm | None = None,
     scale: float | None = None, softcap: float | None = None, sinks: Tensor | None = None, dropout_p: float = 0.0,
     return_lse: Literal[True], backend: str | None = None,
@@ -48,7 +48,7 @@ def attention(
 
 @overload
 def attention(
-    q: Tensor, k: Tensor | KVView, v: Tensor | None = None, mask: Mask | Tensor | None = None, *,
+    q: Tensor, k: Tensor | KVView | SharedView, v: Tensor | None = None, mask: Mask | Tensor | None = None, *,
     positions: str | int | Sequence[int] | Tensor | None = None, bias: Tensor | ScoreTerm | None = None,
     scale: float | None = None, softcap: float | None = None, sinks: Tensor | None = None, dropout_p: float = 0.0,
     return_lse: bool, backend: str | None = None,
@@ -57,7 +57,7 @@ def attention(
 
 def attention(
     q: Tensor,
-    k: Tensor | KVView,
+    k: Tensor | KVView | SharedView,
     v: Tensor | None = None,
     mask: Mask | Tensor | None = None,
     *,
@@ -207,6 +207,8 @@ def _attend(q: Any, k: Any, v: Any, mask: Any, options: Options, backend: Any, k
         problem, inputs = validate(CALL, q, k, v, mask, options)
         return Output(*prepare(problem, inputs, options, backend, key).run(*inputs))
     graph.refuse_recording()
+    if not isinstance(k, Tensor) and hasattr(k, "attend"):
+        return cast(Output, k.attend(CALL, q, v, mask, options, backend))
     output = graph.follow(q, k, v, mask, options, backend)
     if output is None:
         from qkv import autograd  # loaded by the first call that may need it

@@ -16,6 +16,7 @@ import torch
 
 import qkv
 from qkv.masks import Mask, portion
+from qkv.masks.stripes import Stripes
 from tests.kit import masks
 from tests.kit.masks import Sizes as Sizes, document, drawn_blocks as drawn_blocks, partition
 
@@ -147,6 +148,17 @@ def _of_row(rng: random.Random, s: Sizes, kind: masks.Kind) -> Spec:
     return Spec(f"{kind.name}({', '.join(map(repr, args))})", getattr(qkv, kind.name)(*args), sees, exact)
 
 
+def _stripes(rng: random.Random, s: Sizes) -> Spec:
+    block, ranks = rng.choice([1, 3, 16]), rng.randint(1, 4)
+    rank, blocks = rng.randrange(ranks), rng.choice([0, 1, rng.randint(0, 9), 100])
+
+    def stripes(b: int, h: int, i: int, p: int, j: int) -> bool:
+        return j // block % ranks == rank and j < blocks * block
+
+    mask = Stripes(block, ranks, rank, blocks)
+    return Spec(f"stripes({block}, {ranks}, {rank}, {blocks})", mask, stripes, True)
+
+
 def _portion(rng: random.Random, s: Sizes) -> Spec:
     """Some keys and queries of a larger call, whose mask may be a portion itself."""
     i, j = (rng.choice([0, rng.randint(0, 20)]) for _ in range(2))
@@ -178,6 +190,7 @@ _MAKERS = {
     "dense": _dense,
     "selected_blocks": _selected,
     "mask_mod": _mask_mod,
+    "stripes": _stripes,
     "portion": _portion,
 }
 EXACT_KINDS, KINDS = list(_EXACT), list(_MAKERS)

@@ -131,7 +131,11 @@ class PagedCache(Cache):
             ("int", page_size),
         ]
         self._index = PrefixIndex(page_size, names)
-        super().__init__(Storage(spec, pages, page_size), PagePool(pages, self._index), window=window, sinks=sinks)
+        super().__init__(self._stored(spec, pages, page_size), PagePool(pages, self._index), window=window, sinks=sinks)
+
+    def _stored(self, spec: Spec, pages: int, page_size: int) -> Storage:
+        """Where the pages lie."""
+        return Storage(spec, pages, page_size)
 
     # ---- sequences
 

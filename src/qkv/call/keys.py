@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -74,6 +74,14 @@ class KVView(NamedTuple):
     layout: KVLayout
     held: Mask | None  # what the cache still holds; joined with the call's mask by &
     summaries: BlockSummaries | None = None  # of a cache that keeps them, for `qkv.select_blocks`
+
+
+class SharedView(Protocol):
+    """Keys and values that several processes hold; `attention` takes it as k, and leaves the call to it."""
+
+    def attend(self, call: str, q: Any, v: Any, mask: Any, options: Any, backend: Any) -> Any:
+        """What `attention` returns, as an `Output` with lse; the arguments are as the caller gave them."""
+        ...
 
 
 class LayerCache(Protocol):

@@ -4,15 +4,28 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from qkv.distributed.balance import shards as shards
+from qkv.distributed.cache import ShardedCache as ShardedCache, ShardedStats as ShardedStats
 from qkv.distributed.functional import attention as attention
 from qkv.distributed.rows import shard as shard, unshard as unshard
 from qkv.distributed.shards import Shards as Shards
+from qkv.distributed.views import ShardedView as ShardedView
 
 if TYPE_CHECKING:
     from qkv.distributed.tensor_parallel import HeadParallel as HeadParallel
     from qkv.nn.divided import key_heads as key_heads
 
-__all__ = ["HeadParallel", "Shards", "attention", "key_heads", "shard", "shards", "unshard"]
+__all__ = [
+    "HeadParallel",
+    "ShardedCache",
+    "ShardedStats",
+    "ShardedView",
+    "Shards",
+    "attention",
+    "key_heads",
+    "shard",
+    "shards",
+    "unshard",
+]
 
 # What is made of layers loads on first use, and so do DTensors.
 _LAZY = {"HeadParallel": "qkv.distributed.tensor_parallel", "key_heads": "qkv.nn.divided"}

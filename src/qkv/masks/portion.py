@@ -112,6 +112,9 @@ class Portion(Composed, op=17):
     def _for_head(self, h: int) -> Rule:
         return self._of(self.part._for_head(h))
 
+    def of_heads(self, start: int, stop: int, Hq: int) -> Rule:
+        return self._of(self.part.of_heads(start, stop, Hq))
+
     def __repr__(self) -> str:
         where = f"first_key={self.first_key}, first_query={self.first_query}, Lq={self.Lq}, Lk={self.Lk}"
         return f"portion({self.part!r}, {where})"
