@@ -1,8 +1,9 @@
-"""Parts of rows' keys, computed one by one and joined, on every backend and in one process: what ranks do, without them."""
+"""Parts of rows' keys, computed one by one and joined: what ranks do, on every backend and in one process."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -43,7 +44,7 @@ class Cut(Exchange):
 def _cut(rng: np.random.Generator, part: tuple[int, int]) -> list[tuple[int, int]]:
     inside = rng.integers(part[0], part[1] + 1, int(rng.integers(0, 4))).tolist()
     ends = [part[0], *sorted(inside), part[1]]
-    return [(a, b) for a, b in zip(ends, ends[1:], strict=False) if a < b]
+    return [(a, b) for a, b in pairwise(ends) if a < b]
 
 
 def by_parts(inputs: Inputs, backend: str | None) -> Tensors:

@@ -26,6 +26,7 @@ from qkv.distributed.shards import Ranges, Shards, common, merged
 
 _TILES = 64  # tiles of a range of queries: how finely it is known which of them see a range of keys
 _SHORTEST = 32  # rows of a tile, at least
+_LONGEST = 1 << 15  # queries of a piece, about: what a piece returns is there beside what all pieces are joined in
 _MOST = 16  # ranges of keys that are moved between two ranks; where there are more, gaps are moved, too
 _JUMPS = 4096  # runs of consecutive positions that are looked at one by one
 
@@ -90,14 +91,18 @@ class Exchange:
         """The pieces of a rank's queries that see some of these keys, ordered by queries and then by keys."""
         tiles, found = self.tiles[rank], []
         for start, stop in self.queries.ranges[rank]:
-            for part in keys:
-                seeing = [
-                    rows
-                    for rows, seen in zip(tiles.rows, tiles.seen, strict=True)
-                    if start <= rows[0] < stop and common(seen, (part,))
-                ]
-                if seeing:
-                    found.append(Piece((seeing[0][0], seeing[-1][1]), part))
+            mine = [(rows, seen) for rows, seen in zip(tiles.rows, tiles.seen, strict=True) if start <= rows[0] < stop]
+            blocks: dict[int, list[tuple[tuple[int, int], Ranges]]] = {}
+            for rows, seen in mine:
+                blocks.setdefault((rows[0] - start) // _LONGEST, []).append((rows, seen))
+            for block in blocks.values():
+                for part in keys:
+                    seeing = [(rows, common(seen, (part,))) for rows, seen in block]
+                    seeing = [(rows, seen) for rows, seen in seeing if seen]
+                    if seeing:
+                        queries = seeing[0][0][0], seeing[-1][0][1]
+                        columns = min(seen[0][0] for _, seen in seeing), max(seen[-1][1] for _, seen in seeing)
+                        found.append(Piece(queries, columns))
         return tuple(found)
 
 
