@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import time
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ import qkv
 from qkv.distributed import ShardedCache, Shards
 from qkv.distributed.transport import traffic
 from qkv.masks import Mask
-from tests.kit.ranks import on_ranks
+from tests.kit.ranks import on_own_ranks, on_ranks
 
 pytestmark = pytest.mark.xdist_group("ranks")
 
@@ -139,11 +140,13 @@ def test_a_life_of_sequences(ranks: int, seed: int, dtype: torch.dtype, page_siz
 def beside(mesh: DeviceMesh, storage: torch.dtype | None, window: int | None) -> None:
     """Two layers, ragged steps: what one process has in one pool, to rounding."""
     gen, options = torch.Generator().manual_seed(3), dict(layers=2, storage=storage, window=window)
+    if window is not None:
+        options["sinks"] = 3
     cache = cache_of(mesh, **options)
     plain = qkv.cache.PagedCache(
         pages=200, num_kv_heads=HKV, head_dim=D, value_dim=DV, page_size=4, dtype=torch.float32, **options
     )
-    mask = qkv.causal() if window is None else qkv.sliding_window(window)
+    mask = qkv.causal() if window is None else qkv.causal() & (qkv.prefix(3) | qkv.sliding_window(window))
     mine, theirs = ([c.add() for _ in range(3)] for c in (cache, plain))
     for counts in ([19, 1, 7], [1, 0, 30], [5, 40, 1], *[[1, 1, 1]] * 9):
         one, other = cache.step(mine, lengths=counts), plain.step(theirs, lengths=counts)
@@ -289,6 +292,26 @@ def shared(mesh: DeviceMesh) -> tuple[int, int]:
 
 def test_prefixes_are_shared_on_all_ranks() -> None:
     assert on_ranks(3, shared) == [(6, 40 + 8)] * 3
+
+
+def left(mesh: DeviceMesh) -> str:
+    """The last rank goes; the others say what they waited for."""
+    cache = cache_of(mesh)
+    seq = cache.add()
+    cache.append([seq], *rows(torch.Generator().manual_seed(0), 1, 9))
+    if mesh.get_local_rank() == 2:
+        return "gone"
+    with pytest.raises(qkv.RankError, match=r"rank [01] of 3 could not finish a step of decoding") as told:
+        qkv.attention(torch.zeros(1, 4, 1, D), cache.view([seq]))
+    return str(told.value)
+
+
+def test_a_rank_that_makes_no_step_is_an_error_within_the_timeout() -> None:
+    begun = time.monotonic()
+    found = on_own_ranks(3, left, timeout=4.0)
+    assert found[2] == "gone"
+    assert time.monotonic() - begun < 60
+    assert "A rank has died" in found[0]
 
 
 def refused(mesh: DeviceMesh) -> None:
