@@ -11,7 +11,7 @@ import torch
 
 import qkv
 from qkv.distributed import Shards, balance, shards
-from qkv.distributed.work import Call, cells, lacking, owned, profile, visible
+from qkv.distributed.work import Sight, cells, lacking, owned, profile, visible
 from tests.kit.mask_specs import seeds
 
 MILLION = 1_000_000
@@ -57,7 +57,7 @@ def test_work_and_missing_keys_are_those_of_the_masks_table(seed: int) -> None:
     rng = random.Random(f"work {seed}")
     L, ranks = rng.choice([0, 1, 2, 7, 40, 61]), rng.choice([1, 2, 3, 4, 9])
     mask = drawn(rng, L)
-    call = Call(mask, 2, 2, L, L)
+    call = Sight(mask, 2, 2, L, L)
     held = shards(L, ranks, mask, batch=2, heads=2, slack=rng.choice([0.0, 0.25, 1.0]))
     every = table(mask, L, 2, 2)
     conservative = any(name in repr(mask) for name in ("strided", "dense"))
@@ -91,7 +91,7 @@ def test_every_row_is_held_once_and_no_rank_holds_too_many(seed: int) -> None:
 
 
 def work(mask: qkv.Mask | None, held: Shards) -> list[float]:
-    call = Call(mask, 1, 1, held.length, held.length)
+    call = Sight(mask, 1, 1, held.length, held.length)
     return balance.weighed(call, profile(call, 1 << 14), held).pairs.tolist()
 
 
@@ -144,7 +144,7 @@ def test_documents_are_within_four_percent_of_an_equal_share(ranks: int, lengths
 def test_equal_documents_move_nothing() -> None:
     for ranks in (2, 4, 8):
         mask = qkv.documents([MILLION // 8] * 8) & qkv.causal()
-        call, held = Call(mask, 1, 1, MILLION, MILLION), shards(MILLION, ranks, mask)
+        call, held = Sight(mask, 1, 1, MILLION, MILLION), shards(MILLION, ranks, mask)
         where = owned(held.ranges)
         assert int(lacking(visible(call, where), where, ranks, MILLION).sum()) == 0
 
@@ -152,7 +152,7 @@ def test_equal_documents_move_nothing() -> None:
 def test_short_documents_are_cut_between_them() -> None:
     """Thousands of short documents: few of them are on two ranks."""
     mask = qkv.documents(lognormal(4000, 0.5, 3)) & qkv.causal()
-    call, held = Call(mask, 1, 1, MILLION, MILLION), shards(MILLION, 4, mask)
+    call, held = Sight(mask, 1, 1, MILLION, MILLION), shards(MILLION, 4, mask)
     where = owned(held.ranges)
     assert int(lacking(visible(call, where), where, 4, MILLION).sum()) <= MILLION // 250
     assert max(map(len, held.ranges)) == 1

@@ -43,7 +43,7 @@ def of_time(seconds: float, gradient: float | None, dense: float | None) -> str:
 def unit(n: float, name: str, step: int) -> str:
     for prefix in ("", "k", "M", "G", "T", "P"):
         if n < step or prefix == "P":
-            text = f"{n:.3g}" if prefix else f"{n:.0f}"
+            text = f"{n:.3g}" if prefix and n < 999.5 else f"{n:,.0f}"
             return f"{text} {prefix}{'i' if step == 1024 and prefix else ''}{name}".replace("ki", "Ki")
         n /= step
     raise AssertionError

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from qkv.backends.base import Backend
+from qkv.backends.base import Backend, Speed
 from qkv.call.problem import Options, Output, Problem
 from qkv.call.validate import validate
 from qkv.masks import Mask, sliding_window
@@ -47,15 +47,22 @@ class Rates(NamedTuple):
 
 def seconds(backend: Backend, problem: Problem, pairs: int, backward: bool = False) -> float | None:
     """About how long a call takes that computes so many pairs; None where nothing of this device can be timed."""
-    p = problem
-    if p.device != "cpu" or backend.name == "reference" or 0 in (p.D, p.Dv):
+    p, found = problem, of(backend, problem, backward)
+    if found is None:
         return None
-    known = backend.speed(p, backward)
-    found = known or measured(backend, p.dtype, p.D, p.Dv, backward, torch.get_num_threads())
     if p.Lq >= _FEW or backward:
         return pairs * found.pair + p.B * p.Hq * p.Lq * found.row
     read = pairs / (p.group * max(p.Lq, 1)) * (p.D + p.Dv) * p.dtype.itemsize
     return max(pairs * found.pair, read * found.byte)
+
+
+def of(backend: Backend, problem: Problem, backward: bool = False) -> Rates | Speed | None:
+    """The rates of a backend for problems of this kind; None where nothing of this device can be timed."""
+    p = problem
+    if p.device != "cpu" or backend.name == "reference" or 0 in (p.D, p.Dv):
+        return None
+    known = backend.speed(p, backward)
+    return known or measured(backend, p.dtype, p.D, p.Dv, backward, torch.get_num_threads())
 
 
 @lru_cache(maxsize=64)

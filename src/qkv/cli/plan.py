@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from qkv.checks import short
+from qkv.cli import ranks
 from qkv.cli.expression import parse, positions_of
 from qkv.errors import ArgumentError
 from qkv.insight.cover import cover
@@ -40,6 +41,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--dtype", default="float32", choices=list(_DTYPES))
     parser.add_argument("--backend", metavar="NAME", help="as in qkv.attention")
     parser.add_argument("--json", action="store_true", help="one line of JSON instead")
+    ranks.add_options(parser)
     parser.set_defaults(run=run)
 
 
@@ -52,6 +54,8 @@ def run(args: argparse.Namespace) -> int:
         torch.zeros((), dtype=_DTYPES[args.dtype]).expand(sizes["b"], sizes[h], sizes[n], sizes[d])
         for h, n, d in (("hq", "lq", "d"), ("hkv", "lk", "d"), ("hkv", "lk", "dv"))
     )
+    if args.distributed or args.ranks is not None:
+        return ranks.run(args, (q, k, v), mask, positions)
     found = plan(q, k, v, mask, positions=positions, backend=args.backend)
     if args.json:
         print(json.dumps(as_json(found)))

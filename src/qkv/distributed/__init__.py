@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 from qkv.distributed.balance import shards as shards
 from qkv.distributed.cache import ShardedCache as ShardedCache, ShardedStats as ShardedStats
 from qkv.distributed.functional import attention as attention
+from qkv.distributed.machine import Machine as Machine
+from qkv.distributed.planning import DistributedPlan as DistributedPlan, plan as plan
 from qkv.distributed.rows import shard as shard, unshard as unshard
 from qkv.distributed.shards import Shards as Shards
 from qkv.distributed.views import ShardedView as ShardedView
@@ -15,13 +17,16 @@ if TYPE_CHECKING:
     from qkv.nn.divided import key_heads as key_heads
 
 __all__ = [
+    "DistributedPlan",
     "HeadParallel",
+    "Machine",
     "ShardedCache",
     "ShardedStats",
     "ShardedView",
     "Shards",
     "attention",
     "key_heads",
+    "plan",
     "shard",
     "shards",
     "unshard",

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from qkv.checks import integer, shown
 from qkv.distributed.shards import Shards
-from qkv.distributed.work import Call, Profile, lacking, owned, profile, visible
+from qkv.distributed.work import Profile, Sight, lacking, owned, profile, visible
 from qkv.errors import ArgumentError, ArgumentTypeError
 from qkv.masks import as_mask
 
@@ -112,7 +112,7 @@ def shards(
         rule = "slack must be from 0 to the number of ranks"
         raise ArgumentError.of(call, rule, f"slack={slack}", "Try slack=0.25, a quarter more rows")
     rule_of = as_mask(mask, call)
-    work = Call(rule_of, batch, heads, length, length)
+    work = Sight(rule_of, batch, heads, length, length)
     if rule_of is not None:
         rule_of.check(call, work.sizes)
     return balance(work, count, float(slack)).shards
@@ -127,14 +127,14 @@ def _size(call: str, mesh: Any) -> int:
 
 
 @lru_cache(maxsize=32)
-def balance(call: Call, ranks: int, slack: float) -> Balance:
+def balance(sight: Sight, ranks: int, slack: float) -> Balance:
     """The best shards that were tried, and what they come to."""
-    line = profile(call, min(_FINE * ranks, _BLOCKS))
-    most = -(-call.Lq // ranks)
+    line = profile(sight, min(_FINE * ranks, _BLOCKS))
+    most = -(-sight.Lq // ranks)
     most = max(most, int(most * (1 + slack)))
     found: list[Balance] = []
-    for kind, make in _tried(call.Lq, ranks, line, most):
-        found.append(weighed(call, line, make(), kind))
+    for kind, make in _tried(sight.Lq, ranks, line, most):
+        found.append(weighed(sight, line, make(), kind))
         if found[-1].slowest * ranks <= (1 + _GOOD) * line.total:
             break
     enough = min(one.slowest for one in found) * (1 + _ALIKE)
@@ -142,12 +142,12 @@ def balance(call: Call, ranks: int, slack: float) -> Balance:
     return min((one for one in found if one.slowest <= enough), key=lambda one: int(one.missing.sum()))
 
 
-def weighed(call: Call, line: Profile, shards: Shards, kind: str = "given") -> Balance:
+def weighed(sight: Sight, line: Profile, shards: Shards, kind: str = "given") -> Balance:
     """What shards come to."""
     held = owned(shards.ranges)
     each = line.upto(held.stop) - line.upto(held.start)
     pairs = torch.zeros(shards.ranks, dtype=torch.float64, device="cpu").index_add_(0, held.rank, each)
-    return Balance(shards, kind, pairs, lacking(visible(call, held), held, shards.ranks, call.Lk))
+    return Balance(shards, kind, pairs, lacking(visible(sight, held), held, shards.ranks, sight.Lk))
 
 
 def _tried(length: int, ranks: int, line: Profile, most: int) -> Iterator[tuple[str, Callable[[], Shards]]]:

@@ -18,7 +18,9 @@ from qkv._torch import under_transform
 from qkv.call.problem import Inputs, Options, Problem
 from qkv.call.validate import check_metadata, check_storage, checked
 from qkv.checks import shown
+from qkv.distributed.machine import known
 from qkv.distributed.methods import Call, by_heads, by_keys
+from qkv.distributed.planning import choose
 from qkv.distributed.rows import rank_of
 from qkv.distributed.shards import Shards
 from qkv.distributed.transport import Group, check_device, groups_of, same_everywhere
@@ -158,7 +160,7 @@ def _attend(
     q, k, v = q.resolve_neg(), k.resolve_neg(), v.resolve_neg()
     rows, keys = _shards(groups, q, k, *shards)
     problem, inputs, bias = _whole(q, k, v, mask, options, rows, keys)
-    chosen = _method(groups, method)
+    chosen = _method(groups, method) or choose(problem, rows, keys, [group.size for group in groups], known(groups))
     _agree(groups, (problem, rows, keys, chosen, backend))
     call = Call(problem, inputs, bias, options, rows, keys, backend)
     if chosen == "ulysses":
@@ -229,14 +231,15 @@ def _whole(
     return replace(problem, bias=bias.specs()), inputs, bias
 
 
-def _method(groups: tuple[Group, ...], method: Any) -> str:
+def _method(groups: tuple[Group, ...], method: Any) -> str | None:
+    """The method that was asked for, if it can be had."""
     if method is not None and method not in METHODS:
         raise ArgumentError.of(CALL, f"method must be one of {METHODS}", f"method={shown(method)}", "Or leave it out")
     if (method == "hybrid") != (len(groups) == 2) and method is not None:
         given = f"method={method!r} and a mesh of {len(groups)} dimension(s)"
         fix = "Pass a 2-D mesh (ring, heads) for hybrid, one dimension for the others"
         raise ArgumentError.of(CALL, "hybrid takes a mesh of two dimensions, and no other method does", given, fix)
-    return method or ("hybrid" if len(groups) == 2 else "ring")
+    return None if method is None else str(method)
 
 
 _DIGESTS: dict[Any, tuple[int, str]] = {}

@@ -19,30 +19,44 @@ from qkv.masks import Mask, Sizes, Tile
 from qkv.masks.counts import grid
 
 _CUTS = 1 << 16  # places where a mask changes its form that are remembered
-_LOOK = 1 << 22  # pairs that are looked at one by one, where ranges do not say what is visible
+_LOOK = 1 << 20  # pairs that are looked at one by one, where ranges do not say what is visible
 
 
-class Call(NamedTuple):
-    """What the work of a call depends on: its mask, sizes, and the position of query 0."""
+class Sight(NamedTuple):
+    """What decides which pairs there are: the mask, sizes, and where queries stand."""
 
     mask: Mask | None
     B: int
     Hq: int
     Lq: int
     Lk: int
-    first: int = 0
+    firsts: tuple[int, ...] = (0,)
+    """The position of query 0: one, or one a batch row."""
+    some: tuple[int, int] | None = None
+    """The heads that count, if not all."""
 
     @property
     def sizes(self) -> Sizes:
         return Sizes(self.B, self.Hq, self.Lq, self.Lk)
 
+    @property
+    def many(self) -> int:
+        """Heads that count, over all batch rows."""
+        start, stop = self.some or (0, self.Hq)
+        return self.B * (stop - start)
+
+    def first(self, b: int) -> int:
+        """The position of query 0 in a batch row."""
+        return self.firsts[b if len(self.firsts) > 1 else 0]
+
     def heads(self) -> Iterator[tuple[int, int, int]]:
         """(batch row, head, how many are like it) for those that may see other keys."""
-        if not self.B or not self.Hq or self.mask is None:
+        if self.mask is None or not self.many:
             return
-        batch = self.B if self.mask.varies_by_batch else 1
-        heads = self.Hq if self.mask.varies_by_head else 1
-        yield from ((b, h, self.B // batch * (self.Hq // heads)) for b in range(batch) for h in range(heads))
+        start, stop = self.some or (0, self.Hq)
+        batch = self.B if self.mask.varies_by_batch or len(self.firsts) > 1 else 1
+        alike = stop - start if not self.mask.varies_by_head else 1
+        yield from ((b, h, self.B // batch * alike) for b in range(batch) for h in range(start, stop, alike))
 
 
 class Counted(NamedTuple):
@@ -52,12 +66,12 @@ class Counted(NamedTuple):
     exact: bool
 
 
-def cells(call: Call, queries: Tensor, keys: Tensor, rows: Tensor | None = None) -> Counted:
+def cells(sight: Sight, queries: Tensor, keys: Tensor, rows: Tensor | None = None) -> Counted:
     """Visible pairs over all batch rows and heads in each cell of ranges of queries by keys.
 
     Parameters
     ----------
-    call : Call
+    sight : Sight
     queries : int64 (2, R)
         Where ranges start, in ascending order, and stop.
     keys : int64 (C + 1,)
@@ -73,37 +87,37 @@ def cells(call: Call, queries: Tensor, keys: Tensor, rows: Tensor | None = None)
     start, stop = queries
     rows = start if rows is None else rows
     total = torch.zeros(rows.numel(), keys.numel() - 1, dtype=torch.int64, device="cpu")
-    if call.mask is None:
+    if sight.mask is None:
         owner = torch.searchsorted(rows, start, right=True) - 1
         high = torch.zeros_like(rows).index_add_(0, owner, stop - start)
-        return Counted(high[:, None] * keys.diff() * call.B * call.Hq, True)
+        return Counted(high[:, None] * keys.diff() * sight.many, True)
     some, exact = stop > start, True
     start, stop = start[some], stop[some]
-    for b, h, times in call.heads():
-        where = (start + call.first, stop - 1 + call.first, start)
-        found = grid(call.mask, *where, b=b, h=h, sizes=call.sizes, rows=rows, keys=keys)
-        if found is None and call.Lq * call.Lk <= _LOOK:
-            found = _looked_at(call, start, stop, rows, keys, b, h)
+    for b, h, times in sight.heads():
+        where = (start + sight.first(b), stop - 1 + sight.first(b), start)
+        found = grid(sight.mask, *where, b=b, h=h, sizes=sight.sizes, rows=rows, keys=keys)
+        if found is None and sight.Lq * sight.Lk <= _LOOK:
+            found = _looked_at(sight, start, stop, rows, keys, b, h)
         if found is None:
-            found = grid(call.mask, *where, b=b, h=h, sizes=call.sizes, rows=rows, keys=keys, most=True)
+            found = grid(sight.mask, *where, b=b, h=h, sizes=sight.sizes, rows=rows, keys=keys, most=True)
             exact = False
         assert found is not None
         total += times * found
     return Counted(total, exact)
 
 
-def _looked_at(call: Call, start: Tensor, stop: Tensor, rows: Tensor, keys: Tensor, b: int, h: int) -> Tensor:
+def _looked_at(sight: Sight, start: Tensor, stop: Tensor, rows: Tensor, keys: Tensor, b: int, h: int) -> Tensor:
     """`cells` of one head by looking at each pair."""
-    assert call.mask is not None
+    assert sight.mask is not None
     out = torch.zeros(rows.numel(), keys.numel() - 1, dtype=torch.int64, device="cpu")
-    device = call.mask._device()
+    device = sight.mask._device()
     at_b, at_h = (torch.full((1, 1), n, dtype=torch.int64, device=device) for n in (b, h))
-    column = torch.searchsorted(keys, torch.arange(call.Lk, device="cpu"), right=True) - 1
+    column = torch.searchsorted(keys, torch.arange(sight.Lk, device="cpu"), right=True) - 1
     for first, last in zip(start.tolist(), stop.tolist(), strict=True):
         i = torch.arange(first, last, device=device)[:, None]
-        j = torch.arange(call.Lk, device=device)[None]
-        seen = call.mask.visible(Tile.pairs(at_b, at_h, i, i + call.first, j), call.sizes)
-        each = seen.expand(last - first, call.Lk).sum(0).cpu()
+        j = torch.arange(sight.Lk, device=device)[None]
+        seen = sight.mask.visible(Tile.pairs(at_b, at_h, i, i + sight.first(b), j), sight.sizes)
+        each = seen.expand(last - first, sight.Lk).sum(0).cpu()
         owner = bisect_right(rows.tolist(), first) - 1
         out[owner].index_add_(0, column.clamp(max=out.shape[1] - 1), each)
     return out
@@ -155,36 +169,38 @@ class Profile:
         return edges[n] + round(min(max(share, 0.0), 1.0) * (edges[n + 1] - edges[n]))
 
 
-def profile(call: Call, blocks: int) -> Profile:
+def profile(sight: Sight, blocks: int) -> Profile:
     """How work grows along the queries: counted at about `blocks` rows, and wherever the mask changes its form."""
-    step = max(1, -(-call.Lq // max(blocks, 1)))
-    marks = _marks(call)
-    edges = torch.arange(0, call.Lq, step, device="cpu")
-    edges = torch.cat((edges, marks, edges.new_tensor([0, call.Lq]))).unique()
-    keys = edges.new_tensor([0, call.Lk])
-    each = cells(call, torch.stack((edges[:-1], edges[1:])), keys)
+    step = max(1, -(-sight.Lq // max(blocks, 1)))
+    marks = _marks(sight)
+    edges = torch.arange(0, sight.Lq, step, device="cpu")
+    edges = torch.cat((edges, marks, edges.new_tensor([0, sight.Lq]))).unique()
+    keys = edges.new_tensor([0, sight.Lk])
+    each = cells(sight, torch.stack((edges[:-1], edges[1:])), keys)
     before = torch.nn.functional.pad(each.pairs[:, 0].cumsum(0), (1, 0))
     return Profile(edges, before, marks, each.exact)
 
 
-def _marks(call: Call) -> Tensor:
+def _marks(sight: Sight) -> Tensor:
     """The rows between 0 and Lq where a mask's ranges change their form; none of a mask that has too many."""
     none = torch.empty(0, dtype=torch.int64, device="cpu")
     found = [none]
-    for b, h, _ in call.heads():
-        assert call.mask is not None
-        for leaf in dict.fromkeys(call.mask._leaves(h)):
+    for b, h, _ in sight.heads():
+        assert sight.mask is not None
+        for leaf in dict.fromkeys(sight.mask._leaves(h)):
             cuts = leaf._cuts(b)
             if cuts is None or cuts.optional:
                 continue
-            first = 0 if cuts.by_index else call.first
+            first = 0 if cuts.by_index else sight.first(b)
             if cuts.at is not None:
                 found.append(cuts.at - first)
-            elif call.Lq // cuts.period <= _CUTS:
-                found.append(torch.arange(-(-first // cuts.period), (first + call.Lq) // cuts.period + 1, device="cpu"))
+            elif sight.Lq // cuts.period <= _CUTS:
+                found.append(
+                    torch.arange(-(-first // cuts.period), (first + sight.Lq) // cuts.period + 1, device="cpu")
+                )
                 found[-1] = found[-1] * cuts.period - first
     at = torch.cat(found)
-    at = at[(at > 0) & (at < call.Lq)].unique()
+    at = at[(at > 0) & (at < sight.Lq)].unique()
     return at if at.numel() <= _CUTS else none
 
 
@@ -203,21 +219,21 @@ def owned(ranges: Sequence[Sequence[tuple[int, int]]]) -> Owned:
     return Owned(*table.T.contiguous())
 
 
-def visible(call: Call, queries: Owned) -> Owned:
+def visible(sight: Sight, queries: Owned) -> Owned:
     """The ranges of keys that some query of a rank may see: of each rank disjoint and in order."""
     every = torch.zeros_like(queries.start)
-    if not call.B or not call.Hq or not call.Lk:
+    if not sight.many or not sight.Lk:
         return Owned(*(x[:0] for x in queries))
-    if call.mask is None:
-        return _union(Owned(every, every + call.Lk, queries.rank), call.Lk)
+    if sight.mask is None:
+        return _union(Owned(every, every + sight.Lk, queries.rank), sight.Lk)
     parts = [Owned(*(x[:0] for x in queries))]
-    for b, h, _ in call.heads():
-        where = queries.start + call.first, queries.stop - 1 + call.first
-        got = call.mask.intervals(*where, b=b, h=h, Lk=call.Lk, Lq=call.Lq, i_first=queries.start, Hq=call.Hq)
+    for b, h, _ in sight.heads():
+        where = queries.start + sight.first(b), queries.stop - 1 + sight.first(b)
+        got = sight.mask.intervals(*where, b=b, h=h, Lk=sight.Lk, Lq=sight.Lq, i_first=queries.start, Hq=sight.Hq)
         some = torch.arange(got.visible_start.shape[1], device="cpu") < got.visible_count[:, None]
         owner = queries.rank[:, None].expand(some.shape)
         parts.append(Owned(*(x.masked_select(some) for x in (got.visible_start, got.visible_stop, owner))))
-    return _union(Owned(*(torch.cat(x) for x in zip(*parts, strict=True))), call.Lk)
+    return _union(Owned(*(torch.cat(x) for x in zip(*parts, strict=True))), sight.Lk)
 
 
 def _union(parts: Owned, length: int) -> Owned:
