@@ -13,10 +13,12 @@ from qkv.distributed.shards import Shards as Shards
 from qkv.distributed.views import ShardedView as ShardedView
 
 if TYPE_CHECKING:
+    from qkv.distributed.context import Context as Context
     from qkv.distributed.tensor_parallel import HeadParallel as HeadParallel
     from qkv.nn.divided import key_heads as key_heads
 
 __all__ = [
+    "Context",
     "DistributedPlan",
     "HeadParallel",
     "Machine",
@@ -33,7 +35,11 @@ __all__ = [
 ]
 
 # What is made of layers loads on first use, and so do DTensors.
-_LAZY = {"HeadParallel": "qkv.distributed.tensor_parallel", "key_heads": "qkv.nn.divided"}
+_LAZY = {
+    "Context": "qkv.distributed.context",
+    "HeadParallel": "qkv.distributed.tensor_parallel",
+    "key_heads": "qkv.nn.divided",
+}
 
 
 if not TYPE_CHECKING:  # a checker that saw it would take every misspelt name for Any

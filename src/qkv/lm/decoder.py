@@ -15,6 +15,7 @@ from qkv.errors import ArgumentError, UnsupportedError
 from qkv.lm.variants import ABLATIONS, AblatedAttention, SdpaAttention, SelectedAttention
 from qkv.masks import Mask, bigbird, causal, sliding_window
 from qkv.nn import Attention, LatentAttention
+from qkv.nn.layer import Across
 from qkv.rotary import Rotary
 
 BYTES = 256
@@ -131,8 +132,10 @@ class Block(nn.Module):
         self.attention = attention_layer(config)
         self.mlp = SwiGLU(config.dim)
 
-    def forward(self, x: Tensor, mask: Mask, cache: LayerCache | None = None) -> Tensor:
-        held = {} if cache is None else {"cache": cache}
+    def forward(self, x: Tensor, mask: Mask, cache: LayerCache | None = None, across: Across | None = None) -> Tensor:
+        held: dict[str, Any] = {} if cache is None else {"cache": cache}
+        if across is not None:
+            held["across"] = across
         x = x + self.gain * self.attention(self.before_attention(x), mask=mask, **held)
         out: Tensor = x + self.gain * self.mlp(self.before_mlp(x))
         return out
@@ -174,15 +177,20 @@ class Decoder(nn.Module):
         window = config.window if config.attention == "window" else None
         return PagedCache(num_kv_heads=attention.num_kv_heads, head_dim=attention.head_dim, window=window, **made)
 
-    def forward(self, tokens: Tensor, step: Step | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, step: Step | None = None, across: Across | None = None) -> Tensor:
         """Return the logits (B, L, 256) of the byte after each of `tokens`, integers (B, L).
 
         With a step of this decoder's cache, tokens (n, T) are the next ones of its sequences, ragged (1, sum T); what
-        the cache holds of these sequences comes before them.
+        the cache holds of these sequences comes before them. With `across`, a `qkv.distributed.Context`, they are this
+        rank's of sequences that several ranks hold together, and so are the logits.
         """
+        if across is not None and not self.config.caches:
+            rule, given = "layers for comparison take whole sequences", f"attention={self.config.attention!r}"
+            fix = f"Use op='qkv' and one of {', '.join(KINDS)}, or no context parallelism"
+            raise UnsupportedError.of("qkv train", rule, f"{given}, op={self.config.op!r}", fix)
         x = self.embedding(tokens) * self.config.dim**0.5
         for n, block in enumerate(self.blocks):
-            x = block(x, self.config.mask, None if step is None else step.layer(n))
+            x = block(x, self.config.mask, None if step is None else step.layer(n), across)
         x = self.norm(x)
         if self.head is None:  # scaled: x still points to its own byte's embedding, and would begin by repeating it
             return nn.functional.linear(x * self.config.dim**-0.5, self.embedding.weight)

@@ -14,7 +14,7 @@ from qkv.errors import ArgumentError, ShapeError
 from qkv.graph import eager
 from qkv.masks import Mask, as_mask
 from qkv.nn.divided import by_head, divided, gates_of, joined, read_by
-from qkv.nn.layer import Layer, RMSNorm, check_step, check_tokens
+from qkv.nn.layer import Across, Layer, RMSNorm, check_step, check_tokens, stand, whole_only
 from qkv.rotary import Rotary, as_positions
 
 _CALL = "qkv.nn.Attention()"
@@ -165,6 +165,7 @@ class Attention(Layer):
         mask: Mask | Tensor | None = None,
         positions: int | str | Tensor | None = None,
         cache: LayerCache | None = None,
+        across: Across | None = None,
         **unknown: Any,
     ) -> Tensor:
         """Attend within x, or from x to a context.
@@ -185,6 +186,9 @@ class Attention(Layer):
             One layer of a step of a cache's sequences, `cache.step(seqs, T=...).layer(i)`. x is (n, T, dim), the next T
             tokens of each, or ragged (1, sum T, dim). Their keys and values are stored, and each token attends to what
             its sequence holds; masks and rotary read its position there. For inference only.
+        across : qkv.distributed.Context
+            x is this rank's rows of sequences that several ranks hold together. Each token attends to the whole
+            sequence, and masks and rotary go by its place there. For self-attention without a cache.
 
         Returns
         -------
@@ -196,7 +200,8 @@ class Attention(Layer):
         ShapeError, ArgumentError, ArgumentTypeError
             Inputs that do not fit the layer or each other.
         UnsupportedError
-            A cache and gradients, dropout, or a rotary scaling whose frequencies have changed since keys were stored.
+            A cache and gradients, dropout, or a rotary scaling whose frequencies have changed since keys were stored;
+            `across` with a cache, a context, or positions of each token and a scaling that looks at the length.
         PagesExhausted
             A cache without room for the step; nothing was changed.
 
@@ -215,7 +220,7 @@ class Attention(Layer):
         if unknown:
             raise keywords.unknown(_FORWARD, unknown, Attention.forward)
         run = Attention._forward if cache is None else eager(Attention._forward)
-        return run(self, x, context, mask, positions, cache)
+        return run(self, x, context, mask, positions, cache, across)
 
     def _forward(
         self,
@@ -224,15 +229,21 @@ class Attention(Layer):
         mask: Mask | Tensor | None,
         positions: int | str | Tensor | None,
         cache: LayerCache | None,
+        across: Across | None,
     ) -> Tensor:
         at: int | str | Tensor | None
+        length: int | None = None
+        if across is not None:
+            self._check_whole(context, cache, across)
         seen = self._seen(mask)
         if cache is None:
             at = self._query_positions(x, context, positions)
+            if across is not None and not isinstance(at, str):
+                at, length = stand(_FORWARD, x, at, self.rotary, across)
         else:
             at = self._step_positions(x, context, positions, cache)
             seen = as_mask(seen, _FORWARD)
-        q, k, v = self._project(x, context, at)
+        q, k, v = self._project(x, context, at, length)
         ranks = divided(_FORWARD, self, "q_proj", q.shape[1])
         keys: Tensor | KVView = k
         values: Tensor | None = v
@@ -241,7 +252,7 @@ class Attention(Layer):
             keys, values = cache.view(), None
         where = _for_mask(at) if context is not None else None
         sinks = self.sinks if self.sinks is None or ranks is None else ranks.own(self.sinks, 0, self.num_heads)
-        out = self._attend(q, keys, values, seen, positions=where, sinks=sinks)
+        out = self._attend(q, keys, values, seen, across, positions=where, sinks=sinks)
         heads = out.transpose(1, 2)  # (B, Lq, heads here, Dv)
         if self.gate_proj is not None:
             width = self.value_dim if self.gate is True else 1
@@ -276,7 +287,7 @@ class Attention(Layer):
         return self._project(x, context, self._query_positions(x, context, positions))
 
     def _project(
-        self, x: Tensor, context: Tensor | None, at: int | str | Tensor | None
+        self, x: Tensor, context: Tensor | None, at: int | str | Tensor | None, length: int | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         source = x if context is None else context
         q = by_head(_FORWARD, "q_proj", self.q_proj(x), self.head_dim, self.num_heads)
@@ -288,16 +299,19 @@ class Attention(Layer):
             q, k = (n(t) if ranks is None else ranks.shared(n, t) for n, t in ((self.q_norm, q), (self.k_norm, k)))
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if self.rotary is not None:
-            q, k = self._rotate(q, k, context is not None, at)
+            q, k = self._rotate(q, k, context is not None, at, length)
         return q, k, v
 
-    def _rotate(self, q: Tensor, k: Tensor, cross: bool, at: int | str | Tensor | None) -> tuple[Tensor, Tensor]:
+    def _rotate(
+        self, q: Tensor, k: Tensor, cross: bool, at: int | str | Tensor | None, length: int | None
+    ) -> tuple[Tensor, Tensor]:
         assert self.rotary is not None
         Lq, Lk = q.shape[2], k.shape[2]
         if at is None or isinstance(at, str):
             at = Lk - Lq if at == "end" else 0
         # Queries and keys share one sequence, and so one length for the scalings that look at it.
-        length = max(self.rotary.length(at, Lq), Lk) if cross else self.rotary.length(at, Lq)
+        if length is None:
+            length = max(self.rotary.length(at, Lq), Lk) if cross else self.rotary.length(at, Lq)
         made: dict[str, Any] = {"device": q.device, "dtype": torch.promote_types(q.dtype, torch.float32)}
         tables = self.rotary.tables(at, Lq, length=length, **made)
         q = self.rotary.apply(q, *tables)
@@ -340,6 +354,11 @@ class Attention(Layer):
             raise ArgumentError.of(_FORWARD, rule, given, fix)
         self._query_positions(x, None, None)
         return check_step(_FORWARD, self, x, positions, self.rotary, cache)
+
+    def _check_whole(self, context: Tensor | None, cache: LayerCache | None, across: Across) -> None:
+        whole_only(_FORWARD, None if cache is None else across, "a cache's step", "Leave cache out, or across")
+        fix = "Leave across out, give every rank the whole context, and pass positions=across.positions"
+        whole_only(_FORWARD, None if context is None else across, "a context", fix)
 
     def extra_repr(self) -> str:
         """The sizes and options, for `print`."""

@@ -18,7 +18,18 @@ from qkv.indexing import index_scores, select_tokens
 from qkv.masks import Mask, as_mask
 from qkv.nn.divided import FIX, Divided, by_head, divided, joined
 from qkv.nn.indexer import Indexer
-from qkv.nn.layer import Layer, RMSNorm, check_rotary, check_step, check_tokens, matrix_of
+from qkv.nn.layer import (
+    GATHER,
+    Across,
+    Layer,
+    RMSNorm,
+    check_rotary,
+    check_step,
+    check_tokens,
+    matrix_of,
+    stand,
+    whole_only,
+)
 from qkv.probabilities import weights
 from qkv.rotary import Rotary, as_positions
 
@@ -193,6 +204,7 @@ class LatentAttention(Layer):
         positions: int | Tensor | None = None,
         cache: LayerCache | None = None,
         return_mask: bool = False,
+        across: Across | None = None,
         **unknown: Any,
     ) -> Any:
         """Attend within x.
@@ -213,6 +225,8 @@ class LatentAttention(Layer):
         return_mask : bool
             Return (out, mask) with the mask that attention ran with, the chosen tokens in it: a layer without an
             indexer that takes it as `mask=` attends to the same ones, as every other layer of GLM does.
+        across : qkv.distributed.Context
+            As in `qkv.nn.Attention`: x is this rank's rows. Not with an indexer, which chooses among all keys.
 
         Returns
         -------
@@ -224,7 +238,8 @@ class LatentAttention(Layer):
         ShapeError, ArgumentError, ArgumentTypeError
             Inputs that do not fit the layer or each other.
         UnsupportedError
-            A cache and gradients, dropout, or a rotary scaling whose frequencies have changed since keys were stored.
+            A cache and gradients, dropout, or a rotary scaling whose frequencies have changed since keys were stored;
+            `across` with a cache, an indexer, or positions of each token and a scaling that looks at the length.
         PagesExhausted
             A cache without room for the step; nothing was changed.
 
@@ -245,17 +260,25 @@ class LatentAttention(Layer):
             raise keywords.unknown(_FORWARD, unknown, LatentAttention.forward)
         plain = cache is None and self.indexer is None
         run = LatentAttention._forward if plain else eager(LatentAttention._forward)
-        out, seen = run(self, x, mask, positions, cache)
+        out, seen = run(self, x, mask, positions, cache, across)
         return (out, as_mask(seen, _FORWARD)) if return_mask else out
 
     def _forward(
-        self, x: Tensor, mask: Mask | Tensor | None, positions: int | Tensor | None, cache: LayerCache | None
+        self,
+        x: Tensor,
+        mask: Mask | Tensor | None,
+        positions: int | Tensor | None,
+        cache: LayerCache | None,
+        across: Across | None,
     ) -> tuple[Tensor, Mask | Tensor | None]:
         at: int | Tensor
+        length: int | None = None
         seen = self._seen(mask)
+        whole_only(_FORWARD, None if cache is None else across, "a cache's step", "Leave cache out, or across")
+        whole_only(_FORWARD, None if self.indexer is None else across, "an indexer's choice", GATHER)
         matrix: Tensor | None = None  # W_UK and W_UV, of the absorbed form
         if cache is None:
-            at = self._positions(x, positions)
+            at, length = stand(_FORWARD, x, self._positions(x, positions), self.rotary, across)
             if self._absorbed_is_cheaper() if self.absorb is None else self.absorb:
                 matrix = matrix_of(self.kv_b_proj)
         else:
@@ -264,7 +287,7 @@ class LatentAttention(Layer):
             self._check_cache(cache)
             seen, matrix = as_mask(seen, _FORWARD), matrix_of(self.kv_b_proj)
         c_q = self.query_latent(x)
-        q_nope, q_rope, latent = self._project(x, c_q, at)
+        q_nope, q_rope, latent = self._project(x, c_q, at, length)
         ranks = self._ranks(q_nope)
         view, seen = self._stored(x, c_q, latent, at, seen, cache, q_nope.shape[1])
         keys: Tensor | KVView
@@ -281,7 +304,7 @@ class LatentAttention(Layer):
             heads = matrix.unflatten(0, (q_nope.shape[1], -1))
             w_uk, w_uv = heads.split([self.qk_nope_head_dim, self.v_head_dim], dim=1)
             q_nope = q_nope @ w_uk  # (B, H, L, dn) @ (H, dn, R)
-        out = self._attend(torch.cat((q_nope, q_rope), dim=-1), keys, values, seen, scale=self._scale())
+        out = self._attend(torch.cat((q_nope, q_rope), dim=-1), keys, values, seen, across, scale=self._scale())
         if matrix is not None:
             out = out @ w_uv.transpose(1, 2)  # (B, H, L, R) @ (H, R, dv)
         return joined(_FORWARD, self, ranks, out.transpose(1, 2)), seen
@@ -413,10 +436,12 @@ class LatentAttention(Layer):
         k_rope = self.rotary.apply(k_rope.unsqueeze(1), cos, sin)
         return torch.cat((self.kv_a_layernorm(c).unsqueeze(1), k_rope), dim=-1)
 
-    def _project(self, x: Tensor, c_q: Tensor, at: int | Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _project(
+        self, x: Tensor, c_q: Tensor, at: int | Tensor, length: int | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (B, H, L, dn) and (B, H, L, dr), and what a cache keeps of each token."""
         dn, dr = self.qk_nope_head_dim, self.qk_rope_head_dim
-        cos, sin = self._tables(x, at)
+        cos, sin = self._tables(x, at, length)
         q: Tensor = self.q_proj(x) if self.q_lora_rank is None else self.q_b_proj(c_q)
         name = "q_proj" if self.q_lora_rank is None else "q_b_proj"
         q_nope, q_rope = by_head(_FORWARD, name, q, dn + dr, self.num_heads).transpose(1, 2).split([dn, dr], dim=-1)
@@ -449,9 +474,9 @@ class LatentAttention(Layer):
         pair = self.qk_nope_head_dim + self.qk_rope_head_dim + self.v_head_dim
         return 2 * self.kv_lora_rank + self.qk_rope_head_dim < pair
 
-    def _tables(self, x: Tensor, at: int | Tensor) -> tuple[Tensor, Tensor]:
+    def _tables(self, x: Tensor, at: int | Tensor, length: int | None = None) -> tuple[Tensor, Tensor]:
         dtype = torch.promote_types(x.dtype, torch.float32)
-        return self.rotary.tables(at, x.shape[1], device=x.device, dtype=dtype)
+        return self.rotary.tables(at, x.shape[1], length=length, device=x.device, dtype=dtype)
 
     def _positions(self, x: Tensor, positions: Any) -> int | Tensor:
         check_tokens(_FORWARD, "x", x, "dim", self.dim)

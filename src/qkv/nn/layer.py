@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,21 @@ class RMSNorm(nn.Module):
         return f"{self.weight.shape[0]}, eps={self.eps}"
 
 
+class Across(Protocol):
+    """The rows of sequences that several ranks hold together, as `qkv.distributed.Context` says them to a layer."""
+
+    @property
+    def positions(self) -> Tensor:
+        """Where this rank's rows stand in the sequence, int64 (rows,)."""
+
+    @property
+    def length(self) -> int:
+        """Rows of the whole sequence."""
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Any, **options: Any) -> Any:
+        """`qkv.attention` over the whole sequence, of this rank's rows."""
+
+
 class Layer(nn.Module):
     """A layer around `qkv.attention`: the options that all of them hand on."""
 
@@ -77,10 +92,13 @@ class Layer(nn.Module):
         self.value_dim = D if value_dim is None else integer(call, "value_dim", value_dim, low=1)
         _check_heads(call, self.num_heads, Hkv, D, rotary)
 
-    def _attend(self, q: Tensor, k: Tensor | KVView, v: Tensor | None, mask: Any, **more: Any) -> Tensor:
+    def _attend(
+        self, q: Tensor, k: Tensor | KVView, v: Tensor | None, mask: Any, across: Across | None = None, **more: Any
+    ) -> Tensor:
         """attention() with the layer's options; `more` are positions, scale and sinks."""
+        run = attention if across is None else across.attention
         more = {"scale": self.scale, "softcap": self.softcap, "backend": self.backend, **more}
-        out: Tensor = attention(q, k, v, mask, dropout_p=self.dropout_p if self.training else 0.0, **more)
+        out: Tensor = run(q, k, v, mask, dropout_p=self.dropout_p if self.training else 0.0, **more)  # type: ignore[arg-type]
         return out
 
     def reset_parameters(self) -> None:
@@ -174,6 +192,35 @@ def check_step(call: str, layer: Layer, x: Tensor, positions: Any, rotary: Rotar
             )
             raise UnsupportedError.of(call, rule, given, fix)
     return at
+
+
+def stand(
+    call: str, x: Tensor, at: int | Tensor | None, rotary: Rotary | None, across: Across | None
+) -> tuple[int | Tensor, int | None]:
+    """Where tokens stand for rotary, and the length for scalings that look at it; None where positions say it."""
+    if across is None:
+        return (0 if at is None else at), None
+    own = across.positions
+    if x.shape[1] != own.shape[0]:
+        given = f"x {tuple(x.shape)} and {own.shape[0]} of {across.length} rows here"
+        raise ShapeError.of(call, "x must be this rank's rows of the sequence", given, "Take them with across.shard(x)")
+    if isinstance(at, Tensor):
+        if rotary is not None and rotary.scaling is not None and rotary.scaling.depends_on_length:
+            rule = f"{type(rotary.scaling).__name__} needs the length, which no rank knows from its own positions"
+            given = f"positions {tuple(at.shape)} with across"
+            raise UnsupportedError.of(call, rule, given, "Leave positions out, or give the first token's as an int")
+        return at, None
+    first = at or 0
+    return own.to(x.device) + first, across.length + first
+
+
+def whole_only(call: str, across: Across | None, what: str, fix: str) -> None:
+    """An error for what needs whole sequences, where ranks hold them together."""
+    if across is not None:
+        raise UnsupportedError.of(call, f"{what} is of whole sequences", "across", fix)
+
+
+GATHER = "Gather the rows for this layer: across.shard(layer(across.unshard(x)))"
 
 
 _LINEAR = nn.Linear.forward, nn.Linear.__call__

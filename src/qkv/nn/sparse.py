@@ -17,7 +17,7 @@ from qkv.errors import ArgumentError, ArgumentTypeError
 from qkv.graph import eager
 from qkv.nn.choice import Pattern, checked
 from qkv.nn.divided import Divided, by_head, divided, gates_of, indivisible, joined, key_heads, read_by
-from qkv.nn.layer import Layer, check_step, check_tokens
+from qkv.nn.layer import GATHER, Across, Layer, check_step, check_tokens, whole_only
 from qkv.nn.nsa import Keys, branches, mean, windows
 from qkv.rotary import Rotary, as_positions
 
@@ -235,6 +235,7 @@ class SparseAttention(Layer):
         *,
         positions: int | Tensor | None = None,
         cache: SparseLayerStep | None = None,
+        across: Across | None = None,
         **unknown: Any,
     ) -> Tensor:
         """Attend within x, each token to itself and those before it.
@@ -250,6 +251,8 @@ class SparseAttention(Layer):
             (n, T, dim), the next T tokens of each sequence, or ragged (1, sum T, dim). Their keys and values are
             stored, and the entries of the blocks that they complete; each token reads what its sequence holds. For
             inference only.
+        across : qkv.distributed.Context
+            Refused: blocks are compressed and chosen of whole sequences. `across.unshard(x)` gathers them.
 
         Returns
         -------
@@ -260,7 +263,8 @@ class SparseAttention(Layer):
         ShapeError, ArgumentError, ArgumentTypeError
             Inputs that do not fit the layer or each other.
         UnsupportedError
-            A cache and gradients, dropout, or a rotary scaling whose frequencies have changed since keys were stored.
+            A cache and gradients, dropout, or a rotary scaling whose frequencies have changed since keys were stored;
+            `across`.
         PagesExhausted
             A cache without room for the step; nothing was changed.
 
@@ -279,6 +283,7 @@ class SparseAttention(Layer):
         if unknown:
             raise keywords.unknown(_FORWARD, unknown, SparseAttention.forward)
         check_tokens(_FORWARD, "x", x, "dim", self.dim)
+        whole_only(_FORWARD, across, "a choice of blocks", GATHER)
         if cache is not None:
             return eager(SparseAttention._step)(self, x, positions, cache)
         at = 0 if positions is None else as_positions(_FORWARD, positions, x.shape[0], x.shape[1])
