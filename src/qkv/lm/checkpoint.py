@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qkv.errors import ArgumentError, UnsupportedError
+from qkv._torch import is_distributed
+from qkv.errors import ArgumentError
+from qkv.lm import parts
 
 FORMAT = "qkv decoder 1"
 
@@ -66,7 +68,7 @@ def save(path: Path, tensors: Mapping[str, Tensor], notes: Mapping[str, Any]) ->
 
 
 def load(path: str | Path) -> Saved:
-    """Read a checkpoint; pickles, other safetensors and broken files are refused.
+    """Read a checkpoint, a file or in parts; pickles, other safetensors and broken files are refused.
 
     Raises
     ------
@@ -76,6 +78,8 @@ def load(path: str | Path) -> Saved:
         If there is no such file, or it is not a checkpoint of this program.
     """
     opened = _safetensors("safe_open")
+    if Path(path).is_dir():
+        return Saved(Path(path), *parts.load(Path(path)))
     fix = "Name a file that qkv train wrote"
     if not Path(path).is_file():
         raise ArgumentError.of("qkv train", "no such checkpoint", repr(str(path)), fix)
@@ -114,7 +118,17 @@ def copy_exactly(saved: Saved, prefix: str, wanted: Mapping[str, Tensor]) -> Non
             raise _unfit(f"{prefix}.{name} must be {tuple(target.shape)} {target.dtype}", given)
     with torch.no_grad():
         for name, target in wanted.items():
-            target.copy_(found[name])
+            target.copy_(_as_divided(found[name], target))
+
+
+def _as_divided(source: Tensor, target: Tensor) -> Tensor:
+    """What a rank has of the source, where the target is divided among ranks; each of them has read all of it."""
+    if not is_distributed(target):
+        return source
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    assert isinstance(target, DTensor)
+    return distribute_tensor(source.to(target.dtype), target.device_mesh, target.placements, src_data_rank=None)
 
 
 def _unfit(rule: str, given: str) -> ArgumentError:
@@ -123,12 +137,10 @@ def _unfit(rule: str, given: str) -> ArgumentError:
 
 
 def _safetensors(name: str) -> Any:
-    try:
-        import safetensors
-        import safetensors.torch
-    except ImportError:
-        rule, fix = "checkpoints are safetensors files", "Use pip install safetensors"
-        raise UnsupportedError.of("qkv train", rule, "a Python without safetensors", fix) from None
+    parts.need_safetensors()
+    import safetensors
+    import safetensors.torch
+
     return getattr(safetensors if name == "safe_open" else safetensors.torch, name)
 
 

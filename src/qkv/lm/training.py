@@ -6,7 +6,7 @@ import math
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from qkv.errors import ArgumentError
-from qkv.lm import checkpoint
+from qkv.lm import checkpoint, parts
 from qkv.lm.data import Corpus
 from qkv.lm.decoder import Config, Decoder
 
@@ -69,7 +69,7 @@ class Run:
 
     def __init__(self, config: Config, settings: Settings, corpus: Corpus) -> None:
         self.config, self.settings, self.corpus = config, settings, corpus
-        self.model = Decoder(config, settings.seed)
+        self.model = self._decoder()
         self.names = dict(self.model.named_parameters())
         matrices = [p for p in self.names.values() if p.dim() > 1]
         vectors = [p for p in self.names.values() if p.dim() < 2]
@@ -79,6 +79,9 @@ class Run:
         self.batches = corpus.batches(settings.batch, config.context, self.rng)
         self.step, self.record = 0, Record()
 
+    def _decoder(self) -> Decoder:
+        return Decoder(self.config, self.settings.seed)
+
     def advance(self) -> float:
         """Make one step and return its loss in bits per byte."""
         start = time.perf_counter()
@@ -86,9 +89,8 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.rate_at(self.step)
         self.model.train()
-        loss = cross_entropy(self.model(inputs).flatten(0, 1), targets.flatten())
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss = self._gradients(inputs, targets)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
         self.optimizer.step()
         bits = loss.item() / math.log(2)
@@ -100,12 +102,21 @@ class Run:
         self.record.milliseconds.append((time.perf_counter() - start) * 1e3)
         return bits
 
+    def _gradients(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Give every parameter the gradient of the mean loss of a batch, in nats, and return that loss."""
+        loss = cross_entropy(self.model(inputs).flatten(0, 1), targets.flatten())
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss
+
     def evaluate(self) -> float:
         """Return the bits per byte on the held-out text, and record them."""
         context = self.config.context
-        bits = held_out_bits(self.model, self.corpus.held_out(max(1, HELD_BYTES // context), context))
+        bits = self._held_out_bits(self.corpus.held_out(max(1, HELD_BYTES // context), context))
         self.record.held.append((self.step, bits))
         return bits
+
+    def _held_out_bits(self, windows: Iterator[tuple[Tensor, Tensor]]) -> float:
+        return held_out_bits(self.model, windows)
 
     def go(self, until: int, every: int, say: Callable[[Run], None], save: Path | None = None) -> None:
         """Train up to step `until`; every so many steps and at the end, evaluate and save. `say`: called each step."""
@@ -118,15 +129,25 @@ class Run:
             say(self)
 
     def save(self, path: Path) -> None:
-        """Write all that continuing needs: weights, optimizer, generator, and the record as metadata."""
+        """Write all that continuing needs: weights, optimizer, generator, and the record as metadata.
+
+        A file; or into the directory of a checkpoint that several ranks began.
+        """
+        write = parts.save if path.is_dir() else checkpoint.save
+        write(path, self.state(), self.notes())
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the tensors that continuing needs."""
         tensors = {f"model.{name}": t for name, t in self.model.state_dict().items()}
         tensors |= {f"optimizer.{name}": t for name, t in self._moments().items()}
-        tensors["rng.batches"] = self.rng.get_state()
-        checkpoint.save(path, tensors, self.notes())
+        return tensors | {"rng.batches": self.rng.get_state()}
 
     def export(self, path: Path) -> None:
         """Write the weights alone, in bfloat16: a model to use, not to continue."""
-        tensors = {f"model.{name}": t.to(torch.bfloat16) for name, t in self.model.state_dict().items()}
+        self._export(path, self.model.state_dict())
+
+    def _export(self, path: Path, weights: Mapping[str, Tensor]) -> None:
+        tensors = {f"model.{name}": t.to(torch.bfloat16) for name, t in weights.items()}
         notes = self.notes()
         notes["record"]["losses"] = []  # of thousands of steps: nothing that using the model needs
         checkpoint.save(path, tensors, notes)
@@ -148,24 +169,33 @@ class Run:
         ArgumentError
             For a checkpoint of another text, or one whose tensors do not fit.
         """
-        try:
-            text, step, noted = saved.notes["text"], int(saved.notes["step"]), saved.notes["record"]
-            record = Record([float(b) for b in noted["losses"]], [(int(s), float(b)) for s, b in noted["held"]])
-            same = text["sha256"] == self.corpus.sha256
-        except (KeyError, TypeError, ValueError) as error:
-            raise _unreadable(saved, "text, step and record", error) from None
-        if not same:
-            rule, fix = "a run continues on the text it began with", "Name the same, unchanged file"
-            raise ArgumentError.of("qkv train", rule, f"{self.corpus.name} and a checkpoint of {text.get('name')}", fix)
+        step, record = self._noted(saved.path, saved.notes)
         state = self.rng.get_state()
         checkpoint.copy_exactly(saved, "model", self.model.state_dict())
         checkpoint.copy_exactly(saved, "rng", {"batches": state})
-        for parameter in self.names.values():
-            made = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(parameter)}
-            self.optimizer.state[parameter] = made | {"exp_avg_sq": torch.zeros_like(parameter)}
+        self._begin_moments()
         checkpoint.copy_exactly(saved, "optimizer", self._moments())
         self.rng.set_state(state)
         self.step, self.record = step, record
+
+    def _noted(self, path: Path, notes: Mapping[str, Any]) -> tuple[int, Record]:
+        """The step and the record of a checkpoint's notes; an error for one of another text."""
+        try:
+            text, step, noted = notes["text"], int(notes["step"]), notes["record"]
+            record = Record([float(b) for b in noted["losses"]], [(int(s), float(b)) for s, b in noted["held"]])
+            same = text["sha256"] == self.corpus.sha256
+        except (KeyError, TypeError, ValueError) as error:
+            raise _unreadable(path, "text, step and record", error) from None
+        if not same:
+            rule, fix = "a run continues on the text it began with", "Name the same, unchanged file"
+            raise ArgumentError.of("qkv train", rule, f"{self.corpus.name} and a checkpoint of {text.get('name')}", fix)
+        return step, record
+
+    def _begin_moments(self) -> None:
+        """Give the optimizer the tensors that a checkpoint fills."""
+        for parameter in self.names.values():
+            made = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(parameter)}
+            self.optimizer.state[parameter] = made | {"exp_avg_sq": torch.zeros_like(parameter)}
 
     def _moments(self) -> dict[str, Tensor]:
         return {
@@ -201,11 +231,11 @@ def configured(saved: checkpoint.Saved) -> tuple[Config, Settings]:
     try:
         return Config(**saved.notes["config"]), Settings(**saved.notes["settings"])
     except (KeyError, TypeError) as error:
-        raise _unreadable(saved, "config and settings", error) from None
+        raise _unreadable(saved.path, "config and settings", error) from None
 
 
-def _unreadable(saved: checkpoint.Saved, what: str, error: Exception) -> ArgumentError:
-    rule, given = f"a checkpoint's notes must hold its {what}", f"{saved.path} ({type(error).__name__}: {error})"
+def _unreadable(path: Path, what: str, error: Exception) -> ArgumentError:
+    rule, given = f"a checkpoint's notes must hold its {what}", f"{path} ({type(error).__name__}: {error})"
     return ArgumentError.of("qkv train", rule, given, "Name a file that qkv train wrote")
 
 
