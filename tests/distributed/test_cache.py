@@ -225,6 +225,34 @@ def test_rows_move_to_the_ranks_that_store_them(shards: Shards) -> None:
     assert sum(sent for _, sent in found) <= 2 * 2 * shards.length * HKV * (D + DV) * 4, "each row moves at most once"
 
 
+def prefilled(mesh: DeviceMesh) -> list[Tensor]:
+    """A prompt computed in shards, stored from where its rows are, and gone on with."""
+    gen, rank, L = torch.Generator().manual_seed(4), mesh.get_local_rank(), 45
+    shards, cache, mask = Shards.zigzag(L, mesh.size()), cache_of(mesh), MASKS["streaming"]
+    k, v = rows(gen, 1, L)
+    q = torch.randn(1, 4, L, D, generator=gen) * 2
+    mine = [shards.take(x, rank) for x in (q, k, v)]
+    out = qkv.distributed.attention(*mine, mask=mask, mesh=mesh, shards=shards)
+    want, _ = truth(q[0], k[0], v[0], mask)
+    assert torch.allclose(out[0].double(), shards.take(want, rank, dim=1), atol=4e-5)
+    seq, found = cache.add(), []
+    cache.append([seq], *mine[1:], shards=shards)
+    for _ in range(6):
+        more = rows(gen, 1, 1)
+        k, v = (torch.cat(pair, 2) for pair in zip((k, v), more, strict=True))
+        q = torch.randn(1, 4, 1, D, generator=gen) * 2
+        cache.append([seq], *more)
+        found.append(qkv.attention(q, cache.view([seq]), mask=mask))
+        want, _ = truth(q[0], k[0], v[0], mask)
+        assert torch.allclose(found[-1][0].double(), want, atol=4e-5)
+    return found
+
+
+def test_a_prompt_in_shards_is_gone_on_with() -> None:
+    found = on_ranks(3, prefilled)
+    assert len({digest(parts) for parts in found}) == 1
+
+
 def balanced(mesh: DeviceMesh) -> Any:
     cache, gen = cache_of(mesh), torch.Generator().manual_seed(0)
     seqs, lengths = [cache.add() for _ in range(4)], [1, 15, 16, 51]
