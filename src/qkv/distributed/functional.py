@@ -122,7 +122,7 @@ def attention(
     share: their sum over ranks is the gradient, as of every parameter of a model whose rows are shared out.
     Cost: the work of the rank's pairs; "ring" and "allgather" receive the keys and values that its queries may see, and
     in the backward pass the same again with their gradients going back in float32; "ulysses" moves q, k, v, out.
-    Results are those of one process within the error rule of docs/guarantees.md, with the same bits from run to run.
+    Results are those of one process within the error bounds of one, with the same bits from run to run.
     Source: Liu et al. (2023), Ring Attention; Jacobs et al. (2023), DeepSpeed Ulysses.
 
     Examples
