@@ -183,6 +183,13 @@ def test_every_row_that_is_computed_again_costs_its_rate() -> None:
     assert found.costs["ulysses"].ranks[0].forward.seconds == pytest.approx(300 * 1e-3)
 
 
+def test_copies_of_an_all_to_all_count_where_memory_is_known() -> None:
+    plain, slow = (Machine(1e9, 0.0, 1e30, memory=memory) for memory in (None, 1e9))
+    one, two = (planned(300, 3, None, Hq=3, Hkv=3, machine=m).costs["ulysses"].ranks[0].forward for m in (plain, slow))
+    assert two.seconds == pytest.approx(5 * one.seconds)
+    assert two.exposed == pytest.approx(two.seconds)
+
+
 def test_the_cheapest_is_chosen() -> None:
     few = planned(4096, 4, None, Hq=8, Hkv=8, machine=Machine(1e6, 0.0, 1e12))
     assert few.method == "ulysses", "its bytes do not grow with ranks"
@@ -404,6 +411,59 @@ def moved(mesh: Any, call: dict[str, Any], method: str) -> tuple[int, int, int, 
     with traffic() as backward:
         torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
     return forward.received, forward.sent, backward.received, backward.sent
+
+
+def agreed(mesh: Any, whole: bool) -> tuple[Machine, Machine]:
+    """What a rank is told where each has other figures, and where all have the usual ones: that is remembered."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    from qkv.distributed import machine as module
+    from qkv.distributed.transport import groups_of
+
+    over = init_device_mesh("cpu", (2, 2)) if whole else mesh
+    rank = mesh.get_local_rank()
+    own = Machine(1e9, 1e-4, 1e11 * (1 + rank), 9e10 / (1 + rank), 1e-7 * rank, 1e10 + rank)
+    try:
+        found, plain = Machine.measured(over, own), Machine.measured(over)
+        assert module.known(groups_of("test", over)) == plain
+    finally:
+        module._KNOWN.clear()  # the mesh is that of other tests, too
+    return found, plain
+
+
+@pytest.mark.xdist_group("ranks")
+@pytest.mark.parametrize("whole", [False, True])
+def test_ranks_agree_on_what_was_measured(whole: bool) -> None:
+    found = on_ranks(4, agreed, whole)
+    assert len(set(found)) == 1
+    first, plain = found[0]
+    assert (first.flops, first.backward, first.row, first.memory) == (1e11, 9e10 / 4, 1e-7 * 3, 1e10)
+    assert (plain.flops, plain.backward, plain.row, plain.memory) == (1e11, None, 0.0, None)
+    assert 1e6 < first.bandwidth < 1e12
+    assert 1e-7 < first.latency < 1
+
+
+def chosen_there(mesh: Any, machine: Machine) -> str:
+    """Which method `attention` runs where these figures were measured: it is told by who talks to whom."""
+    from qkv.distributed import attention, machine as module
+    from qkv.distributed.transport import groups_of, traffic
+
+    (group,) = groups_of("test", mesh)
+    module._KNOWN[group.process_group] = ((group.size,), machine)
+    try:
+        q = torch.randn(1, 4, 64, 16)
+        attention(q, q, q, mesh=mesh)
+        with traffic() as seen:
+            attention(q, q, q, mesh=mesh)
+        return "ulysses" if seen.received < 3 * 64 * 4 * 32 * 4 else "keys"
+    finally:
+        del module._KNOWN[group.process_group]
+
+
+@pytest.mark.xdist_group("ranks")
+def test_what_was_measured_decides() -> None:
+    assert set(on_ranks(4, chosen_there, Machine(1e6, 0.0, 1e12))) == {"ulysses"}
+    assert set(on_ranks(4, chosen_there, Machine(1e12, 0.0, 1e6, row=1e-9))) == {"keys"}
 
 
 @pytest.mark.xdist_group("ranks")

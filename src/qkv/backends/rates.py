@@ -25,7 +25,7 @@ from qkv.masks import Mask, sliding_window
 CALL = "qkv.plan()"
 _HEADS = 8
 _WIDTH = 64  # of the window whose time says what a row costs
-_SHORT, _LONG = 96, 1536  # queries of a timed call: whole tiles
+_SHORT, _LONG = 192, 1536  # queries of a timed call: whole tiles, and so many that the window's pairs are fewer
 _SECONDS = 0.004  # that a timed call takes, if it can be so short: others who use the machine leave such gaps
 _TURNS = 3
 _PATIENCE = 0.05  # seconds after which a call is not timed again

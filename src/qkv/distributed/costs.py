@@ -275,7 +275,7 @@ class _Swapped:
         return sum(a for a, _ in self.letters), sum(b for _, b in self.letters)
 
     def seconds(self, machine: Machine) -> float:
-        return float(sum(machine.transfer(max(pair)) for pair in self.letters))
+        return sum((machine.swap(max(pair)) for pair in self.letters), 0.0)
 
 
 def _rank(

@@ -18,14 +18,17 @@ import torch
 
 from qkv.backends import rates
 from qkv.backends.base import Backend
+from qkv.backends.tiled.schedule import pairs_of
 from qkv.call.problem import Problem
 from qkv.checks import shown
 from qkv.distributed.transport import Group, groups_of
 from qkv.errors import ArgumentError, ArgumentTypeError
+from qkv.masks.counts import Look
 
 CALL = "qkv.distributed.Machine"
 _LETTER = 1 << 23  # bytes of a message that is timed
 _TURNS = 7
+_COUNTED = 1 << 22  # rows of a call whose tiles are counted
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,8 @@ class Machine:
         The same of its gradients; as forward unless given.
     row : float
         Seconds that a row of queries of one head takes besides its pairs, each time that it is computed.
+    memory : float, optional
+        Bytes a second that a rank reads or writes; where given, copies before and after an all-to-all count.
     """
 
     bandwidth: float
@@ -51,11 +56,12 @@ class Machine:
     flops: float
     backward: float | None = None
     row: float = 0.0
+    memory: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("bandwidth", "flops", "backward", "latency", "row"):
+        for name in ("bandwidth", "flops", "backward", "memory", "latency", "row"):
             value, zero = getattr(self, name), name in ("latency", "row")
-            if value is None and name == "backward":
+            if value is None and name in ("backward", "memory"):
                 continue
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 fix = (
@@ -87,13 +93,19 @@ class Machine:
 
     @classmethod
     def here(cls, problem: Problem, backend: Backend, bandwidth: float, latency: float) -> Machine:
-        """The rates of a backend in this process, measured once (0.1 s), with a given network."""
+        """The rates of a backend in this process, measured once (0.1 s), with a given network.
+
+        They are for calls like the problem: of tiles that its mask cuts, hidden pairs are computed, too.
+        """
         forward, back = (rates.of(backend, problem, backward) for backward in (False, True))
         if forward is None or back is None:
             usual = cls.usual(problem.device)
             return cls(bandwidth, latency, usual.flops)
         pair, gradient = products(problem)
-        return cls(bandwidth, latency, pair / forward.pair, gradient / back.pair, forward.row)
+        # What is found of a row over other keys is joined to it: three numbers read, and as many written, for each.
+        row = forward.row + 6 * problem.Dv * problem.accumulate.itemsize * forward.byte
+        seen = _visible(problem, backend)
+        return cls(bandwidth, latency, seen * pair / forward.pair, seen * gradient / back.pair, row, 1 / forward.byte)
 
     @classmethod
     def measured(cls, mesh: Any, like: Machine | None = None) -> Machine:
@@ -119,15 +131,17 @@ class Machine:
         device = torch.device(mesh.device_type)
         usual = like or cls.usual(device.type)
         found = [_timed(group, device) for group in groups if group.size > 1]
-        bandwidth = min((bytes for bytes, _ in found), default=usual.bandwidth)
-        latency = max((seconds for _, seconds in found), default=usual.latency)
-        for group in groups:  # numbers of one dimension are those of its own ranks: the whole mesh has to agree
-            mine = torch.tensor([bandwidth, latency, usual.flops, usual.row], dtype=torch.float64, device=device)
-            every = torch.stack(group.gather("agreeing on the speeds of ranks", mine))
-            (bandwidth, _, flops, _), (_, latency, _, row) = every.min(0).values.tolist(), every.max(0).values.tolist()
-            usual = cls(bandwidth, latency, flops, usual.backward, row)
-        _KNOWN[groups[0].process_group] = (tuple(group.size for group in groups), usual)
-        return usual
+        best = [min((bytes for bytes, _ in found), default=usual.bandwidth), usual.flops]
+        best += [float("inf") if x is None else x for x in (usual.backward, usual.memory)]
+        worst = [max((seconds for _, seconds in found), default=usual.latency), usual.row]
+        figures = torch.tensor([*best, *(-x for x in worst)], dtype=torch.float64, device=device)
+        for group in reversed(groups):  # what one dimension agrees on the next one does, and so the whole mesh
+            figures = torch.stack(group.gather("agreeing on the speeds of ranks", figures)).min(0).values
+        bandwidth, flops, backward, memory, latency, row = figures.tolist()
+        unknown = [None if x == float("inf") else x for x in (backward, memory)]
+        agreed = cls(bandwidth, -latency, flops, unknown[0], -row, unknown[1])
+        _KNOWN[groups[0].process_group] = (tuple(group.size for group in groups), agreed)
+        return agreed
 
     def seconds(self, problem: Problem, pairs: Any, rows: Any, backward: bool = False) -> Any:
         """How long so many pairs take of so many rows, which count each time that they are computed."""
@@ -135,6 +149,10 @@ class Machine:
         if backward:
             return pairs * (gradient / (self.backward or self.flops)) + rows * (2 * self.row)
         return pairs * (forward / self.flops) + rows * self.row
+
+    def swap(self, bytes: float) -> float:
+        """How long an all-to-all takes: what goes is copied together, and what comes into order."""
+        return float(self.transfer(bytes)) + (4 * bytes / self.memory if self.memory else 0.0)
 
     def transfer(self, bytes: Any) -> Any:
         """How long a message takes; nothing is no message."""
@@ -148,6 +166,14 @@ def known(groups: Sequence[Group]) -> Machine | None:
     """What was measured for a mesh."""
     found = _KNOWN.get(groups[0].process_group)
     return found[1] if found is not None and found[0] == tuple(group.size for group in groups) else None
+
+
+def _visible(problem: Problem, backend: Backend) -> float:
+    """The part of the pairs that a backend computes which is visible, where that is known."""
+    if problem.mask is None or problem.positions == "tensor" or problem.Lq > _COUNTED:
+        return 1.0
+    found, computed = pairs_of(problem, None, Look(0)), backend.visited(problem, None)
+    return found.least / computed if found.exact and found.least else 1.0
 
 
 def products(problem: Problem) -> tuple[int, int]:
