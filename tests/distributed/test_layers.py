@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.parallel import parallelize_module
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_module
 
 import qkv
 from qkv.cache import PagedCache
@@ -150,6 +151,58 @@ def _both(mesh: DeviceMesh) -> dict[str, float]:
 
 def test_heads_and_rows_are_divided_at_once() -> None:
     _equal(on_ranks(4, _both))
+
+
+class _Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = _made("everything"), nn.Linear(32, 3, bias=False, dtype=torch.float64)
+
+    def forward(self, x: Tensor, across: Context | None = None) -> Tensor:
+        logits: Tensor = self.head(x + self.layer(x, across=across))
+        return logits.tanh()  # FSDP warns of a module that returns a view
+
+
+def _sharded(mesh: DeviceMesh, inner: str) -> dict[str, float]:
+    """Weights divided by FSDP2 over two data ranks, heads or rows over two more: three steps of clipped SGD."""
+    grid = DeviceMesh("cpu", mesh.mesh.view(2, 2), mesh_dim_names=("data", inner))
+    one, two = _Model(), _Model()
+    two.load_state_dict(one.state_dict())
+    across = None
+    if inner == "tensor":
+        plan = {"layer": HeadParallel(), "head": RowwiseParallel(input_layouts=Replicate())}
+        parallelize_module(two, grid["tensor"], plan)
+        over = grid["data"]
+    else:  # a gradient is a sum over data and context alike
+        across, over = Context(grid["context"], Shards.zigzag(L, 2)), mesh
+    fully_shard(two, mesh=over)
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.1) for model in (one, two)]
+    x, _ = _tokens()
+    mine, found = x[grid["data"].get_local_rank()][None], {}
+    if across is not None:
+        mine = across.shard(mine)
+    for step in range(3):
+        loss = one(x).square().mean()
+        share = two(mine, across).square().sum() / (x.shape[0] * L * 3)
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        loss.backward()
+        (share * over.size()).backward()  # FSDP takes the mean over its ranks
+        norms = [nn.utils.clip_grad_norm_(model.parameters(), 0.5) for model in (one, two)]
+        for optimizer in optimizers:
+            optimizer.step()
+        whole = norms[1].full_tensor() if isinstance(norms[1], DTensor) else norms[1]
+        found[f"norm {step}"] = (norms[0] - whole).abs().item()
+    known = dict(two.named_parameters())
+    for name, parameter in one.named_parameters():
+        held = known[name]
+        found[name] = (parameter - held.full_tensor()).abs().max().item()  # type: ignore[attr-defined]
+    return found
+
+
+@pytest.mark.parametrize("inner", ["tensor", "context"])
+def test_weights_divided_by_fsdp_learn_as_in_one_process(inner: str) -> None:
+    _equal(on_ranks(4, _sharded, inner))
 
 
 def _decoder(mesh: DeviceMesh, attention: str) -> float:

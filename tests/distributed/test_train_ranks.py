@@ -22,7 +22,7 @@ from qkv.lm import checkpoint, parts, ranks as training_ranks
 from qkv.lm.decoder import Config
 from qkv.lm.ranks import ParallelRun, Ranks
 from qkv.lm.training import Run, Settings, decoder, resumed
-from tests.kit.ranks import on_ranks
+from tests.kit.ranks import on_own_ranks, on_ranks
 from tests.kit.training import SETTINGS, TINY, corpus, letters
 
 pytestmark = [pytest.mark.xdist_group("ranks"), pytest.mark.filterwarnings("ignore:qkv:UserWarning")]
@@ -256,6 +256,24 @@ def _refused(mesh: DeviceMesh, path: str) -> list[str]:
     missing = Path(path) if rank else Path(path) / "none"
     refuse(ArgumentError if rank == 0 else RankError, lambda: data.resume(missing, lambda _: text))
     return said
+
+
+def _one_ends(mesh: DeviceMesh) -> str:
+    """Rank 1 ends in its third step; what rank 0 says in the next exchange."""
+    run = ParallelRun(Config(**TINY), SETTINGS, corpus(TEXT), _ranks(mesh, 1))
+    for _ in range(2):
+        run.advance()
+    if mesh.get_rank():
+        os._exit(1)
+    with pytest.raises(RankError) as caught, training_ranks.exchanges():
+        run.go(6, 6, _quiet)
+    return str(caught.value)
+
+
+def test_a_rank_that_ends_is_an_error_of_the_others() -> None:
+    said = on_own_ranks(2, _one_ends, lost=[1], timeout=20)
+    assert "qkv train: all ranks must stay to the end. Got RuntimeError" in said[0]
+    assert "--resume" in said[0]
 
 
 def _other() -> Any:

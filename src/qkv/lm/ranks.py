@@ -145,23 +145,32 @@ class Ranks:
 
 @contextmanager
 def joined(context: int | None) -> Iterator[Ranks | None]:
-    """`join` for a block; errors of an exchange inside of it as RankError.
+    """`join` for a block, and what is lost in an exchange inside of it as RankError.
 
     A rank that leaves the block by an error does not wait for the others: its process ends, which they notice.
     """
     ranks = join(context)
-    try:
+    if ranks is None:
+        yield None
+        return
+    with exchanges():
         yield ranks
+    dist.destroy_process_group()
+
+
+@contextmanager
+def exchanges() -> Iterator[None]:
+    """Errors of an exchange between ranks as RankError."""
+    try:
+        yield
     except QKVError:
         raise
-    except (RuntimeError, dist.DistError) as error:
+    except RuntimeError as error:  # of gloo; those of torch.distributed are among them
         told = f"{type(error).__name__}: {error}".split("\n", 1)[0]
-        if ranks is None or not re.search("onnection|imed out|imeout|gloo|process group", told):
+        if not re.search("onnection|imed out|imeout|gloo|process group", told):
             raise
         fix = "See what another rank says; a run goes on from its last checkpoint with --resume"
         raise RankError.of("qkv train", "all ranks must stay to the end", told[:300], fix) from error
-    if ranks is not None:
-        dist.destroy_process_group()
 
 
 def join(context: int | None) -> Ranks | None:
