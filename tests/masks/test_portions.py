@@ -14,6 +14,7 @@ import torch
 
 import qkv
 from qkv.masks import Mask, Sizes, portion
+from qkv.masks.shares import keys_seen
 from tests.kit.mask_specs import KINDS, Sizes as Drawn, draw_positions, draw_sizes, expression, leaf, seeds
 
 
@@ -48,6 +49,18 @@ def test_a_portion_of_an_expression_is_a_slice_of_it(seed: int) -> None:
     s = draw_sizes(rng, 24)
     spec = expression(rng, s, rng.randint(1, 3), KINDS)
     check_slice(rng, spec.mask, s, spec.text)
+
+
+@seeds(60)
+def test_the_keys_of_a_block_that_a_portion_shows(seed: int) -> None:
+    rng = random.Random(f"portion keys seen {seed}")
+    s, block = draw_sizes(rng, 24), rng.choice([1, 4, 7])
+    part, queries, keys = cut(rng, expression(rng, s, rng.randint(0, 2), KINDS).mask, s)
+    b, h = rng.randrange(s.B), rng.randrange(s.Hq)
+    i, p = torch.arange(len(queries)), torch.arange(len(queries)) + rng.randint(-9, 9)
+    shown = part.tensor(len(queries), len(keys), p[None], s.B, s.Hq)[b, h]
+    want = torch.nn.functional.pad(shown, (0, -len(keys) % block)).unflatten(1, (-1, block)).sum(-1)
+    assert torch.equal(keys_seen(part, i, p, block, Sizes(s.B, s.Hq, len(queries), len(keys)), b, h), want)
 
 
 def of(mask: Mask, first_key: int = 3, first_query: int = 2, Lq: int = 8, Lk: int = 9) -> Mask:
