@@ -94,7 +94,8 @@ struct Attention {
     void* observed;           // of each row its largest score (-inf: it sees nothing), its largest weight, its entropy,
     int64_t observed_step;    // so far apart; laid out like lse. Null: not wanted
     int32_t threads;
-    bool part;  // the keys are a part of those that rows see: the states given to `backward` are of all of them
+    bool part;  // the keys are a part of those that rows see: the states given to `backward` are of all of them, and
+                // the gradients of q, k and v are wanted in the accumulation type
 };
 
 // A call's gradients: of sum(out * d_out) + sum(lse * d_lse), from the call's own results.

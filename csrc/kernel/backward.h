@@ -493,11 +493,8 @@ class Gradients {
         const int64_t batch = c.sequence->batch;
         for (int64_t j = 0; j < c.count(); ++j) {
             if (b_.d_k != nullptr)
-                write(w.d_k + j * D_, static_cast<E>(a_.scale), a_.D,
-                      element(static_cast<T*>(b_.d_k), b_.d_k_stride, batch, g, c.key(j)), b_.d_k_stride[3]);
-            if (b_.d_v != nullptr)
-                write(w.d_v + j * Dv_, E(1), a_.Dv, element(static_cast<T*>(b_.d_v), b_.d_v_stride, batch, g, c.key(j)),
-                      b_.d_v_stride[3]);
+                write(w.d_k + j * D_, static_cast<E>(a_.scale), a_.D, b_.d_k, b_.d_k_stride, batch, g, c.key(j));
+            if (b_.d_v != nullptr) write(w.d_v + j * Dv_, E(1), a_.Dv, b_.d_v, b_.d_v_stride, batch, g, c.key(j));
         }
     }
     // The next tile, by its number among the chunk's, that may see keys of the chunk.
@@ -523,7 +520,16 @@ class Gradients {
         }
     }
 
-    static void write(const E* from, E scale, int64_t D, T* to, int64_t stride) {
+    // Of a part of the keys in the type of sums: what all parts come to is rounded once, and does not overflow before.
+    void write(const E* from, E scale, int64_t D, void* to, const int64_t* stride, int64_t b, int64_t h,
+               int64_t i) const {
+        if (a_.part)
+            write_as(from, scale, D, element(static_cast<E*>(to), stride, b, h, i), stride[3]);
+        else
+            write_as(from, scale, D, element(static_cast<T*>(to), stride, b, h, i), stride[3]);
+    }
+    template <class To>
+    static void write_as(const E* from, E scale, int64_t D, To* to, int64_t stride) {
         int64_t d = 0;
         if (stride == 1)
             for (; d + W <= D; d += W) fma(V::load(from + d), V::set1(scale), V::zero()).store(to + d);
@@ -933,10 +939,8 @@ class Gradients {
         Work& w = work(worker);
         if (!fill(at, g, t, w.tile)) return;
         for (int r = 0; r < w.tile.rows.count; ++r)
-            write(d_q_ + row_of(at, w.tile, r) * D_, static_cast<E>(a_.scale), a_.D,
-                  element(static_cast<T*>(b_.d_q), b_.d_q_stride, w.tile.rows.batch, w.tile.rows.head[r],
-                          w.tile.sequence->q_first + w.tile.rows.index[r]),
-                  b_.d_q_stride[3]);
+            write(d_q_ + row_of(at, w.tile, r) * D_, static_cast<E>(a_.scale), a_.D, b_.d_q, b_.d_q_stride,
+                  w.tile.rows.batch, w.tile.rows.head[r], w.tile.sequence->q_first + w.tile.rows.index[r]);
     }
 
     const Backward& b_;

@@ -1,6 +1,7 @@
 """The command of the gates: random configurations on every backend, against the oracle under the error rule.
 
     python -m tests.gates.gate --configs 2000 --seed 17     # what `make gate` runs: calls on tensors, then on views
+    python -m tests.gates.gate ranks --configs 200          # calls on 2 to 4 gloo processes, by every method
     python -m tests.gates.gate calls --replay 17004         # one configuration again, with every number
 
 Every configuration is one integer, printed when it fails.
@@ -15,11 +16,12 @@ import time
 from typing import Any
 
 from tests.gates.calls import CALLS, SDPA_SLACK
+from tests.gates.rank_calls import RANK_CALLS
 from tests.gates.view_calls import VIEWS
 from tests.kit import backends
 from tests.kit.gate import Gate, Statistics
 
-GATES: dict[str, Gate[Any, Any]] = {gate.name: gate for gate in (CALLS, VIEWS)}
+GATES: dict[str, Gate[Any, Any]] = {gate.name: gate for gate in (CALLS, VIEWS, RANK_CALLS)}
 
 
 def fresh_seed() -> int:
@@ -58,7 +60,7 @@ def judge(gate: Gate[Any, Any], configs: int, seed: int, names: tuple[str, ...],
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.gates.gate", description="Judge qkv against its oracle.")
-    parser.add_argument("only", nargs="?", choices=tuple(GATES), help="the gate to run; both by default")
+    parser.add_argument("only", nargs="?", choices=tuple(GATES), help="the gate to run; calls and views by default")
     parser.add_argument("--configs", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=None, help="the first configuration; a new one each run by default")
     parser.add_argument("--replay", type=int, default=None, metavar="SEED", help="one configuration, in full")
@@ -69,12 +71,12 @@ def main(arguments: list[str] | None = None) -> int:
     if missing and args.backends is None:
         print(f"missing backends: {', '.join(sorted(missing))}")
         return 1
-    chosen = [GATES[args.only]] if args.only else list(GATES.values())
+    chosen = [GATES[args.only]] if args.only else [CALLS, VIEWS]
     if args.replay is not None and args.only is None:
-        parser.error("--replay needs the gate: calls or views")
+        parser.error(f"--replay needs the gate: {', '.join(GATES)}")
     seed, code = fresh_seed() if args.seed is None else args.seed, 0
     for gate in chosen:
-        names = tuple(name for name in args.backends or gate.backends() if gate is CALLS or name != "sdpa")
+        names = tuple(name for name in args.backends or gate.backends() if gate is not VIEWS or name != "sdpa")
         if args.replay is not None:
             return gate.replay(args.replay, names)
         code |= judge(gate, args.configs, seed, names, args.processes)

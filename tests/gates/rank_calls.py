@@ -29,6 +29,7 @@ class RankCalls(Calls):
     """Calls on tensors that ranks hold together."""
 
     name = "ranks"
+    starts_processes = True
 
     def random(self, seed: int) -> Config:
         # Dropout draws by the indices of a call, which are those of its parts here.

@@ -60,6 +60,8 @@ class Gate(ABC, Generic[Config, Inputs]):
     """How configurations of one kind are drawn, asked and judged."""
 
     name: ClassVar[str]
+    starts_processes: ClassVar[bool] = False
+    """Whether its answers come from processes of their own."""
 
     @abstractmethod
     def random(self, seed: int) -> Config:
@@ -211,7 +213,7 @@ class Worker:
     def __init__(self, gate: Gate[Any, Any], names: tuple[str, ...]) -> None:
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, gate, names), daemon=True)
+        self.process = context.Process(target=_serve, args=(theirs, gate, names), daemon=not gate.starts_processes)
         self.process.start()
         theirs.close()
         self.seed = -1

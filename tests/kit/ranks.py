@@ -148,5 +148,7 @@ def _serve(pipe: Connection, rank: int, ranks: int, store: str, timeout: float) 
             answer = (False, traceback.format_exc())
         try:
             pipe.send(answer)
+        except OSError:  # who asked is gone
+            return
         except Exception:
             pipe.send((False, traceback.format_exc()))

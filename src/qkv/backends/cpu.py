@@ -305,9 +305,8 @@ class _TensorCall(Prepared):
         if out.stride() != self.strides:
             out = _empty_strided(self.size, self.strides, dtype=out.dtype, device=_CPU).copy_(out)
         state = None if state is None else state.contiguous()
-        to = [
-            _empty_strided(t.shape, dense_strides(t.shape, t.stride()), dtype=t.dtype, device=_CPU) for t in (q, k, v)
-        ]
+        kind = p.accumulate if p.part else p.dtype  # parts are added up before they are rounded
+        to = [_empty_strided(t.shape, dense_strides(t.shape, t.stride()), dtype=kind, device=_CPU) for t in (q, k, v)]
         tensors = () if bias is None else bias.tensors()
         buffers = [] if bias is None else [b for term in bias.terms for b in term.new_gradients(p.accumulate)]
         to_bias = [

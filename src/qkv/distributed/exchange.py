@@ -180,18 +180,20 @@ def _runs(
     breaks = (p[1:] - p[:-1] != 1).nonzero().flatten() + 1
     if breaks.numel() > _JUMPS:
         return None
-    # Every tile, and every break inside of one, begins a run.
+    # Every tile, and every break inside of one, begins a run. Tiles of a rank's several ranges are not in order.
+    start, order = start.sort()
+    stop = stop[order]
     owner = torch.searchsorted(start, breaks, right=True) - 1
     inside = (owner >= 0) & (breaks < stop[owner.clamp(min=0)])
     begin = torch.cat([start, breaks[inside]])
     number = torch.cat([torch.arange(len(tiles), device="cpu"), owner[inside]])
-    begin, order = begin.sort(stable=True)
-    number = number[order]
+    begin, places = begin.sort(stable=True)
+    number = number[places]
     keep = torch.ones_like(begin, dtype=torch.bool)
     keep[:-1] = begin[1:] != begin[:-1]
     begin, number = begin[keep], number[keep]
     end = torch.minimum(torch.cat([begin[1:], stop[-1:]]), stop[number])
-    return p[begin], p[end - 1], begin, number.tolist()
+    return p[begin], p[end - 1], begin, order[number].tolist()
 
 
 def _union(parts: Sequence[Ranges]) -> Ranges:

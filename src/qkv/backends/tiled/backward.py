@@ -136,7 +136,8 @@ def collected(
     """All gradients but the sinks'. `add` adds a tile of queries' share to its block's dk and dv and to the buffers of
     the bias, and returns the tile's dq; dk and dq without the scale."""
     p, inputs = walk.problem, walk.inputs
-    dq, dk, dv = (torch.zeros_like(x) for x in (inputs.q, inputs.k, inputs.v))
+    kind = p.accumulate if p.part else p.dtype  # parts are added up before they are rounded
+    dq, dk, dv = (torch.zeros_like(x, dtype=kind) for x in (inputs.q, inputs.k, inputs.v))
     for block in walk.blocks():
         dk_sum, dv_sum = (torch.zeros(x[block].shape, dtype=p.accumulate, device=x.device) for x in (dk, dv))
         for tile in walk.tiles(block):
