@@ -149,6 +149,13 @@ def test_equal_documents_move_nothing() -> None:
         assert int(lacking(visible(call, where), where, ranks, MILLION).sum()) == 0
 
 
+def test_a_window_that_is_long_is_cut_by_work_as_far_as_rows_allow() -> None:
+    mask = qkv.sliding_window(300_000)
+    held = shards(MILLION, 3, mask)
+    assert max(map(len, held.ranges)) == 1
+    assert excess(mask, held) <= 0.03
+
+
 def test_short_documents_are_cut_between_them() -> None:
     """Thousands of short documents: few of them are on two ranks."""
     mask = qkv.documents(lognormal(4000, 0.5, 3)) & qkv.causal()

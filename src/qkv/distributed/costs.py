@@ -27,6 +27,7 @@ from qkv.distributed.shards import Ranges, Shards, merged
 from qkv.distributed.work import Owned, Sight, cells, owned, profile, visible
 
 FEW = 16  # ranks whose exchange is planned in full, as `attention` does it
+PIECE = 1 << 15  # queries that the exchange computes at once, at most
 LOOKED_AT = 24  # ranks of more whose stages are looked at
 
 
@@ -342,11 +343,14 @@ def _overlapped(work: Tensor, moving: Tensor) -> Passed:
 def _memory(part: Problem, stages: Tensor, rows: int, keys: int, wide: float) -> tuple[int, int]:
     """Bytes of tensors at the peaks of both directions."""
     p, size, acc = part, part.dtype.itemsize, part.accumulate.itemsize
-    q, k = p.B * p.Hq * rows, p.B * p.Hkv * keys * (p.D + p.Dv)
+    q, k = p.B * p.Hq * rows, p.B * p.Hkv * keys * (p.D + p.Dv)  # heads' rows; numbers of keys and values
     own = q * (p.D + p.Dv) * size + k * size + 3 * q * acc
     moving = stages[:, 2:].sum(1)
     # Two stages are in memory, and what is being sent to others is copied.
     two, held = int((moving + _next(moving)).max()), int(moving.max())
-    forward = own + two + (q * p.Dv * (acc + size) if len(stages) > 1 else 0)
-    back = own + two + (q * (p.D + p.Dv) + k) * acc + q * p.Dv * size + int(2 * held * wide)
+    # What a piece returns is there beside what all are joined in, which is the result itself where it has its dtype.
+    piece, converted = p.B * p.Hq * min(rows, PIECE), acc != size
+    forward = own + two + piece * (p.Dv * size + 3 * acc) + q * p.Dv * acc * converted
+    back = own + two + (q * p.D + k) * (acc + size * converted) + q * p.Dv * size
+    back += piece * p.D * acc + k * size + int(2 * held * wide)
     return forward, back
