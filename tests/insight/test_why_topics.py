@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -373,9 +374,9 @@ def test_latent_takes_both_forms(monkeypatch: pytest.MonkeyPatch) -> None:
     expanded = []
     real = qkv.nn.LatentAttention._materialised
 
-    def spied(layer: qkv.nn.LatentAttention, latent: Tensor) -> tuple[Tensor, Tensor]:
+    def spied(layer: qkv.nn.LatentAttention, *given: Any) -> tuple[Tensor, Tensor]:
         expanded.append(layer.absorb)
-        return real(layer, latent)
+        return real(layer, *given)
 
     monkeypatch.setattr(qkv.nn.LatentAttention, "_materialised", spied)
     qkv.why("latent")

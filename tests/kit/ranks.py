@@ -1,16 +1,18 @@
-"""A pool of processes that are ranks of gloo groups: started once a run, and asked as often as tests like.
+"""Pools of processes that are the ranks of a gloo world: started once a run, and asked as often as tests like.
 
 `on_ranks(n, function, *args)` runs `function(mesh, *args)` on n of them and returns what each returned. The function
 has to be found by its module's name, and what it is given and returns goes by pickle. A pool in which something failed
 is thrown away: what its ranks wait for would reach the next test.
 
-Tests that use it carry `pytestmark = pytest.mark.xdist_group("ranks")`, so that one pool serves all of them.
+There is a pool for each number of ranks, and all of its processes answer each time: torch names a new group by how many
+a process has made, and ranks of which some had made more would wait for each other.
+
+Tests that use it carry `pytestmark = pytest.mark.xdist_group("ranks")`, so that the same pools serve all of them.
 """
 
 from __future__ import annotations
 
 import atexit
-import itertools
 import os
 import tempfile
 import traceback
@@ -29,7 +31,7 @@ class RanksFailed(AssertionError):
 
 
 class _Pool:
-    """Ranks 0 .. n - 1, of one world and of a mesh for each smaller number."""
+    """Ranks 0 .. n - 1 of one world."""
 
     def __init__(self, ranks: int, timeout: float = TIMEOUT, run: Callable[..., None] | None = None) -> None:
         context, self.timeout = get_context("spawn"), timeout
@@ -47,7 +49,7 @@ class _Pool:
 
     def ask(self, n: int, function: Callable[..., Any], args: tuple[Any, ...], lost: Sequence[int] = ()) -> list[Any]:
         for pipe in self.pipes[:n]:
-            pipe.send((n, function, args))
+            pipe.send((function, args))
         found: dict[int, Any] = {}
         said: dict[int, str] = {}
         left = dict(zip(self.pipes[:n], range(n), strict=True))
@@ -79,20 +81,20 @@ class _Pool:
         self.folder.cleanup()
 
 
-_pool: _Pool | None = None
+_pools: dict[int, _Pool] = {}
 
 
 def on_ranks(n: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     """What `function(mesh, *args)` returns on each of n ranks of a 1-D mesh."""
-    global _pool
     assert 1 <= n <= MOST
-    if _pool is None:
-        _pool = _Pool(MOST)
-        atexit.register(_end)
+    if n not in _pools:
+        if not _pools:
+            atexit.register(_end)
+        _pools[n] = _Pool(n)
     try:
-        return _pool.ask(n, function, args)
+        return _pools[n].ask(n, function, args)
     except BaseException:
-        _end()
+        _pools.pop(n).stop()
         raise
 
 
@@ -110,10 +112,8 @@ def on_own_ranks(
 
 
 def _end() -> None:
-    global _pool
-    if _pool is not None:
-        _pool.stop()
-        _pool = None
+    while _pools:
+        _pools.popitem()[1].stop()
 
 
 def _serve(pipe: Connection, rank: int, ranks: int, store: str, timeout: float) -> None:
@@ -122,28 +122,22 @@ def _serve(pipe: Connection, rank: int, ranks: int, store: str, timeout: float) 
 
     import torch
     import torch.distributed as dist
-    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.device_mesh import init_device_mesh
 
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=ranks, timeout=timedelta(seconds=timeout)
     )
     warnings.simplefilter("error")
-    meshes: dict[int, DeviceMesh] = {}
-    # Every rank takes part in making every mesh, those that it is no part of too.
-    for n in itertools.chain([ranks], range(1, ranks)):
-        # Not by DeviceMesh alone, whose groups have a timeout of half an hour.
-        group = dist.new_group(list(range(n)), timeout=timedelta(seconds=timeout), backend="gloo")
-        if rank < n:
-            meshes[n] = DeviceMesh.from_group(group, "cpu", mesh_dim_names=("ranks",))
+    mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=("ranks",))
     while True:
         try:
-            n, function, args = pipe.recv()
+            function, args = pipe.recv()
         except EOFError:
             return
         try:
             torch.manual_seed(0)
-            answer = (True, function(meshes[n], *args))
+            answer = (True, function(mesh, *args))
         except BaseException:
             answer = (False, traceback.format_exc())
         try:
