@@ -284,8 +284,10 @@ def _draw_random(d: Draw) -> tuple[Any, ...]:
 def _draw_blocks(d: Draw) -> tuple[Any, ...]:
     block, (B, Hq) = d.block(), (d.sizes["B"], d.sizes["Hq"])
     lead = d.pick((), (B, 1), (1, Hq), (B, Hq))
-    shape = (*lead, -(-max(d.last + 1, d.sizes["Lq"]) // block), -(-d.sizes["Lk"] // block))
-    return d.rng.random(shape) < 0.6, block
+    sides = -(-max(d.last + 1, d.sizes["Lq"]) // block), -(-d.sizes["Lk"] // block)
+    if int(np.prod((*lead, *sides))) > 1 << 22:  # blocks of one key for each head of thousands: gigabytes, minutes
+        lead = ()
+    return d.rng.random((*lead, *sides)) < 0.6, block
 
 
 def _draw_selected(d: Draw) -> tuple[Any, ...]:
