@@ -114,6 +114,8 @@ def differs(mesh: Any, what: str) -> str:
     shards, mask, scale = Shards.contiguous(L, 3), qkv.causal(), None
     if rank == 1 and what == "mask":
         mask = qkv.sliding_window(7)
+    if what == "documents":  # of as many, and alike in the few that a message shows
+        mask = qkv.documents([8] * 5 + ([10, 6] if rank == 1 else [6, 10]) + [8] * 5) & mask
     if rank == 1 and what == "shards":
         shards = Shards([[(0, 32)], [(64, 96)], [(32, 64)]])
     if rank == 1 and what == "scale":
@@ -128,12 +130,26 @@ def differs(mesh: Any, what: str) -> str:
     return ""
 
 
-@pytest.mark.parametrize("what", ["mask", "shards", "scale", "gradients"])
+@pytest.mark.parametrize("what", ["mask", "documents", "shards", "scale", "gradients"])
 def test_ranks_that_make_different_calls_are_told(what: str) -> None:
     for said in on_ranks(3, differs, what):
         assert "all ranks must make the same call" in said, said
     # and the group is as good as before
     on_ranks(3, pass_both, Shards.contiguous(L, 3), qkv.causal())
+
+
+def captures(mesh: Any) -> str:
+    slope = torch.zeros((), requires_grad=True)
+    q, k, v = made(0, Shards.contiguous(L, 1))
+    try:
+        attention(q, k, v, mesh=mesh, bias=qkv.score_mod(lambda s, b, h, p, j: s + slope * (p - j)))
+    except qkv.UnsupportedError as error:
+        return str(error)
+    return ""
+
+
+def test_a_gradient_that_would_be_lost_is_refused() -> None:
+    assert "differentiated with respect to the scores only" in on_ranks(1, captures)[0]
 
 
 class _Later:

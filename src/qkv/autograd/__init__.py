@@ -21,7 +21,7 @@ from qkv.masks.portable import encode
 from qkv.plans import check_backend, choose
 from qkv.scores import ScoreMod, ScoreTerm
 
-__all__ = ["attend", "backward", "differentiable", "followed"]
+__all__ = ["attend", "backward", "differentiable", "followed", "refuse_captured"]
 
 
 def attend(
@@ -44,7 +44,7 @@ def attend(
     if problem.dropout_p > 0:
         inputs = inputs._replace(seed=int(execute.draw_seed()) if seed is None else seed)
     if inputs.bias is not None and not _by_its_own_operations(prepared.backend):
-        _refuse_captured(inputs.bias, q.device)
+        refuse_captured(inputs.bias, q.device)
     return differentiable(prepared, inputs) if problem.needs_grad else Output(*prepared.run(*inputs))
 
 
@@ -62,7 +62,7 @@ def _by_its_own_operations(backend: Backend) -> bool:
 
 def _transform(problem: Problem, inputs: Inputs, backend: str | None) -> Output:
     """A call whose tensors torch.func or forward mode follows; nothing of it is kept."""
-    _refuse_captured(inputs.bias, inputs.q.device)
+    refuse_captured(inputs.bias, inputs.q.device)
     seed = int(execute.draw_seed()) if problem.dropout_p > 0 else 0
     chosen = choose(problem, backend).chosen
     words: list[int] = []
@@ -105,7 +105,7 @@ def _savable(t: Tensor | None) -> Tensor | None:
     return t.clone() if t is not None and t.is_inference() else t
 
 
-def _refuse_captured(bias: ScoreTerm | None, device: torch.device) -> None:
+def refuse_captured(bias: ScoreTerm | None, device: torch.device) -> None:
     """A score_mod whose function holds a tensor that requires a gradient would silently lose it: refuse."""
     for term in bias.terms if bias is not None else ():
         if not isinstance(term, ScoreMod) or not torch.is_grad_enabled():

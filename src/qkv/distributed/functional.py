@@ -15,9 +15,10 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from qkv import graph
 from qkv._torch import under_transform
+from qkv.autograd import refuse_captured
 from qkv.call.problem import Inputs, Options, Problem
 from qkv.call.validate import check_metadata, check_storage, checked
-from qkv.checks import shown
+from qkv.checks import Operand, shown
 from qkv.distributed.machine import known
 from qkv.distributed.methods import Call, by_heads, by_keys
 from qkv.distributed.planning import choose
@@ -32,6 +33,7 @@ from qkv.plans import check_backend
 from qkv.scores import ScoreTerm, as_bias
 
 CALL = "qkv.distributed.attention()"
+_LOOKED_AT = 1 << 22  # numbers of a mask's tensor that ranks compare
 METHODS = ("ring", "ulysses", "hybrid", "allgather")
 
 
@@ -160,6 +162,7 @@ def _attend(
     q, k, v = q.resolve_neg(), k.resolve_neg(), v.resolve_neg()
     rows, keys = _shards(groups, q, k, *shards)
     problem, inputs, bias = _whole(q, k, v, mask, options, rows, keys)
+    refuse_captured(bias, q.device)
     chosen = _method(groups, method) or choose(problem, rows, keys, [group.size for group in groups], known(groups))
     _agree(groups, (problem, rows, keys, chosen, backend))
     call = Call(problem, inputs, bias, options, rows, keys, backend)
@@ -275,7 +278,9 @@ def _told(problem: Problem, rows: Shards, keys: Shards, method: str, backend: st
             encode(CALL, p.mask, words, tensors)
         except UnsupportedError:  # a Python function
             words = []
-    mask = f"{p.mask!r} {words} {[(tuple(t.shape), str(t.dtype)) for t in tensors]}"
+    # A mask shows long lists abbreviated, so their contents are compared; of very large tensors the sizes alone.
+    held = [Operand(t).digest if t.numel() <= _LOOKED_AT else (tuple(t.shape), str(t.dtype)) for t in tensors]
+    mask = f"{p.mask!r} {words} {held}"
     bias = [(term.kind, len(term.shape)) for term in p.bias]
     return (
         f"method={method} q (B={p.B}, Hq={p.Hq}, Lq={p.Lq}, D={p.D}) k (Hkv={p.Hkv}, Lk={p.Lk}, Dv={p.Dv}) {p.dtype} "

@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 from qkv.distributed.shards import Ranges, cut, in_order, merged, place
 from qkv.distributed.transport import Group
@@ -92,6 +93,7 @@ class ToHeads(Function):
         return tuple(swap.to_heads(x) for swap, x in zip(swaps, tensors, strict=True))
 
     @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *given: Tensor) -> Any:
         return None, *(s.to_rows(d, heads) for s, d, heads in zip(ctx.swaps, given, ctx.heads, strict=True))
 
@@ -105,5 +107,6 @@ class ToRows(Function):
         return tuple(swap.to_rows(x, heads) for x in tensors)
 
     @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *given: Tensor) -> Any:
         return None, None, *map(ctx.swap.to_heads, given)

@@ -110,11 +110,10 @@ class Joined:
 
     def __init__(self, problem: Problem, rows: int, device: torch.device, unit: float) -> None:
         p, kind = problem, problem.accumulate
-        self.unit, self.Dv = unit, p.Dv
+        self.unit = unit
         self.out = torch.zeros(p.B, p.Hq, rows, p.Dv, dtype=kind, device=device)
         self.state = torch.zeros(2, p.B, p.Hq, rows, dtype=kind, device=device)
         self.state[0] = -math.inf
-        self.begun: set[tuple[int, int]] = set()
 
     def add(self, rows: slice, found: Output) -> None:
         """Take in what was found of some rows over further keys."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 
 from qkv.checks import shown
@@ -108,6 +109,7 @@ class _Unshard(Function):
         return gathered(groups, shards, dim, x)
 
     @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, d: Tensor) -> Any:
         groups, shards, dim = ctx.groups, ctx.shards, ctx.dim
         wide = torch.float64 if d.dtype == torch.float64 else torch.float32

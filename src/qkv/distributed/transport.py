@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from qkv.errors import ArgumentError, ArgumentTypeError, RankError, UnsupportedError
 
 
-@dataclass
+@dataclass(eq=False)
 class Traffic:
     """Bytes that this rank has sent to others and received from them, and messages; without the few that agree."""
 
