@@ -156,20 +156,19 @@ class Prepared {
     }
 
     // Keys and values on pages.
-    void run_pages(const std::array<uintptr_t, 7>& tensors, int threads, uintptr_t sinks, const Addresses& bias,
+    void run_pages(const std::array<uintptr_t, 8>& tensors, int threads, uintptr_t sinks, const Addresses& bias,
                    const std::array<uintptr_t, 4>& layout, const Strides& counts, const Integers& which) const {
         with_pages(tensors, threads, sinks, bias, layout, counts, which,
                    [&](const Attention& call) { return attention(call, isa_.c_str()); });
     }
 
     // The same, and what its weights come to. rows: without lse, which is of the tensors.
-    void observe_pages(const std::array<uintptr_t, 7>& tensors, int threads, uintptr_t sinks, const Addresses& bias,
+    void observe_pages(const std::array<uintptr_t, 8>& tensors, int threads, uintptr_t sinks, const Addresses& bias,
                        const std::array<uintptr_t, 4>& layout, const Strides& counts, const Integers& which,
                        const RowAddresses& rows, const Wanted& wanted) const {
         with_pages(tensors, threads, sinks, bias, layout, counts, which, [&](const Attention& given) {
             Attention call = given;
             call.state = pointer(rows[1]), call.observed = pointer(rows[2]);
-            if (layout[3] != 0) call.state_step = call.observed_step = call.Hq * Lq_;
             return observed_call(call, wanted);
         });
     }
@@ -316,10 +315,10 @@ class Prepared {
     // The same on keys and values that lie on pages. `which`: the sequences that run, or none for all. Their tables are
     // checked here: a wrong number would be a wrong address.
     template <class Run>
-    void with_pages(const std::array<uintptr_t, 7>& tensors, int threads, uintptr_t sinks, const Addresses& bias,
+    void with_pages(const std::array<uintptr_t, 8>& tensors, int threads, uintptr_t sinks, const Addresses& bias,
                     const std::array<uintptr_t, 4>& layout, const Strides& counts, const Integers& which,
                     Run run) const {
-        const auto& [q, k, v, k_scale, v_scale, out, lse] = tensors;
+        const auto& [q, k, v, k_scale, v_scale, out, lse, state] = tensors;
         const auto& [tables, starts, lengths, queries] = counts;
         require(starts == lengths + 1 && (layout[3] == 0 || queries == lengths),
                 "a layout has n lengths, n + 1 starts and n queries");
@@ -336,10 +335,13 @@ class Prepared {
                         lengths};
         const std::vector<Sequence> sequences = sequences_of(at, pointer(k), pointer(v), which);
         Attention call = a_;
-        if (at.queries != nullptr) call.q_stride[0] = call.out_stride[0] = call.lse_stride[0] = 0;
+        if (at.queries != nullptr) {
+            call.q_stride[0] = call.out_stride[0] = call.lse_stride[0] = 0;
+            call.state_step = call.observed_step = call.Hq * Lq_;
+        }
         call.q = pointer(q);
         call.k_scale = array_at<float>(k_scale), call.v_scale = array_at<float>(v_scale);
-        call.out = pointer(out), call.lse = pointer(lse);
+        call.out = pointer(out), call.lse = pointer(lse), call.state = pointer(state);
         call.sequences = sequences.data();
         call.sequence_count = static_cast<int64_t>(sequences.size());
         call.sinks = pointer(sinks);

@@ -194,9 +194,14 @@ def draw_seed() -> Tensor:
     return torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu")
 
 
-def on_view(call: str, q: Any, view: KVView, v: Any, mask: Any, options: Options, backend: Any) -> Output:
-    """What `attention` returns for queries and a cache's view."""
+def on_view(
+    call: str, q: Any, view: KVView, v: Any, mask: Any, options: Options, backend: Any, part: bool = False
+) -> Output:
+    """What `attention` returns for queries and a cache's view. `part`: its keys are some of those that rows see, and
+    its state are `Output.rows`, by which parts are joined."""
     key = _view_key(q, view, mask, options, backend) if v is None else None
+    if part and key is not None:
+        key = (key, "part")
     kept = PREPARED.get(key) if key is not None else None
     layout = view.layout
     fresh = layout.clock.now == layout.alive_at and (layout.most is None or q.shape[2] <= layout.most)
@@ -204,7 +209,7 @@ def on_view(call: str, q: Any, view: KVView, v: Any, mask: Any, options: Options
         kept.used = now()
         try:
             output: Output = kept.value.run(q, view, (), options.sinks)
-            return output
+            return output._replace(state=output.rows(kept.value.unit)) if part else output
         except ValueError:  # lengths or pages that do not fit: the checks below say which
             pass
     check_backend(call, backend)
@@ -213,21 +218,22 @@ def on_view(call: str, q: Any, view: KVView, v: Any, mask: Any, options: Options
     known = joined(call, mask, view.held)
     plan, in_place, parts = over_view(call, q, view, known, options, backend)
     if not in_place:
-        return _copied(call, q, view, known, options, plan.chosen, parts)
+        return _copied(call, q, view, known, options, plan.chosen, parts, part)
     planned = []
     for group, problem, inputs in parts:
         terms = () if inputs.bias is None else inputs.bias.tensors()
-        ready = plan.chosen.prepare_view(problem, q, view, terms, inputs.sinks)
+        ready = plan.chosen.prepare_view(replace(problem, part=part), q, view, terms, inputs.sinks)
         planned.append((ready, terms, inputs.sinks, group.sequences))
     if len(parts) == 1 and len(parts[0].group.sequences) == len(layout.lengths):
         ready, terms, sinks, _ = planned[0]
         if key is not None and (known is None or not users_own(known)):
             PREPARED.put(key, ready, (known, ready.operands))
-        return ready.run(q, view, terms, sinks)
-    to = _empty(q, view, options.return_lse)
+        output = ready.run(q, view, terms, sinks)
+        return output._replace(state=output.rows(ready.unit)) if part else output
+    to = _empty(q, view, options.return_lse, part)
     for ready, terms, sinks, sequences in planned:
         ready.run(q, view, terms, sinks, to, list(sequences))
-    return to
+    return to._replace(state=to.rows(planned[0][0].unit)) if part and planned else to
 
 
 def _view_key(q: Any, view: KVView, mask: Any, options: Options, backend: Any) -> Any:
@@ -251,8 +257,9 @@ def _view_key(q: Any, view: KVView, mask: Any, options: Options, backend: Any) -
 
 
 def _copied(
-    call: str, q: Tensor, view: KVView, mask: Mask | None, options: Options, chosen: Backend, parts: list[Part]
-) -> Output:
+    call: str, q: Tensor, view: KVView, mask: Mask | None, options: Options, chosen: Backend, parts: list[Part],
+    part: bool,
+) -> Output:  # fmt: skip
     """On copies of the keys and values, by a backend that knows no pages."""
     given = q
     if view.k_scale is not None and q.dtype in (torch.bfloat16, torch.float16):
@@ -264,7 +271,8 @@ def _copied(
     starts = [0]
     for rows_of_one in queries if queries is not None else ():
         starts.append(starts[-1] + rows_of_one)
-    to = _empty(q, view, options.return_lse)
+    to = _empty(q, view, options.return_lse, part)
+    states = None if to.state is None else to.state.double()
     for group, problem, inputs in parts:
         rows = q
         if queries is not None:
@@ -273,16 +281,19 @@ def _copied(
                 rows[i] = q[0, :, starts[i] : starts[i + 1]]
         inputs = inputs._replace(q=rows, k=keys[:, :, : group.Lk], v=values[:, :, : group.Lk])
         with torch.no_grad():
-            out, lse, _ = chosen.prepare(replace(problem, needs_grad=False), inputs).run(*inputs)
+            out, lse, state = chosen.prepare(replace(problem, needs_grad=part), inputs).run(*inputs)
         for i in group.sequences:
             at: Any = (i,) if queries is None else (0, slice(None), slice(starts[i], starts[i + 1]))
             to.out[at] = out[i]
             if to.lse is not None:
                 assert lse is not None
                 to.lse[at] = lse[i]
+            if states is not None:
+                where: Any = (slice(None), *at)
+                states[where] = Output(out, lse, state).rows(chosen.unit(problem))[:, i]
     if given.dtype != q.dtype:
-        to = Output(empty_output(given, view.v.shape[3]).copy_(to.out), to.lse)
-    return to
+        to = to._replace(out=empty_output(given, view.v.shape[3]).copy_(to.out))
+    return to._replace(state=states)
 
 
 def _wide(bias: Tensor | ScoreTerm | None) -> Tensor | ScoreTerm | None:
@@ -291,7 +302,8 @@ def _wide(bias: Tensor | ScoreTerm | None) -> Tensor | ScoreTerm | None:
     return bias.with_tensors(tuple(t.float() for t in bias.tensors()))
 
 
-def _empty(q: Tensor, view: KVView, with_lse: bool) -> Output:
+def _empty(q: Tensor, view: KVView, with_lse: bool, with_state: bool) -> Output:
     accumulate = torch.float64 if q.dtype == torch.float64 else torch.float32
     lse = torch.empty(q.shape[:3], dtype=accumulate, device=q.device) if with_lse else None
-    return Output(empty_output(q, view.v.shape[3]), lse)
+    state = torch.empty((2, *q.shape[:3]), dtype=accumulate, device=q.device) if with_state else None
+    return Output(empty_output(q, view.v.shape[3]), lse, state)

@@ -289,14 +289,14 @@ def test_what_a_call_on_pages_passes_by_place_is_in_the_order_of_the_names(nativ
     cache.append(seqs, torch.randn(1, 2, 7, 8), torch.randn(1, 2, 7, 8), lengths=[3, 4])
     view, q, sinks, term = cache.view(seqs, lengths=[3, 4]), torch.randn(1, 4, 7, 8), torch.zeros(4), torch.zeros(4, 4)
     problem, _ = problem_of("test", q, view, None, Options(bias=term, sinks=sinks, return_lse=True), longest(q, view))
-    ready = CpuBackend().prepare_view(problem, q, view, (term,), sinks)
+    ready = CpuBackend().prepare_view(replace(problem, part=True), q, view, (term,), sinks)
     written = _Written(native)
     ready.run_pages = written.run_pages
-    out, lse, _ = ready.run(q, view, (term,), sinks, sequences=[1])
+    out, lse, state = ready.run(q, view, (term,), sinks, sequences=[1])
     source = (Path(__file__).parents[2] / "csrc" / "bindings.cpp").read_text()
     lists = {of: names.split(", ") for names, of in re.findall(r"const auto& \[([^\]]*)\] = (tensors|counts);", source)}
     assert lists["counts"] == ["tables", "starts", "lengths", "queries"]
-    addresses = dict(q=q, k=view.k, v=view.v, k_scale=view.k_scale, v_scale=view.v_scale, out=out, lse=lse)
+    addresses = dict(q=q, k=view.k, v=view.v, k_scale=view.k_scale, v_scale=view.v_scale, out=out, lse=lse, state=state)
     of_layout = [getattr(view.layout, name).buffer_info() for name in lists["counts"]]
     assert written.given == dict(
         tensors=[addresses[name].data_ptr() for name in lists["tensors"]], threads=torch.get_num_threads(),

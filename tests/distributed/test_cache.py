@@ -172,6 +172,28 @@ def test_beside_a_cache_of_one_process(storage: torch.dtype | None, window: int 
     on_ranks(3, beside, storage, window)
 
 
+def far(mesh: DeviceMesh, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Scores of 1e5 that differ by about 1 between keys on different ranks, each exact in float32."""
+    gen, n = torch.Generator().manual_seed(4), 24
+    cache, (_, v) = cache_of(mesh, dtype=dtype), rows(gen, 1, n, dtype)
+    k = torch.zeros(1, HKV, n, D, dtype=dtype)
+    k[..., 0], k[..., 1] = 1.0, ((torch.arange(n) * 7) % 9 - 4).to(dtype) / 2
+    q = torch.zeros(1, 4, 1, D, dtype=dtype)
+    q[..., 0], q[..., 1] = 2.0**18, 3.0
+    seq = cache.add()
+    cache.append([seq], k, v)
+    return qkv.attention(q, cache.view([seq])), truth(q[0], k[0], v[0], None)[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_large_scores_are_joined_by_rows_states(dtype: torch.dtype) -> None:
+    """An lse of 1e5 is known to 0.004 in float32, and the share of a rank's keys no better."""
+    for out, want in on_ranks(3, far, dtype):
+        # the scale rounds a score's distance from the largest, some 10, to 2^-24 of it
+        error = 2e-5 if dtype == torch.float32 else 1e-10
+        assert torch.allclose(out[0].double(), want, atol=error, rtol=error)
+
+
 def modelled(mesh: DeviceMesh) -> list[Tensor]:
     """Layers of a model take a step of it as any other."""
     torch.manual_seed(0)

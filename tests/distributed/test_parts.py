@@ -12,12 +12,13 @@ import pytest
 import torch
 
 import qkv
+from qkv.backends import registry
 from qkv.call.problem import Options, empty_output
 from qkv.distributed import Shards
 from qkv.distributed.exchange import Exchange, Piece, exchange
 from qkv.distributed.functional import _whole
 from qkv.distributed.methods import _backend
-from qkv.distributed.parts import Whole, unit_of
+from qkv.distributed.parts import Whole
 from qkv.distributed.ring import Attend, Run
 from tests.gates.calls import Question
 from tests.gates.rank_calls import RANK_CALLS
@@ -57,10 +58,10 @@ def by_parts(inputs: Inputs, backend: str | None) -> Tensors:
     problem, checked, bias = _whole(q, k, v, mask, options, rows, keys)
     plan = exchange(problem, rows, keys, checked.positions)
     name = _backend(problem, backend)
-    whole = Whole(problem, options, name, bias, checked.positions, 0, 0)
+    whole = Whole(problem, options, name, bias, checked.positions, 0)
     run = Run(whole, Cut(plan.queries, plan.keys, plan.tiles, c.seed), SimpleNamespace(rank=0, size=1), "ring")  # type: ignore[arg-type]
     tensors = () if bias is None else bias.tensors()
-    out, lse = Attend.apply(run, checked.q, checked.k, checked.v, checked.sinks, *tensors)
+    out, lse = Attend.apply(run, checked.q, checked.k, checked.v, checked.sinks, checked.positions, *tensors)
     given = (inputs.dout, inputs.dlse)
     grads = torch.autograd.grad((out, lse), list(inputs.leaves.values()), given, materialize_grads=True)
     out = empty_output(q, c.Dv).copy_(out)
@@ -111,9 +112,9 @@ def test_the_unit_of_states_is_what_the_backend_says(name: str, more: dict[str, 
     g = torch.Generator().manual_seed(4)
     q, k, v = (torch.randn(1, 2, 33, 16, generator=g) for _ in range(3))
     problem, inputs, _ = _whole(q, k, v, None, Options(**more), Shards([[(0, 33)]]), Shards([[(0, 33)]]))
-    whole = Whole(problem, Options(**more), name, None, None, 0, 0)
+    whole = Whole(problem, Options(**more), name, None, None, 0)
     found = whole.run(*whole.inputs_of(Piece((0, 33), (0, 33)), inputs.q, inputs.k, inputs.v, slice(0, 33)))
     assert found.state is not None
     m, l = found.state
-    torch.testing.assert_close(m * unit_of(problem, name) + l.log(), found.lse, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(m * registry.load(name).unit(problem) + l.log(), found.lse, rtol=1e-6, atol=1e-6)
     assert qkv.attention(q, k, v, **more).shape == found.out.shape

@@ -296,7 +296,7 @@ def test_what_ranks_cannot_do_is_an_error_on_every_rank(tmp_path: Path) -> None:
     ]
     for rank, said in enumerate(on_ranks(2, _refused, str(folder))):
         last = (
-            "no such checkpoint" if rank == 0 else "RankError: qkv train: all ranks must be able to begin. Got rank 0"
+            "no such checkpoint" if rank == 0 else "RankError: qkv train: all ranks must be able to go on. Got rank 0"
         )
         for told, want in zip(said, [*wanted, last], strict=True):
             assert want in told
@@ -373,3 +373,25 @@ def test_the_command_under_torchrun(tmp_path: Path, capsys: pytest.CaptureFixtur
     exported = checkpoint.load(tmp_path / "e")
     assert {t.dtype for t in exported.tensors.values()} == {torch.bfloat16}
     assert exported.part("model").keys() == one.part("model").keys()
+
+
+def cannot_write(mesh: Any, folder: str) -> str:
+    from qkv.lm import parts
+    from qkv.lm.ranks import Ranks
+
+    ranks = Ranks(mesh, None)
+    try:
+        parts.save(
+            Path(folder) / "file" / "checkpoint", {"x": torch.zeros(2)}, {"step": 1}, group=ranks.group,
+            first=ranks.first, together=ranks.together,
+        )  # fmt: skip
+    except qkv.QKVError as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def test_a_checkpoint_that_the_first_rank_cannot_begin_is_an_error_on_all(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no directory")
+    said = on_ranks(2, cannot_write, str(tmp_path))
+    assert said[0].startswith("ArgumentError: qkv train: the checkpoint cannot be written"), said
+    assert said[1].startswith("RankError: qkv train: all ranks must be able to go on. Got rank 0"), said

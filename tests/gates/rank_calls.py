@@ -47,9 +47,11 @@ def answered(config: Config, inputs: Inputs, method: str, backend: str | None = 
     """out, lse and the gradients of all leaves by some ranks."""
     rng = np.random.default_rng([config.seed, METHODS.index(method)])
     ranks = 4 if method == "hybrid" else int(rng.integers(2, 5))
-    if method in ("ulysses", "hybrid") and _has_rows(config):
-        method, ranks = "ring", 2  # rows of a bias stay with their queries
     shards = random_shards(rng, config.Lq, ranks)
+    few = max(map(shards.rows, range(ranks))) <= 1 < config.Lq  # a bias of one row is then taken for one of a query's
+    if method in ("ulysses", "hybrid") and _has_rows(config, few):
+        method, ranks = "ring", 2  # rows of a bias stay with their queries
+        shards = random_shards(rng, config.Lq, ranks)
     key_shards = shards if config.Lq == config.Lk and rng.random() < 0.7 else random_shards(rng, config.Lk, ranks)
     found = on_ranks(ranks, on_rank, config, shards, key_shards, method, backend)
     answer = {name: shards.put([rank[name] for rank in found]) for name in ("out", "lse")}
@@ -59,8 +61,8 @@ def answered(config: Config, inputs: Inputs, method: str, backend: str | None = 
     return answer
 
 
-def _has_rows(config: Config) -> bool:
-    return any(spec[0] == "tensor" and len(spec[1]) > 1 and spec[1][-2] > 1 for spec in config.bias)
+def _has_rows(config: Config, few: bool) -> bool:
+    return any(spec[0] == "tensor" and len(spec[1]) > 1 and (few or spec[1][-2] > 1) for spec in config.bias)
 
 
 def random_shards(rng: Rng, length: int, ranks: int) -> Any:

@@ -18,6 +18,7 @@ import tempfile
 import traceback
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from functools import partial
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -99,12 +100,17 @@ def on_ranks(n: int, function: Callable[..., Any], *args: Any) -> list[Any]:
 
 
 def on_own_ranks(
-    n: int, function: Callable[..., Any], *args: Any, timeout: float = TIMEOUT, lost: Sequence[int] = ()
+    n: int,
+    function: Callable[..., Any],
+    *args: Any,
+    timeout: float = TIMEOUT,
+    lost: Sequence[int] = (),
+    backend: str | None = "gloo",
 ) -> list[Any]:
     """The same on processes of their own, for functions that end or stop one, with a timeout of their groups.
 
-    `lost`: the ranks whose processes may end; they return None."""
-    pool = _Pool(n, timeout)
+    `lost`: the ranks whose processes may end; they return None. `backend`: what init_process_group is given."""
+    pool = _Pool(n, timeout, partial(_serve, backend=backend))
     try:
         return pool.ask(n, function, args, lost)
     finally:
@@ -116,7 +122,7 @@ def _end() -> None:
         _pools.popitem()[1].stop()
 
 
-def _serve(pipe: Connection, rank: int, ranks: int, store: str, timeout: float) -> None:
+def _serve(pipe: Connection, rank: int, ranks: int, store: str, timeout: float, backend: str | None = "gloo") -> None:
     """One rank, until the pipe closes."""
     import warnings
 
@@ -126,7 +132,7 @@ def _serve(pipe: Connection, rank: int, ranks: int, store: str, timeout: float) 
 
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=ranks, timeout=timedelta(seconds=timeout)
+        backend, init_method=f"file://{store}", rank=rank, world_size=ranks, timeout=timedelta(seconds=timeout)
     )
     warnings.simplefilter("error")
     mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=("ranks",))

@@ -99,6 +99,10 @@ class Backend:
         tiles = tiles_of(p, positions, (rows, keys)).visible
         return min(tiles * min(rows, p.Lq) * min(keys, p.Lk), p.B * p.Hq * p.Lq * p.Lk)
 
+    def unit(self, problem: Problem) -> float:
+        """What an m of 1 in its states (`Output.state`) comes to in the definition's scores."""
+        return 1.0
+
     def note(self, problem: Problem) -> str:
         """What a reader of the plan should know, such as promises that do not hold here; may be empty."""
         return ""
@@ -181,6 +185,8 @@ class PreparedView:
     """Calls of one kind on keys that lie on a cache's pages: lengths and pages are those of each call."""
 
     operands: tuple[Tensor, ...] = ()
+    unit = 1.0
+    """`Backend.unit` of these calls."""
 
     def run(
         self,

@@ -7,6 +7,7 @@ where it runs forward, since names would cost it 0.1 of its 7 microseconds. A te
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 from importlib import import_module
 from types import ModuleType
@@ -146,23 +147,21 @@ class CpuBackend(Backend):
     def prepare(self, problem: Problem, inputs: Inputs) -> Prepared:
         return _TensorCall(self, problem, inputs)
 
+    def unit(self, problem: Problem) -> float:
+        p, size = problem, abs(problem.scale)  # as `Job` of csrc/kernel/score.h
+        return size if p.softcap is None and not (p.bias or p.has_sinks) and 1e-30 < size < 1e30 else 1.0
+
     def prepare_view(
         self, problem: Problem, q: Tensor, view: KVView, bias: tuple[Tensor, ...], sinks: Tensor | None
     ) -> ViewCall:
         strides = dense_strides((*q.shape[:3], problem.Dv), q.stride())
         scales = (0, 0, 0) if view.k_scale is None else view.k_scale.stride()
         pages = [view.k.shape[2], view.k.shape[0], _STORED[view.k.dtype], *scales]
-        native = self._native(
-            problem,
-            (q.stride(), view.k.stride(), view.v.stride()),
-            strides,
-            bias,
-            sinks,
-            sizes=(q.shape[2], 0),
-            offsets=[],
-            pages=pages,
-        )
-        return ViewCall(native, problem, q, strides, _operands(problem))
+        whole = replace(problem, part=False)  # is for states that gradients start from; here any kernel's will do
+        given = q.stride(), view.k.stride(), view.v.stride()
+        native = self._native(whole, given, strides, bias, sinks, sizes=(q.shape[2], 0), offsets=[], pages=pages)
+        unit = self.unit(problem) if view.k_scale is None else 1.0  # scores of scaled keys are the definition's
+        return ViewCall(native, problem, q, strides, _operands(whole), unit)
 
     def observe(self, problem: Problem, inputs: Inputs, wanted: Wanted) -> tuple[Tensor, Statistics] | None:
         if wanted.top > MOST_TOP:
@@ -325,7 +324,7 @@ class _TensorCall(Prepared):
             to=[t.data_ptr() for t in to], strides=[t.stride() for t in to],
             d_bias=to_bias, d_sinks=0 if d_sinks is None else d_sinks.data_ptr(),
         )  # fmt: skip
-        found = tuple(b.to(t.dtype) for b, t in zip(buffers, tensors, strict=True))
+        found = tuple(b if p.part else b.to(t.dtype) for b, t in zip(buffers, tensors, strict=True))
         return Gradients(
             to[0], to[1], to[2], None if d_sinks is None or sinks is None else d_sinks.to(sinks.dtype), found
         )

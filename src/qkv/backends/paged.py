@@ -23,11 +23,12 @@ class ViewCall(PreparedView):
     """Calls of one kind on one native object: lengths and pages are those of each call."""
 
     def __init__(
-        self, native: Any, p: Problem, q: Tensor, strides: tuple[int, ...], operands: tuple[Tensor, ...]
+        self, native: Any, p: Problem, q: Tensor, strides: tuple[int, ...], operands: tuple[Tensor, ...], unit: float
     ) -> None:
+        self.unit = unit
         self.size, self.strides, self.operands, self.native = (*q.shape[:3], p.Dv), strides, operands, native
         self.run_pages, self.plain = native.run_pages, type(q) in _TENSORS
-        self.dtype, self.wide, self.with_lse = p.dtype, p.accumulate, p.needs_lse
+        self.dtype, self.wide, self.with_lse, self.with_state = p.dtype, p.accumulate, p.needs_lse, p.part
 
     def run(
         self,
@@ -41,7 +42,8 @@ class ViewCall(PreparedView):
         if to is None:
             lse = _empty(self.size[:3], dtype=self.wide, device=_CPU) if self.with_lse else None
             make = q.new_empty_strided if self.plain else partial(_empty_strided, dtype=self.dtype, device=_CPU)
-            to = Output(make(self.size, self.strides), lse)
+            state = _empty((2, *self.size[:3]), dtype=self.wide, device=_CPU) if self.with_state else None
+            to = Output(make(self.size, self.strides), lse, state)
         out, lse, k_scale, v_scale, layout = to.out, to.lse, view.k_scale, view.v_scale, view.layout
         tables, starts, lengths = layout.tables.buffer_info(), layout.starts.buffer_info(), layout.lengths.buffer_info()
         queries = (0, 0) if layout.queries is None else layout.queries.buffer_info()
@@ -49,6 +51,7 @@ class ViewCall(PreparedView):
             [
                 q.data_ptr(), view.k.data_ptr(), view.v.data_ptr(), 0 if k_scale is None else k_scale.data_ptr() or 1,
                 0 if v_scale is None else v_scale.data_ptr() or 1, out.data_ptr(), 0 if lse is None else lse.data_ptr(),
+                0 if to.state is None else to.state.data_ptr(),
             ],
             _threads(), 0 if sinks is None else sinks.data_ptr() or 1, [t.data_ptr() for t in bias],
             [tables[0], starts[0], lengths[0], queries[0]], [tables[1], starts[1], lengths[1], queries[1]], sequences,

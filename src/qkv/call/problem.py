@@ -110,13 +110,23 @@ class Output(NamedTuple):
     `state` is what a backend's own backward pass recomputes weights from: (2, B, Hq, Lq) in the accumulation dtype,
     contiguous. state[0] = m is the largest score of the row, or its sink, if that is larger (-inf where there is
     neither); state[1] = l, the sum of exp(score - m). lse is m + log l, rounded: weights exp(score - m) / l add up to 1
-    at any magnitude, exp(score - lse) do not. It has one reader: the backend that made it, which may keep m in units of
-    its own.
+    at any magnitude, exp(score - lse) do not. The backend that made it may keep m in a unit of its own.
     """
 
     out: Tensor
     lse: Tensor | None
     state: Tensor | None = None
+
+    def rows(self, unit: float) -> Tensor:
+        """(2, B, Hq, Lq): m as the definition counts scores, a state's being in `unit`, and l; float64.
+
+        Without a state they are lse and 1."""
+        if self.state is not None:
+            m, l = self.state.double()
+            return torch.stack((m * unit, l))
+        assert self.lse is not None
+        lse = self.lse.double()
+        return torch.stack((lse, (lse != -torch.inf).double()))
 
 
 def query_positions(problem: Problem, positions: Tensor | None, device: torch.device | str) -> Tensor:

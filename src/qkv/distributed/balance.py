@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -25,6 +24,7 @@ import torch
 from torch import Tensor
 
 from qkv.checks import integer, shown
+from qkv.distributed.remembered import remembered
 from qkv.distributed.shards import Shards
 from qkv.distributed.work import Profile, Sight, lacking, owned, profile, visible
 from qkv.errors import ArgumentError, ArgumentTypeError
@@ -126,7 +126,7 @@ def _size(call: str, mesh: Any) -> int:
     return int(size())
 
 
-@lru_cache(maxsize=32)
+@remembered(32)
 def balance(sight: Sight, ranks: int, slack: float) -> Balance:
     """The best shards that were tried, and what they come to."""
     line = profile(sight, min(_FINE * ranks, _BLOCKS))

@@ -12,7 +12,6 @@ these; keys keep their numbers, and so masks and biases mean what they always do
 
 from __future__ import annotations
 
-import hashlib
 from array import array
 from collections.abc import Sequence as Ordered
 from dataclasses import dataclass, fields, replace
@@ -29,9 +28,10 @@ from qkv.cache.stats import Stats
 from qkv.cache.storage import Places, Storage
 from qkv.call.keys import KVLayout
 from qkv.checks import given_as, shown
+from qkv.distributed.agreement import Told, agree, together
 from qkv.distributed.shards import Shards
 from qkv.distributed.striped import Arriving, Striped
-from qkv.distributed.transport import check_device, groups_of, same_everywhere
+from qkv.distributed.transport import check_device, groups_of
 from qkv.distributed.views import ShardedView
 from qkv.errors import ArgumentError, ArgumentTypeError, ShapeError
 from qkv.masks import Mask
@@ -87,10 +87,10 @@ class ShardedCache(PagedCache):
 
     Notes
     -----
-    Cost: a step of decoding reads about 1 / n of the keys on each of n ranks, and sends rows * Hq * (Dv + 1) float32
+    Cost: a step of decoding reads about 1 / n of the keys on each of n ranks, and sends rows * Hq * (Dv + 4) float32
     numbers to each other rank in each layer. `append` with keys that all ranks have sends nothing; with `shards=` each
     row moves at most once, to the rank that stores it: T * Hkv * (D + Dv) * (n - 1) / n numbers a sequence over all.
-    Source: partial results joined by lse as in Dao et al. (2023), "Flash-Decoding".
+    Source: partial results joined as in Dao et al. (2023), "Flash-Decoding".
 
     Examples
     --------
@@ -138,27 +138,26 @@ class ShardedCache(PagedCache):
             fix = "Take one dimension of it: mesh['context']"
             raise ArgumentError.of(call, "mesh must have one dimension", f"{len(groups)} dimensions", fix)
         self._group = groups[0]
-        self._slots = checks.size(call, "page_size", page_size)
-        told = repr(
-            (pages, num_kv_heads, head_dim, value_dim, page_size, layers, window, sinks, dtype, storage, identity)
-        )
-        same_everywhere(self._group, "making a cache", _digest(told), told)
-        super().__init__(
-            pages=pages,
-            num_kv_heads=num_kv_heads,
-            head_dim=head_dim,
-            value_dim=value_dim,
-            page_size=self._slots * self._group.size,
-            layers=layers,
-            window=window,
-            sinks=sinks,
-            dtype=dtype,
-            storage=storage,
-            device=device,
-            identity=identity,
-            debug=debug,
-        )
-        check_device(call, self._group, torch.empty(0, dtype=torch.uint8, device=self.device))
+        with together(groups):
+            self._slots = checks.size(call, "page_size", page_size)
+            super().__init__(
+                pages=pages,
+                num_kv_heads=num_kv_heads,
+                head_dim=head_dim,
+                value_dim=value_dim,
+                page_size=self._slots * self._group.size,
+                layers=layers,
+                window=window,
+                sinks=sinks,
+                dtype=dtype,
+                storage=storage,
+                device=device,
+                identity=identity,
+                debug=debug,
+            )
+            check_device(call, self._group, torch.empty(0, dtype=torch.uint8, device=self.device))
+        same = pages, num_kv_heads, head_dim, value_dim, page_size, layers, window, sinks, dtype, storage, identity
+        agree(groups, Told.of(repr(same)))
         self._stripes: dict[int, Mask] = {}
 
     def _stored(self, spec: Spec, pages: int, page_size: int) -> Storage:
@@ -279,9 +278,7 @@ class ShardedCache(PagedCache):
             waste_bytes=waste * own.bytes_per_token,
         )
         books = repr([(seq._number, seq._length, seq._table.tolist()) for seq in self._seqs])
-        same_everywhere(
-            group, "stats of a cache", _digest(books), f"{len(self._seqs)} sequences, {own.pages_used} pages"
-        )
+        agree((group,), Told.of(f"{len(self._seqs)} sequences, {own.pages_used} pages, books {books}"))
         summed = ("pages", "pages_used", "pages_shared", "pages_cached", "pages_free", "tokens", "waste_tokens",
                   "waste_bytes", "bytes")  # fmt: skip
         mine = torch.tensor([getattr(own, name) for name in summed], dtype=torch.int64, device=self.device)
@@ -320,7 +317,3 @@ class ShardedCache(PagedCache):
                     mine = min(max(seq._length - at * self.page_size - first, 0), P)
                     fill[page] = max(fill.get(page, 0), mine)
         return sum(P - used for used in fill.values())
-
-
-def _digest(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)

@@ -9,12 +9,10 @@ from typing import Any
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from qkv.checks import shown
 from qkv.distributed.functional import attention
 from qkv.distributed.rows import rank_of, shard, unshard
-from qkv.distributed.shards import Shards
+from qkv.distributed.shards import Shards, check_shards
 from qkv.distributed.transport import groups_of
-from qkv.errors import ArgumentError, ArgumentTypeError
 
 
 class Context:
@@ -55,12 +53,7 @@ class Context:
     def __init__(self, mesh: DeviceMesh, shards: Shards, *, method: str | None = None) -> None:
         call = "qkv.distributed.Context()"
         groups = groups_of(call, mesh)
-        ranks = prod(group.size for group in groups)
-        fix = "Make them with qkv.distributed.shards(length, mesh, mask)"
-        if not isinstance(shards, Shards):
-            raise ArgumentTypeError.of(call, "shards must be a qkv.distributed.Shards", shown(shards), fix)
-        if shards.ranks != ranks:
-            raise ArgumentError.of(call, "shards must be made for the mesh", f"{shards!r} and {ranks} ranks", fix)
+        check_shards(call, "shards", shards, prod(group.size for group in groups))
         self.rank = rank_of(groups)
         self.mesh, self.shards, self.method = mesh, shards, method
 

@@ -2,7 +2,8 @@
 
     ring, allgather   keys and values that a rank's queries see and others hold, once; in the backward pass once more,
                       with their gradients on the way back in the accumulation dtype
-    ulysses           q, k, v to ranks of heads, out and lse back; in the backward pass their gradients the other way
+    ulysses           q, k, v to ranks of heads, out back, and lse if asked for; in the backward pass their gradients
+                      the other way
     hybrid            both: within a row of the mesh rows become heads, between rows keys come to queries
 
 All ranks have totals; times need the pairs of a rank with each other one, and are found for some ranks where there are
@@ -13,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -23,6 +23,7 @@ from qkv.call.problem import Problem
 from qkv.distributed.exchange import exchange
 from qkv.distributed.heads import head_cuts
 from qkv.distributed.machine import Machine, products
+from qkv.distributed.remembered import remembered
 from qkv.distributed.shards import Ranges, Shards, merged
 from qkv.distributed.work import Owned, Sight, cells, owned, profile, visible
 
@@ -148,7 +149,7 @@ def _joined(ranges: tuple[Ranges, ...]) -> Ranges:
     return merged(sorted(part for mine in ranges for part in mine))
 
 
-@lru_cache(maxsize=8)
+@remembered(8)
 def _between(problem: Problem, sight: Sight, rows: Shards, keys: Shards, most: int) -> Between:
     """What ranks of a ring have to do with each other."""
     held, own = owned(rows.ranges), owned(keys.ranges)
@@ -262,7 +263,7 @@ class _Swapped:
             return
         for shards, of, width, back in (
             (rows, cuts, p.D * size, False), (keys, key_cuts, p.D * size, False), (keys, key_cuts, p.Dv * size, False),
-            (rows, cuts, p.Dv * size, True), (rows, cuts, p.accumulate.itemsize, True),
+            (rows, cuts, p.Dv * size, True), *[(rows, cuts, p.accumulate.itemsize, True)] * p.needs_lse,
         ):  # fmt: skip
             count = [stop - start for start, stop in of]
             others = sum(shards.rows(r) for r in row) - shards.rows(rank)

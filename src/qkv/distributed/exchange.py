@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from qkv.call.problem import Problem
+from qkv.distributed.remembered import remembered
 from qkv.distributed.shards import Ranges, Shards, common, merged
 
 _TILES = 64  # tiles of a range of queries: how finely it is known which of them see a range of keys
@@ -69,6 +70,16 @@ class Exchange:
 
     def stages(self, rank: int, method: str) -> tuple[Stage, ...]:
         """What a rank waits for and computes, in order: by "ring", or by "allgather"."""
+        key = rank, method
+        if key not in self._known:
+            self._known[key] = self._stages(rank, method)
+        return self._known[key]
+
+    @cached_property
+    def _known(self) -> dict[tuple[int, str], tuple[Stage, ...]]:
+        return {}
+
+    def _stages(self, rank: int, method: str) -> tuple[Stage, ...]:
         ranks = self.queries.ranks
         own = Stage((), (), self.pieces(rank, self.keys.ranges[rank]))
         others = [(rank - t) % ranks for t in range(1, ranks)]
@@ -128,7 +139,7 @@ def exchange(problem: Problem, queries: Shards, keys: Shards, positions: Tensor 
     return _kept(replace(alike, needs_grad=False, needs_lse=False), queries, keys)
 
 
-@lru_cache(maxsize=256)
+@remembered(64)
 def _kept(problem: Problem, queries: Shards, keys: Shards) -> Exchange:
     return _found(problem, queries, keys, None)
 

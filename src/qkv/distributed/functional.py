@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import weakref
 from dataclasses import replace
 from itertools import pairwise
 from math import prod
@@ -14,18 +12,20 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from qkv import graph
-from qkv._torch import under_transform
+from qkv._torch import forward_mode, has_tangent, under_transform
 from qkv.autograd import refuse_captured
 from qkv.call.problem import Inputs, Options, Problem
 from qkv.call.validate import check_metadata, check_storage, checked
 from qkv.checks import Operand, shown
+from qkv.distributed.agreement import Told, agree, agree_once, together
 from qkv.distributed.machine import known
-from qkv.distributed.methods import Call, by_heads, by_keys
-from qkv.distributed.planning import choose
+from qkv.distributed.methods import Call, prepared
+from qkv.distributed.planning import METHODS, choose, stays
 from qkv.distributed.rows import rank_of
-from qkv.distributed.shards import Shards
-from qkv.distributed.transport import Group, check_device, groups_of, same_everywhere
+from qkv.distributed.shards import Shards, check_shards
+from qkv.distributed.transport import Group, check_device, groups_of
 from qkv.errors import ArgumentError, ArgumentTypeError, ShapeError, UnsupportedError
+from qkv.execute import Remembered, now, users_own
 from qkv.masks import Mask, Sizes
 from qkv.masks.portable import encode
 from qkv.merging import OutputWithLse
@@ -33,8 +33,8 @@ from qkv.plans import check_backend
 from qkv.scores import ScoreTerm, as_bias
 
 CALL = "qkv.distributed.attention()"
+_ONCE = "torch.autograd differentiates it once; call it outside of torch.func, torch.vmap and forward mode"
 _LOOKED_AT = 1 << 22  # numbers of a mask's tensor that ranks compare
-METHODS = ("ring", "ulysses", "hybrid", "allgather")
 
 
 @overload
@@ -120,8 +120,10 @@ def attention(
 
     Notes
     -----
-    First derivatives only. The gradients of what all ranks have in common (sinks, a bias's tensors) are each rank's
-    share: their sum over ranks is the gradient, as of every parameter of a model whose rows are shared out.
+    First derivatives only. Every rank has to run the backward pass that one of them runs, in the same order of calls:
+    a rank whose rows are in no loss adds 0 * out.sum() to it. The gradients of what all ranks have in common (sinks, a
+    bias's tensors) are each rank's share: their sum over ranks is the gradient, as of every parameter of a model whose
+    rows are shared out.
     Cost: the work of the rank's pairs; "ring" and "allgather" receive the keys and values that its queries may see, and
     in the backward pass the same again with their gradients going back in float32; "ulysses" moves q, k, v, out.
     Results are those of one process within the error bounds of one, with the same bits from run to run.
@@ -150,46 +152,56 @@ def attention(
 def _attend(
     q: Any, k: Any, v: Any, mask: Any, mesh: Any, shards: tuple[Any, Any], method: Any, options: Options, backend: Any
 ) -> OutputWithLse:
+    groups = groups_of(CALL, mesh)
+    with together(groups):
+        _check(q, k, v, groups, backend)
+        q, k, v = q.resolve_neg(), k.resolve_neg(), v.resolve_neg()
+        given = _given(groups, q, k, *shards)
+    if given is None:
+        lengths = agree(groups, Told.of("shards=None"), (q.shape[2], k.shape[2]))
+        given = tuple(_after_another([pair[n] for pair in lengths]) for n in range(2))  # type: ignore[assignment]
+        assert given is not None
+    with together(groups):
+        problem, inputs, bias = _whole(q, k, v, mask, options, *given)
+        _refuse(inputs, bias)
+        chosen = _method(groups, method, problem, *given)
+        call = Call(problem, inputs, bias, options, *given, chosen, backend)
+        ready = prepared(call, groups)
+        told = _told(call)
+    agree_once(groups, told)
+    out, lse, _ = ready()
+    return OutputWithLse(out, lse)  # type: ignore[arg-type]
+
+
+def _check(q: Any, k: Any, v: Any, groups: tuple[Group, ...], backend: Any) -> None:
+    """What can be said of a rank's tensors without the others."""
     check_backend(CALL, backend)
-    if under_transform():
-        fix = "Call it outside of torch.func and torch.vmap; torch.autograd differentiates it once"
-        raise UnsupportedError.of(CALL, "no transform of torch.func can follow it", "a call inside of one", fix)
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if isinstance(x, Tensor) and hasattr(x, "to_local"):  # a DTensor: its class is not loaded for this question
+            rule, fix = f"{name} must be the rank's own rows, a plain tensor", f"Pass {name}.to_local()"
+            raise ArgumentTypeError.of(CALL, rule, f"a {type(x).__name__} {tuple(x.shape)}", fix)
     check_metadata(CALL, q, k, v)
     check_storage(CALL, q, k, v)
-    groups = groups_of(CALL, mesh)
+    if under_transform():
+        rule = "no transform of torch.func can follow it"
+        raise UnsupportedError.of(CALL, rule, "a call inside of one", _ONCE)
     for group in groups:
         check_device(CALL, group, q)
-    q, k, v = q.resolve_neg(), k.resolve_neg(), v.resolve_neg()
-    rows, keys = _shards(groups, q, k, *shards)
-    problem, inputs, bias = _whole(q, k, v, mask, options, rows, keys)
-    refuse_captured(bias, q.device)
-    chosen = _method(groups, method) or choose(problem, rows, keys, [group.size for group in groups], known(groups))
-    _agree(groups, (problem, rows, keys, chosen, backend))
-    call = Call(problem, inputs, bias, options, rows, keys, backend)
-    if chosen == "ulysses":
-        return by_heads(call, None, groups[0])
-    if chosen == "hybrid":
-        return by_heads(call, groups[0], groups[1])
-    return by_keys(call, groups[0], chosen)
 
 
-def _shards(groups: tuple[Group, ...], q: Tensor, k: Tensor, shards: Any, key_shards: Any) -> tuple[Shards, Shards]:
-    """Who holds which queries and keys, checked against the rank's own tensors."""
+def _given(
+    groups: tuple[Group, ...], q: Tensor, k: Tensor, shards: Any, key_shards: Any
+) -> tuple[Shards, Shards] | None:
+    """Who holds which queries and keys, checked against the rank's own tensors; None where all have to be asked."""
     ranks, rank = prod(group.size for group in groups), rank_of(groups)
     for name, given in (("shards", shards), ("key_shards", key_shards)):
-        if given is None:
-            continue
-        fix = "Make them with qkv.distributed.shards(length, mesh, mask=mask)"
-        if not isinstance(given, Shards):
-            raise ArgumentTypeError.of(CALL, f"{name} must be a qkv.distributed.Shards", shown(given), fix)
-        if given.ranks != ranks:
-            raise ArgumentError.of(CALL, f"{name} must be made for the mesh", f"{given!r} and {ranks} ranks", fix)
+        if given is not None:
+            check_shards(CALL, name, given, ranks)
     if shards is None:
         if key_shards is not None:
             fix = "Pass shards, too: which queries each rank holds"
             raise ArgumentError.of(CALL, "key_shards are given beside shards", "shards=None", fix)
-        lengths = _lengths(groups, q, k)
-        return tuple(_after_another([pair[n] for pair in lengths]) for n in range(2))  # type: ignore[return-value]
+        return None
     keys = shards if key_shards is None else key_shards
     for name, x, of in (("q", q, shards), ("k", k, keys)):
         if x.shape[2] != of.rows(rank):
@@ -200,14 +212,6 @@ def _shards(groups: tuple[Group, ...], q: Tensor, k: Tensor, shards: Any, key_sh
             )
             raise ShapeError.of(CALL, rule, given, fix)
     return shards, keys
-
-
-def _lengths(groups: tuple[Group, ...], q: Tensor, k: Tensor) -> list[tuple[int, int]]:
-    """Rows of q and k on every rank, in row-major order of the mesh."""
-    found = torch.tensor([[q.shape[2], k.shape[2]]], dtype=torch.int64, device=q.device)
-    for group in reversed(groups):
-        found = torch.cat(group.gather("the lengths of all ranks", found))
-    return [(int(a), int(b)) for a, b in found.tolist()]
 
 
 def _after_another(lengths: list[int]) -> Shards:
@@ -231,46 +235,63 @@ def _whole(
     if options.positions is None and problem.Lq != problem.Lk and bias.depends_on_position:
         checked(CALL, (q, k, v), size, rows.length, mask, options)  # says how
     bias = bias.lowered(q.device)
-    return replace(problem, bias=bias.specs()), inputs, bias
+    learns = torch.is_grad_enabled() and any(t.requires_grad for t in bias.tensors())
+    return replace(problem, bias=bias.specs(), needs_grad=problem.needs_grad or learns), inputs, bias
 
 
-def _method(groups: tuple[Group, ...], method: Any) -> str | None:
-    """The method that was asked for, if it can be had."""
-    if method is not None and method not in METHODS:
+def _refuse(inputs: Inputs, bias: ScoreTerm | None) -> None:
+    """What would lose a derivative without a word."""
+    refuse_captured(bias, inputs.q.device)
+    given = inputs.q, inputs.k, inputs.v, inputs.sinks, *(() if bias is None else bias.tensors())
+    if forward_mode() and any(has_tangent(t) for t in given if t is not None):
+        raise UnsupportedError.of(CALL, "forward mode cannot follow it", "tensors with tangents", _ONCE)
+
+
+def _method(groups: tuple[Group, ...], method: Any, problem: Problem, rows: Shards, keys: Shards) -> str:
+    """The method that was asked for, if it can be had, else the one that costs least."""
+    if method is None:
+        return choose(problem, rows, keys, [group.size for group in groups], known(groups))
+    if method not in METHODS:
         raise ArgumentError.of(CALL, f"method must be one of {METHODS}", f"method={shown(method)}", "Or leave it out")
-    if (method == "hybrid") != (len(groups) == 2) and method is not None:
+    if (method == "hybrid") != (len(groups) == 2):
         given = f"method={method!r} and a mesh of {len(groups)} dimension(s)"
         fix = "Pass a 2-D mesh (ring, heads) for hybrid, one dimension for the others"
         raise ArgumentError.of(CALL, "hybrid takes a mesh of two dimensions, and no other method does", given, fix)
-    return None if method is None else str(method)
+    if (why := stays(problem, method, rows)) is not None:
+        given = f"method={method!r} and bias of {[term.shape for term in problem.bias]}"
+        fix = "Use method='ring' or 'allgather', or a bias of shape (B, Hq, 1, Lk)"
+        raise UnsupportedError.of(CALL, why, given, fix)
+    return str(method)
 
 
-_DIGESTS: dict[Any, tuple[int, str]] = {}
-_AGREED: weakref.WeakKeyDictionary[Any, set[Any]] = weakref.WeakKeyDictionary()
+_TOLD = Remembered(256)
 
 
-def _agree(groups: tuple[Group, ...], key: tuple[Any, ...]) -> None:
-    """Whether all ranks make the same call: messages of other sizes than expected would end a process of gloo's.
+def _told(call: Call) -> Told:
+    """All that has to be the same on all ranks."""
+    p, bias = call.problem, call.bias
+    learns = torch.is_grad_enabled()
+    given = [t for t in (call.inputs.q, call.inputs.k, call.inputs.v) if t.requires_grad]
+    common = [t for t in (call.inputs.sinks, *(() if bias is None else bias.tensors())) if t is not None]
+    flags = learns and bool(given), learns and any(t.requires_grad for t in common)
+    key = p, call.rows, call.keys, call.method, call.backend, flags
+    # What the user holds by reference may hold other numbers by now.
+    own = p.mask is not None and bool(users_own(p.mask))
+    kept = None if own else _TOLD.get(key)
+    if kept is not None:
+        kept.used = now()
+        told: Told = kept.value
+    else:
+        told = Told.of(_words(*key))
+        if not own:
+            _TOLD.put(key, told, (p.mask,))
+    where = call.inputs.positions
+    return told if where is None else Told.of(f"{told.text} {_contents(where)}")
 
-    On gloo it is asked in every call, for some bytes and a tenth of a millisecond; where asking would wait for a GPU,
-    before the first of a kind."""
-    if key not in _DIGESTS:
-        if len(_DIGESTS) > 4096:
-            _DIGESTS.clear()
-        text = _told(*key)
-        _DIGESTS[key] = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big"), text
-    digest, text = _DIGESTS[key]
-    for group in groups:
-        known = _AGREED.setdefault(group.process_group, set())
-        if group.size == 1 or (group.waits and digest in known):
-            continue
-        same_everywhere(group, "agreeing on the call", digest, text)
-        known.add(digest)
 
-
-def _told(problem: Problem, rows: Shards, keys: Shards, method: str, backend: str | None) -> str:
-    """All that has to be the same on all ranks, in words that another process would use, too."""
-    p = problem
+def _words(
+    p: Problem, rows: Shards, keys: Shards, method: str, backend: str | None, gradients: tuple[bool, bool]
+) -> str:
     words: list[int] = []
     tensors: list[Tensor] = []
     if p.mask is not None:
@@ -278,12 +299,17 @@ def _told(problem: Problem, rows: Shards, keys: Shards, method: str, backend: st
             encode(CALL, p.mask, words, tensors)
         except UnsupportedError:  # a Python function
             words = []
-    # A mask shows long lists abbreviated, so their contents are compared; of very large tensors the sizes alone.
-    held = [Operand(t).digest if t.numel() <= _LOOKED_AT else (tuple(t.shape), str(t.dtype)) for t in tensors]
-    mask = f"{p.mask!r} {words} {held}"
+    # A mask shows long lists abbreviated, so their contents are compared.
+    mask = f"{p.mask!r} {words} {[_contents(t) for t in tensors]}"
     bias = [(term.kind, len(term.shape)) for term in p.bias]
     return (
         f"method={method} q (B={p.B}, Hq={p.Hq}, Lq={p.Lq}, D={p.D}) k (Hkv={p.Hkv}, Lk={p.Lk}, Dv={p.Dv}) {p.dtype} "
         f"mask={mask} positions={p.positions} scale={p.scale} softcap={p.softcap} bias={bias} sinks={p.has_sinks} "
-        f"dropout_p={p.dropout_p} gradients={p.needs_grad} backend={backend} shards={rows.ranges} keys={keys.ranges}"
+        f"dropout_p={p.dropout_p} return_lse={p.needs_lse} gradients of (q, k, v) and (sinks, bias)={gradients} "
+        f"backend={backend} shards={rows.ranges} keys={keys.ranges}"
     )
+
+
+def _contents(t: Tensor) -> Any:
+    """What is compared of a tensor: of very large ones the sizes alone."""
+    return Operand(t).digest if t.numel() <= _LOOKED_AT else (tuple(t.shape), str(t.dtype))

@@ -15,6 +15,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 
 from qkv.backends import rates
 from qkv.backends.base import Backend
@@ -166,6 +167,13 @@ def known(groups: Sequence[Group]) -> Machine | None:
     """What was measured for a mesh."""
     found = _KNOWN.get(groups[0].process_group)
     return found[1] if found is not None and found[0] == tuple(group.size for group in groups) else None
+
+
+def known_of(mesh: Any) -> Machine | None:
+    """The same, of what may be sizes alone."""
+    if not isinstance(mesh, DeviceMesh) or mesh.get_coordinate() is None:
+        return None
+    return known(groups_of(CALL, mesh))
 
 
 def _visible(problem: Problem, backend: Backend) -> float:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from qkv import execute
+from qkv.backends import registry
 from qkv.backends.base import Gradients
 from qkv.backends.tiled import backward as tiled
 from qkv.call.problem import Inputs, Options, Output, Problem
@@ -33,12 +34,11 @@ class Whole:
     bias: ScoreTerm | None  # rows are the rank's own, columns all keys
     positions: Tensor | None  # (B or 1, Lq), on the tensors' device
     seed: int
-    rank: int
 
     @property
     def unit(self) -> float:
         """The definition's score of an m of 1, in what the backend's states say."""
-        return unit_of(self.problem, self.backend)
+        return registry.load(self.backend).unit(replace(self.problem, has_sinks=False))  # of pieces: sinks join last
 
     def problem_of(self, piece: Piece) -> Problem:
         """The piece as a call of its own."""
@@ -69,15 +69,14 @@ class Whole:
         bias = None if self.bias is None else self.bias.cut(rows, slice(lo, hi))
         if bias is not None:
             p = replace(p, bias=bias.specs())
-        # Dropout draws by the indices of a call: each piece has draws of its own.
-        seed = hash((self.seed, piece)) & (2**63 - 1) if p.dropout_p else 0
+        seed = mixed(self.seed, piece) if p.dropout_p else 0
         return p, Inputs(q[:, :, rows], k, v, positions, bias, None, seed)
 
     def run(self, problem: Problem, inputs: Inputs) -> Output:
         """out, lse and state of a piece."""
         options = self.options._replace(return_lse=True, sinks=None)
         found = Output(*execute.prepare(problem, inputs, options, self.backend).run(*inputs))
-        return found if found.state is not None else found._replace(state=_state_of(found))
+        return found if found.state is not None else found._replace(state=found.rows(1.0).to(problem.accumulate))
 
     def gradients(self, problem: Problem, inputs: Inputs, whole: Output, d_out: Tensor, d_lse: Tensor) -> Gradients:
         """A piece's gradients, from the rows' results over all keys."""
@@ -92,17 +91,9 @@ class Whole:
         return tiled.backward(problem, inputs, d_out, d_lse, natural)
 
 
-def unit_of(problem: Problem, backend: str) -> float:
-    """What `Job` of csrc/kernel/score.h calls the unit; of tensors' own scores where the backend is not native."""
-    p, size = problem, abs(problem.scale)
-    plain = p.softcap is None and not p.bias and 1e-30 < size < 1e30
-    return size if plain and backend.startswith("cpu") else 1.0
-
-
-def _state_of(found: Output) -> Tensor:
-    """From a backend without states: m = lse and l = 1."""
-    assert found.lse is not None
-    return torch.stack([found.lse, (found.lse != -math.inf).to(found.lse.dtype)])
+def mixed(seed: int, *of: Any) -> int:
+    """A seed of its own for a part of a call: dropout draws by the indices of a call, and parts have them alike."""
+    return hash((seed, *of)) & (2**63 - 1)
 
 
 class Joined:

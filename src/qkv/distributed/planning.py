@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 from math import prod
 from typing import Any
 
@@ -20,7 +20,8 @@ from qkv.checks import integer, shown
 from qkv.distributed import telling
 from qkv.distributed.balance import balance
 from qkv.distributed.costs import Cost, cost, sight_of
-from qkv.distributed.machine import Machine
+from qkv.distributed.machine import Machine, known_of
+from qkv.distributed.remembered import remembered
 from qkv.distributed.shards import Shards
 from qkv.errors import ArgumentError, ArgumentTypeError
 from qkv.masks import as_mask
@@ -64,8 +65,7 @@ class DistributedPlan:
         -------
         str or None
         """
-        few = min(self.shards.rows(rank) for rank in range(self.shards.ranks)) <= 1
-        return lacking(self.problem, self.mesh, method, few)
+        return lacking(self.problem, self.mesh, method, _few(self.shards))
 
     @cached_property
     def method(self) -> str:
@@ -105,22 +105,32 @@ class DistributedPlan:
 
 
 def lacking(problem: Problem, mesh: tuple[int, ...], method: str, few: bool = False) -> str | None:
-    """Why a method cannot run a call on a mesh of this shape.
-
-    `few`: some rank has no more than one row, whose part of a bias says as little as one for all rows.
-    """
+    """Why `plan` does not take a method for a call on a mesh of this shape. `few`: as of `_rowwise`."""
     if (method == "hybrid") != (len(mesh) == 2):
         return "it takes a mesh of two dimensions" if method == "hybrid" else "the mesh has two dimensions"
-    if method in ("ulysses", "hybrid"):
-        if any(term.kind == "tensor" and len(term.shape) > 1 and (few or term.shape[-2] > 1) for term in problem.bias):
-            return "a bias tensor with a row a query stays with its queries"
-        if prod(mesh[-1:]) > problem.Hq:
-            return (
-                f"it has no work for more ranks than heads: {mesh[-1]} and {problem.Hq}"
-                if method == "ulysses"
-                else None
-            )
+    if method == "ulysses" and mesh[-1] > problem.Hq:
+        return f"it has no work for more ranks than heads: {mesh[-1]} and {problem.Hq}"
+    return _rowwise(problem, method, few)
+
+
+def stays(problem: Problem, method: str, rows: Shards) -> str | None:
+    """Why a bias keeps a method from running, as far as this rank's own rows of it say.
+
+    Those of ranks with one row say nothing, so that where all have as few it is not known."""
+    return _rowwise(problem, method, max(rows.rows(rank) for rank in range(rows.ranks)) <= 1 < rows.length)
+
+
+def _rowwise(problem: Problem, method: str, few: bool) -> str | None:
+    """`few`: a rank may have no more than one row, whose part of a bias says as little as one for all rows."""
+    if method in ("ulysses", "hybrid") and any(
+        term.kind == "tensor" and len(term.shape) > 1 and (few or term.shape[-2] > 1) for term in problem.bias
+    ):
+        return "a bias tensor with a row a query stays with its queries, and ulysses and hybrid move those"
     return None
+
+
+def _few(rows: Shards) -> bool:
+    return min(rows.rows(rank) for rank in range(rows.ranks)) <= 1
 
 
 def _first(costs: dict[str, Cost], backward: bool) -> str:
@@ -151,11 +161,11 @@ def choose(problem: Problem, rows: Shards, keys: Shards, mesh: Sequence[int], ma
         return "hybrid"
     if shape[0] == 1:
         return "ring"
-    alike = replace(problem, call="", scale=1.0, softcap=None, has_sinks=False, dropout_p=0.0, needs_lse=False)
+    alike = replace(problem, call="", scale=1.0, softcap=None, has_sinks=False, dropout_p=0.0)
     return _chosen(alike, rows, keys, shape, machine or Machine.usual(problem.device))
 
 
-@lru_cache(maxsize=64)
+@remembered(16)
 def _chosen(problem: Problem, rows: Shards, keys: Shards, mesh: tuple[int, ...], machine: Machine) -> str:
     return DistributedPlan(problem, rows, keys, mesh, machine).method
 
@@ -194,7 +204,8 @@ def plan(
     method : str
         What runs; the cheapest unless given.
     machine : Machine
-        Speeds of a rank and of the network; those of `Machine.usual` unless given.
+        Speeds of a rank and of the network. Unless given, what `attention` goes by: those that `Machine.measured` found
+        for this DeviceMesh, else those of `Machine.usual`.
 
     Returns
     -------
@@ -231,9 +242,8 @@ def plan(
             fix = "Make them with qkv.distributed.shards(length, mesh, mask), or leave them out"
             rule = f"{name} must be Shards of {length} rows on {ranks} ranks"
             raise ArgumentError.of(CALL, rule, shown(given), fix)
-    return checked(
-        DistributedPlan(problem, shards, key_shards, shape, machine or Machine.usual(problem.device), method)
-    )
+    machine = machine or known_of(mesh) or Machine.usual(problem.device)
+    return checked(DistributedPlan(problem, shards, key_shards, shape, machine, method))
 
 
 def _stand_in(x: Any) -> Any:

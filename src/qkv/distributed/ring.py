@@ -14,8 +14,9 @@ Source: Liu et al., Ring Attention (2023), for the order; the joining is the onl
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
@@ -41,6 +42,12 @@ class Run:
     group: Group
     method: str
 
+    def over(self, bias: Sequence[Tensor], positions: Tensor | None) -> Run:
+        """The same over these tensors of its bias and positions."""
+        term = self.whole.bias
+        term = None if term is None else term.with_tensors(bias)
+        return replace(self, whole=replace(self.whole, bias=term, positions=positions))
+
     def stages(self) -> tuple[Stage, ...]:
         """In order; the first is what the rank holds itself."""
         return self.exchange.stages(self.group.rank, self.method)
@@ -49,29 +56,36 @@ class Run:
         """out in q's dtype, lse and state of the rank's rows."""
         p = self.whole.problem
         joined = Joined(p, q.shape[2], q.device, self.whole.unit)
-        for stage, keys in self.arriving(k, v):
-            for piece in stage.pieces:
-                rows, mine, values = self.rows(piece), *keys.find(piece.keys)
-                problem, inputs = self.whole.inputs_of(piece, q, mine, values, rows)
-                joined.add(rows, self.whole.run(problem, inputs))
+        with closing(self.arriving(k, v)) as stages:
+            for stage, keys in stages:
+                for piece in stage.pieces:
+                    rows, mine, values = self.rows(piece), *keys.find(piece.keys)
+                    problem, inputs = self.whole.inputs_of(piece, q, mine, values, rows)
+                    joined.add(rows, self.whole.run(problem, inputs))
         joined.add_sinks(sinks)
         return joined.finish(q.dtype)
 
-    def arriving(self, k: Tensor, v: Tensor) -> Iterator[tuple[Stage, Keys]]:
-        """Each stage with its keys; those of the next are on their way while one is computed."""
+    def arriving(self, k: Tensor, v: Tensor) -> Generator[tuple[Stage, Keys], None, None]:
+        """Each stage with its keys; those of the next are on their way while one is computed.
+
+        Closed early, after an error, it waits for those."""
         stages = self.stages()
         coming: tuple[Pending, Mailbox] | None = None
-        for n, stage in enumerate(stages):
-            box = None
+        try:
+            for n, stage in enumerate(stages):
+                box = None
+                if coming is not None:
+                    coming[0].wait()
+                    box = coming[1]
+                if n + 1 < len(stages):
+                    coming = self._ask(n + 1, stages[n + 1], k, v)
+                if box is None:
+                    yield stage, Keys.held(self.exchange.keys.ranges[self.group.rank], k, v)
+                else:
+                    yield stage, box.keys()
+        finally:
             if coming is not None:
-                coming[0].wait()
-                box = coming[1]
-            if n + 1 < len(stages):
-                coming = self._ask(n + 1, stages[n + 1], k, v)
-            if box is None:
-                yield stage, Keys.held(self.exchange.keys.ranges[self.group.rank], k, v)
-            else:
-                yield stage, box.keys()
+                coming[0].leave()
 
     def _ask(self, n: int, stage: Stage, k: Tensor, v: Tensor) -> tuple[Pending, Mailbox]:
         box = Mailbox(stage.arrives, k, v)
@@ -163,46 +177,62 @@ def _count(ranges: Ranges) -> int:
 
 
 class Sums:
-    """What a rank's gradients add up to, in the accumulation dtype; those of the bias in float64."""
+    """What a rank's gradients add up to, in the accumulation dtype or a wider one.
 
-    def __init__(self, run: Run, q: Tensor, k: Tensor, v: Tensor) -> None:
-        p = run.whole.problem
+    `learns`: which of the bias's tensors want theirs."""
+
+    def __init__(self, run: Run, q: Tensor, k: Tensor, v: Tensor, learns: Sequence[bool]) -> None:
+        p, bias, wanted = run.whole.problem, run.whole.bias, iter(learns)
         self.q, self.k, self.v = (torch.zeros(x.shape, dtype=p.accumulate, device=x.device) for x in (q, k, v))
-        bias = run.whole.bias
-        self.bias: ScoreTerm | None = None
-        if bias is not None:
-            wide = [torch.zeros(t.shape, dtype=torch.float64, device=t.device) for t in bias.tensors()]
-            self.bias = bias.with_tensors(wide)
+        self.terms: list[tuple[ScoreTerm, tuple[Tensor, ...] | None]] = []
+        for term in () if bias is None else bias.terms:
+            mine = any([next(wanted) for _ in term.tensors()])
+            self.terms.append((term, term.new_gradients(p.accumulate) if mine else None))
 
     def add_bias(self, found: Sequence[Tensor], rows: slice, keys: slice) -> None:
-        if self.bias is not None:
-            for to, x in zip(self.bias.cut(rows, keys).tensors(), found, strict=True):
-                to += x
+        left = iter(found)
+        for term, sums in self.terms:
+            mine = [next(left) for _ in term.tensors()]
+            if sums is not None:
+                for to, x in zip(term.with_tensors(sums).cut(rows, keys).tensors(), mine, strict=True):
+                    to += x
+
+    def of_bias(self) -> list[Tensor | None]:
+        """Of each tensor in its dtype, or None."""
+        found: list[Tensor | None] = []
+        for term, sums in self.terms:
+            given = term.tensors()
+            found += [None] * len(given) if sums is None else [x.to(t.dtype) for x, t in zip(sums, given, strict=True)]
+        return found
 
 
 class _Gradients:
     """One backward pass on one rank."""
 
-    def __init__(self, run: Run, q: Tensor, k: Tensor, v: Tensor, whole: Output, d_out: Tensor, d_lse: Tensor) -> None:
+    def __init__(
+        self, run: Run, q: Tensor, k: Tensor, v: Tensor, whole: Output, d_out: Tensor, d_lse: Tensor, sums: Sums
+    ) -> None:
         self.run, self.q, self.k, self.v, self.whole = run, q, k, v, whole
-        self.d_out, self.d_lse = d_out, d_lse
-        self.sums = Sums(run, q, k, v)
+        self.d_out, self.d_lse, self.sums = d_out, d_lse, sums
         self.returns: list[tuple[Pending, Mailbox]] = []
 
-    def all(self) -> Sums:
-        """Of all stages."""
-        for n, (stage, keys) in enumerate(self.run.arriving(self.k, self.v)):
-            if n == 0:
-                held = self.run.exchange.keys.ranges[self.run.group.rank]
-                self._stage(stage, keys, Keys.held(held, self.sums.k, self.sums.v))
-                continue
-            kind = self.sums.k.dtype
-            mine = keys.zeros(kind)
-            self._stage(stage, keys, mine)
-            self._send_back(n, stage, mine)
-        for pending, box in self.returns:
-            self._take(pending, box)
-        return self.sums
+    def all(self) -> None:
+        """Of all stages, into the sums."""
+        try:
+            with closing(self.run.arriving(self.k, self.v)) as stages:
+                for n, (stage, keys) in enumerate(stages):
+                    if n == 0:
+                        held = self.run.exchange.keys.ranges[self.run.group.rank]
+                        self._stage(stage, keys, Keys.held(held, self.sums.k, self.sums.v))
+                        continue
+                    mine = keys.zeros(self.sums.k.dtype)
+                    self._stage(stage, keys, mine)
+                    self._send_back(n, stage, mine)
+            while self.returns:
+                self._take(*self.returns.pop(0))
+        finally:
+            for pending, _ in self.returns:
+                pending.leave()
 
     def _stage(self, stage: Stage, keys: Keys, to: Keys) -> None:
         for piece in stage.pieces:
@@ -244,27 +274,28 @@ class Attend(Function):
     """`Run.attend` as a function of autograd's."""
 
     @staticmethod
-    def forward(ctx: Any, run: Run, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, *bias: Tensor) -> Any:
+    def forward(
+        ctx: Any, run: Run, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, positions: Any, *bias: Tensor
+    ) -> Any:
         found = run.attend(q, k, v, sinks)
         ctx.run = run
-        ctx.save_for_backward(q, k, v, sinks, *found)
+        # All that the backward pass reads: autograd notices what is changed in place before that.
+        ctx.save_for_backward(q, k, v, sinks, positions, *found, *bias)
         return found.out, found.lse
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, d_out: Tensor, d_lse: Tensor) -> Any:
-        run: Run = ctx.run
-        q, k, v, sinks, out, lse, state = ctx.saved_tensors
-        sums = _Gradients(run, q, k, v, Output(out, lse, state), d_out, d_lse.to(lse.dtype)).all()
+        q, k, v, sinks, positions, out, lse, state, *bias = ctx.saved_tensors
+        run: Run = ctx.run.over(bias, positions)
+        sums = Sums(run, q, k, v, ctx.needs_input_grad[6:])
+        _Gradients(run, q, k, v, Output(out, lse, state), d_out, d_lse.to(lse.dtype), sums).all()
         d_sinks = None
         if sinks is not None:
             m, l = state
             share = torch.where(l == 0, 0.0, torch.exp(sinks.to(m.dtype)[:, None] - m * run.whole.unit) / l)
             delta = (d_out.to(m.dtype) * out.to(m.dtype)).sum(-1)
             d_sinks = (share * (d_lse - delta)).sum((0, 2), dtype=torch.float64).to(sinks.dtype)
-        tensors = () if run.whole.bias is None else run.whole.bias.tensors()
-        d_bias = () if sums.bias is None else sums.bias.tensors()
         return (
-            None, sums.q.to(q.dtype), sums.k.to(k.dtype), sums.v.to(v.dtype), d_sinks,
-            *(x.to(t.dtype) for x, t in zip(d_bias, tensors, strict=True)),
+            None, sums.q.to(q.dtype), sums.k.to(k.dtype), sums.v.to(v.dtype), d_sinks, None, *sums.of_bias(),
         )  # fmt: skip

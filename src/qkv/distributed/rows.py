@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 
 from qkv.checks import shown
-from qkv.distributed.shards import Shards
+from qkv.distributed.shards import Shards, check_shards
 from qkv.distributed.transport import Group, check_device, groups_of
 from qkv.errors import ArgumentError, ArgumentTypeError, ShapeError
 
@@ -150,21 +150,16 @@ def rank_of(groups: tuple[Group, ...]) -> int:
 
 
 def _checked(call: str, x: Any, shards: Any, groups: tuple[Group, ...], dim: Any, own: bool = False) -> int:
-    fix = "Make them with qkv.distributed.shards(length, mesh, mask=mask)"
-    if not isinstance(shards, Shards):
-        raise ArgumentTypeError.of(call, "shards must be a qkv.distributed.Shards", shown(shards), fix)
+    check_shards(call, "shards", shards, prod(group.size for group in groups))
     if not isinstance(x, Tensor):
         raise ArgumentTypeError.of(call, "x must be a tensor", shown(x), "Pass the rows as a tensor")
     if not isinstance(dim, int) or not -x.dim() <= dim < x.dim():
         given = f"dim={shown(dim)} and x {tuple(x.shape)}"
         raise ArgumentError.of(call, "dim must be a dimension of x", given, "Pass the one that counts rows")
-    ranks = prod(group.size for group in groups)
-    if shards.ranks != ranks:
-        raise ArgumentError.of(call, "shards must be made for the mesh", f"{shards!r} and {ranks} ranks", fix)
     rank, dim = rank_of(groups), dim % x.dim()
     want = shards.rows(rank) if own else shards.length
     if x.shape[dim] != want:
         rule = "x must hold the rank's own rows" if own else "x must hold the whole sequence"
         given = f"x {tuple(x.shape)}, dim={dim} and shards of {want} rows" + (f" on rank {rank}" if own else "")
-        raise ShapeError.of(call, rule, given, fix)
+        raise ShapeError.of(call, rule, given, "Make the shards with qkv.distributed.shards(length, mesh, mask=mask)")
     return int(dim)

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from qkv.checks import integer, shown
+from qkv.checks import integer, shown, whole
 from qkv.errors import ArgumentError, ArgumentTypeError
 
 Ranges: TypeAlias = "tuple[tuple[int, int], ...]"
@@ -235,6 +235,13 @@ def common(one: Ranges, two: Ranges) -> Ranges:
     return tuple(found)
 
 
+def _int(value: Any) -> int:
+    found = whole(value)
+    if found is None:
+        raise TypeError
+    return found
+
+
 def _sizes(length: int, ranks: int) -> tuple[int, int]:
     call = "qkv.distributed.Shards"
     return integer(call, "length", length), integer(call, "ranks", ranks, low=1)
@@ -249,10 +256,19 @@ def cut(length: int, parts: int) -> list[tuple[int, int]]:
     return list(pairwise(ends))
 
 
+def check_shards(call: str, name: str, given: Any, ranks: int) -> None:
+    """Raise unless it is a `Shards` for so many ranks."""
+    fix = "Make them with qkv.distributed.shards(length, mesh, mask=mask)"
+    if not isinstance(given, Shards):
+        raise ArgumentTypeError.of(call, f"{name} must be a qkv.distributed.Shards", shown(given), fix)
+    if given.ranks != ranks:
+        raise ArgumentError.of(call, f"{name} must be made for the mesh", f"{given!r} and {ranks} ranks", fix)
+
+
 def _checked(ranges: Sequence[Sequence[Sequence[int]]]) -> tuple[Ranges, ...]:
     call, fix = "qkv.distributed.Shards", "Write one list of (start, stop) a rank, in ascending order"
     try:
-        pairs = [[(int(start), int(stop)) for start, stop in mine] for mine in ranges]
+        pairs = [[(_int(start), _int(stop)) for start, stop in mine] for mine in ranges]
     except (TypeError, ValueError):
         given = f"ranges={shown(ranges)}"
         raise ArgumentTypeError.of(call, "ranges must be a sequence of pairs a rank", given, fix) from None

@@ -6,7 +6,7 @@ All waiting is torch.distributed's own, and so is its timeout: that of the proce
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,9 +58,15 @@ class Group:
     size: int
 
     @property
+    def device(self) -> torch.device:
+        """Where numbers go that ranks have to look at: the CPU, if the group carries its tensors."""
+        carries = devices_of(self)
+        return torch.device("cpu") if "cpu" in carries else torch.device("cuda", torch.cuda.current_device())
+
+    @property
     def waits(self) -> bool:
         """Whether looking at what was received waits for a GPU."""
-        return "gloo" not in dist.get_backend(self.process_group)
+        return self.device.type != "cpu"
 
     def exchange(
         self, what: str, arrivals: Sequence[tuple[int, Tensor]], departures: Sequence[tuple[int, Tensor]], tag: int = 0
@@ -153,6 +159,14 @@ class Pending:
             self.group.attempt(self.what, name, work.wait)
         self.works, self.names, self.keep = [], [], []
 
+    def leave(self) -> None:
+        """The same after an error, which counts more than those that come up here: memory may not be written later, and
+        what others wait for has to reach them."""
+        for work in self.works:
+            with suppress(RuntimeError):
+                work.wait()
+        self.works, self.names, self.keep = [], [], []
+
 
 def groups_of(call: str, mesh: Any) -> tuple[Group, ...]:
     """One group a dimension of the mesh."""
@@ -170,29 +184,19 @@ def groups_of(call: str, mesh: Any) -> tuple[Group, ...]:
     return tuple(Group(call, mesh.get_group(dim), mesh.get_local_rank(dim), mesh.size(dim)) for dim in range(mesh.ndim))
 
 
-def same_everywhere(group: Group, what: str, digest: int, told: str) -> None:
-    """Raise on every rank unless all have one digest: another plan would wait for messages that nobody sends."""
-    mine = torch.tensor([digest], dtype=torch.int64, device=_device(group))
-    found = [int(x) for x in torch.cat(group.gather(what, mine, counted=False)).tolist()]
-    if len(set(found)) > 1:
-        alike = [rank for rank, x in enumerate(found) if x == digest]
-        rule = "all ranks must make the same call: mask, shards, method, sizes, dtype, options"
-        shown = told if len(told) <= 600 else f"{told[:600]} ..."
-        given = f"{shown} on rank {group.rank}, which only rank(s) {alike} have"
-        raise ArgumentError.of(group.call, rule, given, "Print the arguments on two ranks and compare them")
-
-
-def _device(group: Group) -> torch.device:
-    nccl = "nccl" in dist.get_backend(group.process_group)
-    return torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
+def devices_of(group: Group) -> list[str]:
+    """The types of devices whose tensors a group carries, such as of "cpu:gloo,cuda:nccl"."""
+    parts = dist.get_backend_config(group.process_group).split(",")
+    return [part.split(":")[0] for part in parts if ":" in part]
 
 
 def check_device(call: str, group: Group, x: Tensor) -> None:
     """Raise unless the group can move tensors of x's device."""
-    backend = dist.get_backend_config(group.process_group)
-    if x.device.type not in str(backend):
+    carries = devices_of(group)
+    if x.device.type not in carries:
         rule = f"the mesh's process group must carry {x.device.type} tensors"
-        raise UnsupportedError.of(call, rule, f"backend {backend}", "Use gloo for the CPU, nccl for CUDA")
+        fix = "Use gloo for the CPU, nccl for CUDA, or init_process_group('cpu:gloo,cuda:nccl')"
+        raise UnsupportedError.of(call, rule, f"a group for {' and '.join(carries)} tensors", fix)
 
 
 def _bytes(x: Tensor) -> Tensor:

@@ -60,39 +60,48 @@ class ShardedView:
 
         Notes
         -----
-        Cost: of a call over this rank's keys, and one message of n Hq T (Dv + 1) numbers in float32 to each rank.
+        Cost: of a call over this rank's keys, and one message of n Hq T (Dv + 4) numbers in float32 to each rank.
         """
         own = options._replace(return_lse=True)
         if options.sinks is not None:
             check_view(call, q, self.own, v, options)  # all that may be wrong is wrong on all ranks
             if self.group.rank:
                 own = own._replace(sinks=torch.full_like(options.sinks.detach(), -torch.inf))
-        found = on_view(call, q, self.own, v, mask, own, backend)
         if self.group.size == 1:
-            return found
-        lse = found.lse
-        assert lse is not None
-        packed = torch.cat((found.out.to(lse.dtype), lse[..., None]), -1)
-        joined = join(self.group.gather("a step of decoding", packed))
-        return Output(empty_output(q, found.out.shape[3]).copy_(joined[..., :-1]), joined[..., -1].contiguous())
+            return on_view(call, q, self.own, v, mask, own, backend)
+        out, _, rows = on_view(call, q, self.own, v, mask, own, backend, part=True)
+        assert rows is not None
+        # One message: out, and m and l of each row, which are wider, as numbers of its dtype.
+        kind = torch.float64 if q.dtype == torch.float64 else torch.float32
+        state = rows.permute(1, 2, 3, 0).contiguous().view(kind)
+        parts = self.group.gather("a step of decoding", torch.cat((out.to(kind), state), -1))
+        Dv = out.shape[3]
+        outs, states = (
+            [part[..., :Dv] for part in parts],
+            [part[..., Dv:].contiguous().view(rows.dtype) for part in parts],
+        )
+        joined, lse = join(outs, [state.unbind(-1) for state in states])
+        return Output(empty_output(q, Dv).copy_(joined), lse.to(kind))
 
 
-def join(parts: Sequence[Tensor]) -> Tensor:
-    """Results over keys that are no others', (..., Dv + 1) with lse in the last column, as one over all of them.
+def join(outs: Sequence[Tensor], rows: Sequence[Sequence[Tensor]]) -> tuple[Tensor, Tensor]:
+    """Results over keys that are no others', each (..., Dv) with its rows' m and l, as out and lse over all of them.
 
-    Sums go in the order of the parts. A part that sees nothing, lse -inf, adds nothing, whatever else it holds.
+    Sums go in the order of the parts. A part that sees nothing, l = 0, adds nothing, whatever else it holds.
 
-    >>> one = torch.tensor([[1.0, 2.0, 0.0]])
-    >>> join([one, torch.tensor([[3.0, 6.0, 0.0]]), torch.tensor([[0.0, 0.0, -torch.inf]])])
-    tensor([[2.0000, 4.0000, 0.6931]])
+    >>> m, l = torch.zeros(1), torch.ones(1)
+    >>> join([torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 6.0]])], [(m, l), (m, l)])
+    (tensor([[2., 4.]]), tensor([0.6931]))
     """
-    lse = torch.stack([part[..., -1] for part in parts])
-    top = lse.amax(0)
+    top = torch.stack([torch.where(l == 0, -torch.inf, m) for m, l in rows]).amax(0)
     base = torch.where(top == -torch.inf, 0.0, top)
-    total, out = torch.zeros_like(top), torch.zeros_like(parts[0][..., :-1])
-    for part in parts:
-        share = torch.exp(part[..., -1] - base)
-        total += share
-        out += torch.where(share[..., None] == 0, 0.0, share[..., None] * part[..., :-1])
-    out /= torch.where(total == 0, 1.0, total)[..., None]
-    return torch.cat((out, (base + total.log())[..., None]), -1)
+    shares = [torch.where(l == 0, 0.0, l * torch.exp(m - base)) for m, l in rows]
+    total = torch.zeros_like(base)
+    for share in shares:
+        total = total + share
+    by = torch.where(total == 0, 1.0, total)
+    joined = torch.zeros_like(outs[0])
+    for out, share in zip(outs, shares, strict=True):
+        weight = (share / by)[..., None]
+        joined += torch.where(weight == 0, 0.0, weight.to(out.dtype) * out)
+    return joined, base + total.log()

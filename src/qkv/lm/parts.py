@@ -61,7 +61,7 @@ def save(
     *,
     group: Any = None,
     first: bool = True,
-    meet: Callable[[], None] = lambda: None,
+    together: Callable[[Callable[[], Any]], Any] = lambda work: work(),
 ) -> None:
     """Write a checkpoint; it is replaced whole or not at all.
 
@@ -77,39 +77,48 @@ def save(
         The ranks that write together, each calling this; None for one process.
     first : bool
         Whether this one sees to the directory.
-    meet : function
-        Returns once every rank has called it.
+    together : function
+        Calls the function that it is given on every rank, and returns once all have; an error on one is one on all.
 
     Raises
     ------
     ArgumentError
-        If a part cannot be written, on every rank.
+        If a part cannot be written.
+    RankError
+        If that is so on another rank.
     UnsupportedError
         If safetensors is not installed.
     """
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
     from torch.distributed.checkpoint.state_dict_saver import save as save_parts
 
-    need_safetensors()
-    before = _folder_of(path)
-    name = f"step-{int(notes['step']):06d}"
-    folder = path / (f"{name}-again" if before == name else name)
-    with _refused(path, "written", "Name a directory that all ranks may write"):
-        if first:
-            path.mkdir(exist_ok=True)
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir()
-        meet()
-        owned = {key: t.detach() for key, t in tensors.items()}
-        writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
-        save_parts(owned, storage_writer=writer, process_group=group, no_dist=group is None)
-        if first:
+    fix = "Name a directory that all ranks may write"
+
+    def begin() -> Path:
+        need_safetensors()
+        name = f"step-{int(notes['step']):06d}"
+        folder = path / (f"{name}-again" if _folder_of(path) == name else name)
+        with _refused(path, "written", fix):
+            if first:
+                path.mkdir(exist_ok=True)
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+        return folder
+
+    def end() -> None:
+        with _refused(path, "written", fix):
             text = {"format": FORMAT, "tensors": folder.name, "notes": dict(notes)}
             _replace(path / INDEX, json.dumps(text, sort_keys=True))
             for old in path.iterdir():
                 if _FOLDER.fullmatch(old.name) and old != folder:
                     shutil.rmtree(old, ignore_errors=True)
-        meet()
+
+    folder = together(begin)
+    with _refused(path, "written", fix):
+        owned = {key: t.detach() for key, t in tensors.items()}
+        writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+        save_parts(owned, storage_writer=writer, process_group=group, no_dist=group is None)
+    together(end if first else lambda: None)
 
 
 def notes_of(path: Path) -> dict[str, Any]:

@@ -64,10 +64,6 @@ class Ranks:
         """The group of them all."""
         return self.every.get_group()
 
-    def meet(self) -> None:
-        """Wait for all ranks."""
-        dist.barrier(self.group)
-
     def total(self, x: Tensor) -> Tensor:
         """The sum over the ranks, in float64."""
         found = x.detach().double().clone()
@@ -91,8 +87,8 @@ class Ranks:
         if error is not None:
             raise error
         if int(failed) < self.count:
-            rule, fix = "all ranks must be able to begin", "See what that rank says"
-            raise RankError.of("qkv train", rule, f"rank {int(failed)}, which could not", fix)
+            rule, fix = "all ranks must be able to go on", "See what that rank says"
+            raise RankError.of("qkv train", rule, f"rank {int(failed)}, which cannot", fix)
         return found  # type: ignore[return-value]
 
     def begin(self, config: Config, settings: Settings, corpus: Callable[[int], Corpus]) -> ParallelRun:
@@ -282,7 +278,7 @@ class ParallelRun(Run):
     def save(self, path: Path) -> None:
         """Write a checkpoint in parts, of all ranks together."""
         ranks = self.ranks
-        parts.save(path, self.state(), self.notes(), group=ranks.group, first=ranks.first, meet=ranks.meet)
+        parts.save(path, self.state(), self.notes(), group=ranks.group, first=ranks.first, together=ranks.together)
 
     def export(self, path: Path) -> None:
         """Write the weights alone, in bfloat16, by the first rank; all of them have to call it."""

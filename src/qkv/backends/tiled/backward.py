@@ -145,7 +145,8 @@ def collected(
         dk[block], dv[block] = (dk_sum * p.scale).to(dk.dtype), dv_sum.to(dv.dtype)
     tensors = inputs.bias.tensors() if inputs.bias is not None else ()
     flat = [buffer for of_term in buffers for buffer in of_term]
-    return Gradients(dq, dk, dv, None, tuple(x.to(t.dtype) for x, t in zip(flat, tensors, strict=True)))
+    of_bias = tuple(x if p.part else x.to(t.dtype) for x, t in zip(flat, tensors, strict=True))
+    return Gradients(dq, dk, dv, None, of_bias)
 
 
 class _Backward:

@@ -1,0 +1,85 @@
+"""Whether all ranks make the same call: messages of other sizes than expected would end a process of gloo's.
+
+It is asked before anything else is sent, by one gather of four numbers a rank: whether it can make the call at all, a
+digest of what has to be the same, and how many rows it has. A rank whose own arguments are wrong says so there, and the
+others need not wait for it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+
+from qkv.distributed.transport import Group
+from qkv.errors import ArgumentError, RankError
+
+_AGREED: weakref.WeakKeyDictionary[Any, set[int]] = weakref.WeakKeyDictionary()
+
+
+class Told(NamedTuple):
+    """What has to be the same on all ranks, in words that another process would use, too, and their digest."""
+
+    text: str
+    digest: int
+
+    @classmethod
+    def of(cls, text: str) -> Told:
+        """With the words' digest."""
+        return cls(text, int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big"))
+
+
+@contextmanager
+def together(groups: Sequence[Group]) -> Iterator[None]:
+    """What a rank does before all agree: should it fail there, the others raise an error, too.
+
+    Where asking would wait for a GPU they do not ask in every call; there they wait until the group's timeout."""
+    try:
+        yield
+    except Exception:
+        if not any(group.waits for group in groups):
+            _everyone(groups, (1, 0, 0, 0))
+        raise
+
+
+def agree(groups: Sequence[Group], told: Told, rows: tuple[int, int] = (0, 0)) -> list[tuple[int, int]]:
+    """Raise on every rank unless all say the same; return the rows of each, in row-major order of the mesh.
+
+    Cost: on gloo some bytes and a tenth of a millisecond."""
+    found = _everyone(groups, (0, told.digest, *rows))
+    refused = [rank for rank, (status, *_) in enumerate(found) if status]
+    call = groups[0].call
+    if refused:
+        rule, given = "all ranks must be able to make the call", f"rank(s) {refused} cannot, and this one can"
+        raise RankError.of(call, rule, given, f"See the error on rank {refused[0]}")
+    alike = [rank for rank, (_, digest, *_) in enumerate(found) if digest == told.digest]
+    if len(alike) < len(found):
+        rule = "all ranks must make the same call: mask, shards, method, sizes, dtype, options"
+        shown = told.text if len(told.text) <= 600 else f"{told.text[:600]} ..."
+        given = f"{shown} on rank(s) {alike} alone"
+        raise ArgumentError.of(call, rule, given, "Print the arguments on two ranks and compare them")
+    return [(q, k) for *_, q, k in found]
+
+
+def agree_once(groups: Sequence[Group], told: Told) -> None:
+    """`agree`; where asking would wait for a GPU, before the first call of a kind alone."""
+    if any(group.waits for group in groups):
+        known = _AGREED.setdefault(groups[0].process_group, set())
+        if told.digest in known:
+            return
+        known.add(told.digest)
+    agree(groups, told)
+
+
+def _everyone(groups: Sequence[Group], mine: tuple[int, int, int, int]) -> list[tuple[int, int, int, int]]:
+    """What each rank says."""
+    if all(group.size == 1 for group in groups):
+        return [mine]
+    found = torch.tensor([mine], dtype=torch.int64, device=groups[-1].device)
+    for group in reversed(groups):
+        found = torch.cat(group.gather("agreeing on the call", found.to(group.device), counted=False))
+    return [tuple(each) for each in found.tolist()]

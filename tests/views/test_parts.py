@@ -1,0 +1,51 @@
+"""Rows' results over a part of the keys of a cache: what a cache of several ranks joins."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import qkv
+from qkv.cache import PagedCache
+from qkv.call.problem import Options
+from qkv.execute import on_view
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize("backend", ["cpu", "tiled", "reference", None])
+@pytest.mark.parametrize("storage", [None, torch.int8], ids=["", "int8"])
+@pytest.mark.parametrize(
+    "more",
+    [{}, {"sinks": [0.5, -torch.inf, 3.0, -2.0]}, {"softcap": 3.0}, {"slopes": [0.5, 0.1, 0.02, 0.3]}, {"scale": -0.3}],
+    ids=lambda more: next(iter(more), "plain"),
+)
+def test_rows_say_what_lse_says_and_more(more: dict[str, Any], storage: Any, backend: str | None, ragged: bool) -> None:
+    g = torch.Generator().manual_seed(6)
+    cache = PagedCache(
+        pages=16, num_kv_heads=2, head_dim=8, value_dim=4, page_size=4, dtype=torch.float32, storage=storage
+    )
+    seqs = [cache.add(), cache.add()]
+    cache.append(seqs, torch.randn(2, 2, 30, 8, generator=g), torch.randn(2, 2, 30, 4, generator=g))
+    if ragged:
+        q, view = torch.randn(1, 4, 7, 8, generator=g), cache.view(seqs, lengths=[5, 2])
+    else:
+        q, view = torch.randn(2, 4, 3, 8, generator=g), cache.view(seqs)
+    options = Options(
+        bias=qkv.alibi(more["slopes"]) if "slopes" in more else None, scale=more.get("scale"),
+        softcap=more.get("softcap"), sinks=torch.tensor(more["sinks"]) if "sinks" in more else None, return_lse=True,
+    )  # fmt: skip
+    mask = qkv.causal() & qkv.sliding_window(2) if ragged else qkv.per_head([qkv.causal(), qkv.prefix(0)] * 2)
+    for _ in range(2):  # the second is one that was kept
+        out, lse, rows = on_view("test", q, view, None, mask, options, backend, part=True)
+        assert lse is not None
+        assert rows is not None
+        m, l = rows
+        assert rows.dtype == torch.float64
+        assert torch.equal(l == 0, lse == -torch.inf)
+        # lse is rounded to float32, and so are m and l before they are joined here
+        torch.testing.assert_close((m + l.log()).float(), lse, rtol=1e-6, atol=1e-6)
+        known = on_view("test", q, view, None, mask, options, backend)
+        assert known.state is None
+        assert torch.equal(known.out, out)
