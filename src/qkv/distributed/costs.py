@@ -12,7 +12,7 @@ many: the first and last, those with most work and most bytes, and some between.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -20,15 +20,14 @@ import torch
 from torch import Tensor
 
 from qkv.call.problem import Problem
-from qkv.distributed.exchange import exchange
+from qkv.distributed.exchange import LONGEST, exchange
 from qkv.distributed.heads import head_cuts
 from qkv.distributed.machine import Machine, products
 from qkv.distributed.remembered import remembered
-from qkv.distributed.shards import Ranges, Shards, merged
+from qkv.distributed.shards import Shards, folded
 from qkv.distributed.work import Owned, Sight, cells, owned, profile, visible
 
 FEW = 16  # ranks whose exchange is planned in full, as `attention` does it
-PIECE = 1 << 15  # queries that the exchange computes at once, at most
 LOOKED_AT = 24  # ranks of more whose stages are looked at
 
 
@@ -108,7 +107,7 @@ class Between(NamedTuple):
 def cost(problem: Problem, rows: Shards, keys: Shards, mesh: tuple[int, ...], method: str, machine: Machine) -> Cost:
     """What a method comes to."""
     ring, heads = (1, mesh[0]) if method == "ulysses" else (mesh[0], mesh[1] if len(mesh) > 1 else 1)
-    own_rows, own_keys = (Shards([_joined(block) for block in _blocks(shards, ring)]) for shards in (rows, keys))
+    own_rows, own_keys = (folded(shards, ring) for shards in (rows, keys))
     cuts, key_cuts = head_cuts(problem.Hq, problem.Hkv, heads)
     found: list[Rank] = []
     exact = True
@@ -138,15 +137,6 @@ def _places(cuts: Sequence[tuple[int, int]]) -> list[int]:
     """Places in a row of the mesh that stand for all: the first and the last, and between them a few."""
     last = len(cuts) - 1
     return sorted({0, last, *(last * n // 4 for n in range(1, 4))}) if last >= FEW else list(range(last + 1))
-
-
-def _blocks(shards: Shards, ring: int) -> Iterator[tuple[Ranges, ...]]:
-    each = shards.ranks // ring
-    return (shards.ranges[at * each : (at + 1) * each] for at in range(ring))
-
-
-def _joined(ranges: tuple[Ranges, ...]) -> Ranges:
-    return merged(sorted(part for mine in ranges for part in mine))
 
 
 @remembered(8)
@@ -350,7 +340,7 @@ def _memory(part: Problem, stages: Tensor, rows: int, keys: int, wide: float) ->
     # Two stages are in memory, and what is being sent to others is copied.
     two, held = int((moving + _next(moving)).max()), int(moving.max())
     # What a piece returns is there beside what all are joined in, which is the result itself where it has its dtype.
-    piece, converted = p.B * p.Hq * min(rows, PIECE), acc != size
+    piece, converted = p.B * p.Hq * min(rows, LONGEST), acc != size
     forward = own + two + piece * (p.Dv * size + 3 * acc) + q * p.Dv * acc * converted
     back = own + two + (q * p.D + k) * (acc + size * converted) + q * p.Dv * size
     back += piece * p.D * acc + k * size + int(2 * held * wide)

@@ -27,7 +27,7 @@ from qkv.distributed.shards import Ranges, Shards, common, merged
 
 _TILES = 64  # tiles of a range of queries: how finely it is known which of them see a range of keys
 _SHORTEST = 32  # rows of a tile, at least
-_LONGEST = 1 << 15  # queries of a piece, about: what a piece returns is there beside what all pieces are joined in
+LONGEST = 1 << 15  # queries of a piece, about: what a piece returns is there beside what all pieces are joined in
 _MOST = 16  # ranges of keys that are moved between two ranks; where there are more, gaps are moved, too
 _JUMPS = 4096  # runs of consecutive positions that are looked at one by one
 
@@ -105,7 +105,7 @@ class Exchange:
             mine = [(rows, seen) for rows, seen in zip(tiles.rows, tiles.seen, strict=True) if start <= rows[0] < stop]
             blocks: dict[int, list[tuple[tuple[int, int], Ranges]]] = {}
             for rows, seen in mine:
-                blocks.setdefault((rows[0] - start) // _LONGEST, []).append((rows, seen))
+                blocks.setdefault((rows[0] - start) // LONGEST, []).append((rows, seen))
             for block in blocks.values():
                 for part in keys:
                     seeing = [(rows, common(seen, (part,))) for rows, seen in block]

@@ -18,7 +18,7 @@ from qkv.distributed.exchange import exchange
 from qkv.distributed.heads import Swap, ToHeads, ToRows, head_cuts
 from qkv.distributed.parts import Whole, mixed
 from qkv.distributed.ring import Attend, Run
-from qkv.distributed.shards import Ranges, Shards
+from qkv.distributed.shards import Shards, blocks, folded
 from qkv.distributed.transport import Group
 from qkv.masks import Mask
 from qkv.masks.portion import portion
@@ -92,8 +92,8 @@ class ByHeads:
         p, self.call, self.group = call.problem, call, group
         cuts, key_cuts = head_cuts(p.Hq, p.Hkv, group.size)
         self.heads = start, stop = cuts[group.rank]
-        rows, keys = (_blocks(shards, ring, group) for shards in (call.rows, call.keys))
-        here = 0 if ring is None else ring.rank
+        here, count = (0, 1) if ring is None else (ring.rank, ring.size)
+        rows, keys = (blocks(shards, count) for shards in (call.rows, call.keys))
         q_swap, self.out_swap = Swap(group, cuts, rows[here], "queries"), Swap(group, cuts, rows[here], "results")
         k_swap, v_swap = (Swap(group, key_cuts, keys[here], what) for what in ("keys", "values"))
         self.swaps = q_swap, k_swap, v_swap
@@ -110,7 +110,7 @@ class ByHeads:
         if ring is None and call.backend is not None:
             choose(problem, call.backend)  # whether it can: of some masks' heads one rank's may be refused
         if ring is not None:
-            own_rows, own_keys = (Shards([_joined(block) for block in blocks]) for blocks in (rows, keys))
+            own_rows, own_keys = (folded(shards, count) for shards in (call.rows, call.keys))
             inner = call._replace(problem=problem, bias=self.bias, rows=own_rows, keys=own_keys)
             self.inner = ByKeys(inner, ring, "ring")
 
@@ -154,13 +154,3 @@ class Idle(Function):
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, d_out: Tensor, d_lse: Tensor) -> Any:
         return None, *map(torch.zeros_like, ctx.saved_tensors)
-
-
-def _blocks(shards: Shards, ring: Group | None, group: Group) -> list[tuple[Ranges, ...]]:
-    """For each rank of the ring, the rows of the ranks that swap with each other there."""
-    n = group.size
-    return [shards.ranges[at * n : (at + 1) * n] for at in range(1 if ring is None else ring.size)]
-
-
-def _joined(ranges: tuple[Ranges, ...]) -> Ranges:
-    return tuple(sorted(part for mine in ranges for part in mine))

@@ -186,6 +186,21 @@ def in_order(parts: Sequence[Tensor], ranges: Sequence[Ranges], dim: int) -> Ten
     return ordered[0] if len(ordered) == 1 else torch.cat(ordered, dim) if ordered else parts[0]
 
 
+def blocks(shards: Shards, rows: int) -> list[tuple[Ranges, ...]]:
+    """What ranks hold, by the rows of a mesh in which they are in row-major order."""
+    each = shards.ranks // rows
+    return [shards.ranges[at * each : (at + 1) * each] for at in range(rows)]
+
+
+def folded(shards: Shards, rows: int) -> Shards:
+    """Who holds what where each row of a mesh is one rank.
+
+    >>> folded(Shards.zigzag(16, 4), 2)
+    Shards(0: 0-3 12-15; 1: 4-11)
+    """
+    return Shards([sorted(part for mine in block for part in mine) for block in blocks(shards, rows)])
+
+
 def place(held: Ranges, part: tuple[int, int]) -> slice:
     """Where some rows stand in the tensor of those that are held; they are in one of its ranges.
 
