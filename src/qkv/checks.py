@@ -94,6 +94,13 @@ def no_tensor(call: str, name: str, value: Any, fix: str) -> ArgumentTypeError:
     return ArgumentTypeError.of(call, f"{name} must be a tensor", given_as(name, value), fix)
 
 
+def no_dtensor(call: str, name: str, x: Tensor) -> None:
+    """Raise for a DTensor: it stands for parts on several processes, and has no address."""
+    if hasattr(x, "to_local"):  # its class is not loaded for this question
+        rule, fix = f"{name} must be a plain tensor", "Pass what its to_local() gives, or its full_tensor()"
+        raise ArgumentTypeError.of(call, rule, f"a {type(x).__name__} {tuple(x.shape)}", fix)
+
+
 def flag(call: str, name: str, value: Any) -> bool:
     """A bool argument."""
     if not isinstance(value, bool):

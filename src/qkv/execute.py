@@ -157,7 +157,7 @@ def users_own(mask: Mask | None) -> list[Any]:
     while left:
         part = left.pop()
         if isinstance(part, Mask):
-            left += vars(part).values()
+            left += (value for name, value in vars(part).items() if not name.startswith("_"))  # the others are caches
         elif isinstance(part, tuple):
             left += part
         elif isinstance(part, Tensor) or callable(part):
@@ -281,7 +281,7 @@ def _copied(
                 rows[i] = q[0, :, starts[i] : starts[i + 1]]
         inputs = inputs._replace(q=rows, k=keys[:, :, : group.Lk], v=values[:, :, : group.Lk])
         with torch.no_grad():
-            out, lse, state = chosen.prepare(replace(problem, needs_grad=part), inputs).run(*inputs)
+            out, lse, state = chosen.prepare(replace(problem, needs_grad=False, part=part), inputs).run(*inputs)
         for i in group.sequences:
             at: Any = (i,) if queries is None else (0, slice(None), slice(starts[i], starts[i + 1]))
             to.out[at] = out[i]

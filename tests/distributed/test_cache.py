@@ -172,26 +172,77 @@ def test_beside_a_cache_of_one_process(storage: torch.dtype | None, window: int 
     on_ranks(3, beside, storage, window)
 
 
-def far(mesh: DeviceMesh, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def far(mesh: DeviceMesh, dtype: torch.dtype, backend: str | None) -> tuple[Tensor, Tensor]:
     """Scores of 1e5 that differ by about 1 between keys on different ranks, each exact in float32."""
     gen, n = torch.Generator().manual_seed(4), 24
     cache, (_, v) = cache_of(mesh, dtype=dtype), rows(gen, 1, n, dtype)
     k = torch.zeros(1, HKV, n, D, dtype=dtype)
     k[..., 0], k[..., 1] = 1.0, ((torch.arange(n) * 7) % 9 - 4).to(dtype) / 2
     q = torch.zeros(1, 4, 1, D, dtype=dtype)
-    q[..., 0], q[..., 1] = 2.0**18, 3.0
+    q[..., 0], q[..., 1] = 2.0**19, 3.0
     seq = cache.add()
     cache.append([seq], k, v)
-    return qkv.attention(q, cache.view([seq])), truth(q[0], k[0], v[0], None)[0]
+    # A scale that is a power of 2 rounds nothing.
+    want, _ = truth(q[0].double() * 0.25 * D**0.5, k[0], v[0], None)
+    return qkv.attention(q, cache.view([seq]), scale=0.25, backend=backend), want
 
 
+@pytest.mark.parametrize("backend", [None, "tiled"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_large_scores_are_joined_by_rows_states(dtype: torch.dtype) -> None:
+def test_large_scores_are_joined_by_rows_states(dtype: torch.dtype, backend: str | None) -> None:
     """An lse of 1e5 is known to 0.004 in float32, and the share of a rank's keys no better."""
-    for out, want in on_ranks(3, far, dtype):
-        # the scale rounds a score's distance from the largest, some 10, to 2^-24 of it
+    for out, want in on_ranks(3, far, dtype, backend):
         error = 2e-5 if dtype == torch.float32 else 1e-10
         assert torch.allclose(out[0].double(), want, atol=error, rtol=error)
+
+
+def tainted(mesh: DeviceMesh, value: float) -> Tensor:
+    """A visible value that is no number, on a rank whose keys have a weight of e^-200."""
+    gen = torch.Generator().manual_seed(2)
+    cache, (k, v) = cache_of(mesh), rows(gen, 1, 8)
+    k[..., 0], v[:, :, 6] = torch.where(torch.arange(8) < 4, 200.0, 0.0), value
+    q = torch.zeros(1, 4, 1, D)
+    q[..., 0] = D**0.5
+    seq = cache.add()
+    cache.append([seq], k, v)
+    return qkv.attention(q, cache.view([seq]))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_visible_value_that_is_no_number_is_not_hidden(value: float) -> None:
+    """0 * nan is nan, as in one process; only what is hidden does not count."""
+    for out in on_ranks(2, tainted, value):
+        assert bool(out.isnan().all())
+
+
+def differing(mesh: DeviceMesh, what: str) -> str:
+    """Queries, a mask or rows to append that another rank has otherwise."""
+    gen, rank = torch.Generator().manual_seed(2), mesh.get_local_rank()
+    cache, (k, v) = cache_of(mesh), rows(gen, 1, 8)
+    seq = cache.add()
+    try:
+        if what == "append":
+            shards = Shards([[(0, 8)], []] if rank else [[(0, 4)], [(4, 8)]])
+            mine = shards.rows(rank)
+            cache.append([seq], k[:, :, :mine], v[:, :, :mine], shards=shards)
+            return ""
+        cache.append([seq], k, v)
+        q = torch.randn(1, 4, 2 if rank and what == "queries" else 1, D + 1 if rank and what == "width" else D)
+        mask = qkv.sliding_window(3) if rank and what == "mask" else qkv.causal()
+        qkv.attention(q, cache.view([seq]), mask=mask)
+    except qkv.QKVError as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+@pytest.mark.parametrize("what", ["queries", "mask", "append", "width"])
+def test_ranks_that_make_other_calls_are_told(what: str) -> None:
+    said = on_ranks(2, differing, what)
+    if what == "width":
+        assert [text.split(":")[0] for text in said] == ["RankError", "ShapeError"], said
+    else:
+        assert all("all ranks must make the same call" in text for text in said), said
+    assert on_ranks(2, differing, "") == ["", ""]
 
 
 def modelled(mesh: DeviceMesh) -> list[Tensor]:
@@ -351,7 +402,7 @@ def left(mesh: DeviceMesh) -> str:
     cache.append([seq], *rows(torch.Generator().manual_seed(0), 1, 9))
     if mesh.get_local_rank() == 2:
         return "gone"
-    with pytest.raises(qkv.RankError, match=r"rank [01] of 3 could not finish a step of decoding") as told:
+    with pytest.raises(qkv.RankError, match=r"rank [01] of 3 could not finish agreeing on the call") as told:
         qkv.attention(torch.zeros(1, 4, 1, D), cache.view([seq]))
     return str(told.value)
 

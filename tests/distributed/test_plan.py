@@ -411,7 +411,7 @@ def moved(mesh: Any, call: dict[str, Any], method: str) -> tuple[int, int, int, 
     q, k, v = (shards.take(x, rank).requires_grad_() for x in whole)
     over = init_device_mesh("cpu", (2, 2)) if method == "hybrid" else mesh
     given: dict[str, Any] = {"mesh": over, "shards": shards, "method": method}
-    attention(q, k, v, call["mask"], **given)  # agreed: what follows is the call alone
+    attention(q, k, v, call["mask"], **given)  # planned: what follows is the call alone
     with traffic() as forward:
         out = attention(q, k, v, call["mask"], **given)
     with traffic() as backward:

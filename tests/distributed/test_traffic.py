@@ -23,7 +23,7 @@ def moved(mesh: Any, shards: Shards, mask: Any, dtype: torch.dtype, method: str,
     rank = mesh.get_local_rank()
     whole = [torch.randn(B, H, L, W, generator=g).to(dtype) for H, W in ((HQ, D), (HKV, D), (HKV, DV))]
     q, k, v = (shards.take(x, rank).requires_grad_() for x in whole)
-    attention(q, k, v, mask, mesh=mesh, shards=shards, method=method)  # agreed: what follows is the exchange alone
+    attention(q, k, v, mask, mesh=mesh, shards=shards, method=method)  # planned: what follows is the exchange alone
     with traffic() as forward:
         out = attention(q, k, v, mask, mesh=mesh, shards=shards, method=method)
     with traffic() as backward:

@@ -12,6 +12,8 @@ import pytest
 import torch
 
 import qkv
+import qkv.distributed
+from qkv.execute import users_own
 from qkv.masks import Mask
 from tests.kit.mask_specs import KINDS, Sizes, drawn, leaf, seeds
 
@@ -204,3 +206,21 @@ def test_a_large_picture_is_drawn_in_blocks() -> None:
     assert lines[2].split() == ["10", "■", "▒", *"·" * 46]
     assert "10 x 10" in lines[-1]
     assert "1234567" in qkv.causal().picture(2, 2, positions=1234567)
+
+
+@pytest.mark.parametrize("name", ["causal", "longformer", "bigbird", "global_tokens", "documents", "per_head", "dense"])
+def test_what_a_mask_has_computed_is_not_the_users_own(name: str) -> None:
+    """What is kept for calls goes by it: a mask that were taken for one of a user's tensors would be prepared anew."""
+    table = torch.ones(40, 40, dtype=torch.bool)
+    mask = {
+        "causal": qkv.causal(), "longformer": qkv.longformer(8, [0, 5]), "bigbird": qkv.bigbird(4),
+        "global_tokens": qkv.global_tokens([1, 7]) & qkv.causal(), "documents": qkv.documents([15, 25]),
+        "per_head": qkv.per_head([qkv.causal(), qkv.sliding_window(3)]), "dense": qkv.dense(table),
+    }[name]  # fmt: skip
+    before = len(users_own(mask))
+    assert before == (name == "dense")
+    q = torch.randn(1, 2, 40, 8)
+    qkv.attention(q, q, q, mask=mask)
+    str(qkv.plan(q, q, q, mask=mask))
+    qkv.distributed.shards(40, 4, mask, heads=2)
+    assert len(users_own(mask)) == before

@@ -49,3 +49,27 @@ def test_rows_say_what_lse_says_and_more(more: dict[str, Any], storage: Any, bac
         known = on_view("test", q, view, None, mask, options, backend)
         assert known.state is None
         assert torch.equal(known.out, out)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("T", [1, 40])
+def test_rows_of_many_keys(T: int, dtype: torch.dtype) -> None:
+    """Sequences that kernels cut into chunks of keys, and queries that fill vectors; scores far from 0."""
+    g = torch.Generator().manual_seed(9)
+    cache = PagedCache(pages=400, num_kv_heads=1, head_dim=16, page_size=16, dtype=dtype)
+    seq = cache.add()
+    k, v = (torch.randn(1, 1, 6000, 16, generator=g) for _ in range(2))
+    k[..., 0] = 1
+    cache.append([seq], k.to(dtype), v.to(dtype))
+    q = torch.randn(1, 2, T, 16, generator=g)
+    q[..., 0] = 4096.0
+    options = Options(return_lse=True)
+    _, _, rows = on_view("test", q.to(dtype), cache.view([seq]), None, qkv.causal(), options, None, part=True)
+    assert rows is not None
+    m, l = rows
+    s = q.to(dtype).double() @ k.to(dtype).double()[0, 0].T * 0.25
+    s = s.masked_fill(torch.arange(6000) > torch.arange(6000 - T, 6000)[:, None], -torch.inf)
+    # In float32 scores of 1024 are sums of some 4096, each rounded to 2^-12 of that, and here a few of them.
+    error = 1e-9 if dtype == torch.float64 else 1e-3
+    torch.testing.assert_close(m + l.log(), s.logsumexp(-1), rtol=0, atol=error)
+    torch.testing.assert_close(m, s.amax(-1), rtol=0, atol=error)  # a state is no lse

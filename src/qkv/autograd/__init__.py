@@ -96,11 +96,11 @@ def _applied(recipe: Recipe, inputs: Inputs, masks: Sequence[Tensor] = ()) -> Ou
         out = recipe.ready(recipe.problem, inputs).run(*inputs)[0]
         return Output(Through.apply(recipe, out, q, k, v, sinks, positions), None)
     function: Any = TransformedAttention if transforms else Attention
-    rest = map(_savable, (positions, *(() if bias is None else bias.tensors()), *masks))
+    rest = map(savable, (positions, *(() if bias is None else bias.tensors()), *masks))
     return Output(*function.apply(recipe, q, k, v, sinks, *rest)[:2])
 
 
-def _savable(t: Tensor | None) -> Tensor | None:
+def savable(t: Tensor | None) -> Tensor | None:
     """A constant of the call as autograd can keep it: what was made in inference mode is copied."""
     return t.clone() if t is not None and t.is_inference() else t
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qkv import _torch
 from qkv.call.problem import Inputs, Options, Problem
-from qkv.checks import DTYPES, no_tensor, number, short, shown
+from qkv.checks import DTYPES, no_dtensor, no_tensor, number, short, shown
 from qkv.errors import ArgumentError, ArgumentTypeError, ShapeError, UnsupportedError
 from qkv.masks import Mask, Sizes, as_mask, read_positions
 from qkv.scores import ScoreTerm, as_bias
@@ -115,6 +115,7 @@ def refuse_dtype(call: str, name: str, x: Tensor) -> None:
 def check_storage(call: str, *given: Tensor) -> None:
     """Raise unless q, k and v hold data, or wrap what does."""
     for name, x in zip("qkv", given, strict=False):
+        no_dtensor(call, name, x)
         try:
             x.data_ptr()
         except RuntimeError:
@@ -207,6 +208,7 @@ def check_sinks(call: str, sinks: Any, sizes: Sizes) -> Tensor:
     fix = "Pass one number a query head as a tensor (Hq,); -inf for none"
     if not isinstance(sinks, Tensor) or sinks.dtype not in DTYPES:
         raise ArgumentTypeError.of(call, "sinks must be a floating tensor", f"sinks={shown(sinks)}", fix)
+    no_dtensor(call, "sinks", sinks)
     if tuple(sinks.shape) != (sizes.Hq,):
         raise ShapeError.of(call, "sinks must have shape (Hq,)", f"sinks {tuple(sinks.shape)} and Hq={sizes.Hq}", fix)
     if sinks.device != sizes.device:

@@ -10,13 +10,19 @@ from __future__ import annotations
 import hashlib
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
+from qkv.checks import Operand
 from qkv.distributed.transport import Group
-from qkv.errors import ArgumentError, RankError
+from qkv.errors import ArgumentError, RankError, UnsupportedError
+from qkv.masks import Mask
+from qkv.masks.portable import encode
+
+_LOOKED_AT = 1 << 22  # numbers of a tensor that ranks compare
 
 _AGREED: weakref.WeakKeyDictionary[Any, set[int]] = weakref.WeakKeyDictionary()
 
@@ -42,7 +48,8 @@ def together(groups: Sequence[Group]) -> Iterator[None]:
         yield
     except Exception:
         if not any(group.waits for group in groups):
-            _everyone(groups, (1, 0, 0, 0))
+            with suppress(RankError):  # the own error says more
+                _everyone(groups, (1, 0, 0, 0))
         raise
 
 
@@ -71,8 +78,27 @@ def agree_once(groups: Sequence[Group], told: Told) -> None:
         known = _AGREED.setdefault(groups[0].process_group, set())
         if told.digest in known:
             return
+        agree(groups, told)
         known.add(told.digest)
+        return
     agree(groups, told)
+
+
+def words_of(mask: Mask | None) -> str:
+    """A mask as another process would tell it. It shows long lists abbreviated, so their numbers are compared, too."""
+    words: list[int] = []
+    tensors: list[Tensor] = []
+    if mask is not None:
+        try:
+            encode("qkv.distributed", mask, words, tensors)
+        except UnsupportedError:  # a Python function
+            words = []
+    return f"{mask!r} {words} {[contents(t) for t in tensors]}"
+
+
+def contents(t: Tensor) -> Any:
+    """What is compared of a tensor: of very large ones the sizes alone."""
+    return Operand(t).digest if t.numel() <= _LOOKED_AT else (tuple(t.shape), str(t.dtype))
 
 
 def _everyone(groups: Sequence[Group], mine: tuple[int, int, int, int]) -> list[tuple[int, int, int, int]]:

@@ -28,7 +28,7 @@ from qkv.cache.stats import Stats
 from qkv.cache.storage import Places, Storage
 from qkv.call.keys import KVLayout
 from qkv.checks import given_as, shown
-from qkv.distributed.agreement import Told, agree, together
+from qkv.distributed.agreement import Told, agree, agree_once, together
 from qkv.distributed.shards import Shards
 from qkv.distributed.striped import Arriving, Striped
 from qkv.distributed.transport import check_device, groups_of
@@ -203,7 +203,12 @@ class ShardedCache(PagedCache):
         if shards is None:
             super().append(seqs, k, v, layer, lengths=lengths, tokens=tokens, index=index)
             return
-        whole = self._arrive(k, v, shards, lengths)
+        with together((self._group,)):
+            whole = self._arrive(k, v, shards, lengths)
+            sizes = [(*x.shape[:2], x.shape[3], x.dtype) for x in (k, v)]
+            steps = [(seq._number, seq._length) for seq in seqs]
+            told = Told.of(f"append k and v {sizes} layer={layer} sequences={steps} shards={shards.ranges}")
+        agree_once((self._group,), told)
         try:
             super().append(seqs, *whole, layer, tokens=tokens, index=index)
         finally:

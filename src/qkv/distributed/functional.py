@@ -16,25 +16,23 @@ from qkv._torch import forward_mode, has_tangent, under_transform
 from qkv.autograd import refuse_captured
 from qkv.call.problem import Inputs, Options, Problem
 from qkv.call.validate import check_metadata, check_storage, checked
-from qkv.checks import Operand, shown
-from qkv.distributed.agreement import Told, agree, agree_once, together
+from qkv.checks import shown
+from qkv.distributed.agreement import Told, agree, agree_once, contents, together, words_of
 from qkv.distributed.machine import known
 from qkv.distributed.methods import Call, prepared
 from qkv.distributed.planning import METHODS, choose, stays
 from qkv.distributed.rows import rank_of
 from qkv.distributed.shards import Shards, check_shards
 from qkv.distributed.transport import Group, check_device, groups_of
-from qkv.errors import ArgumentError, ArgumentTypeError, ShapeError, UnsupportedError
+from qkv.errors import ArgumentError, ShapeError, UnsupportedError
 from qkv.execute import Remembered, now, users_own
 from qkv.masks import Mask, Sizes
-from qkv.masks.portable import encode
 from qkv.merging import OutputWithLse
 from qkv.plans import check_backend
 from qkv.scores import ScoreTerm, as_bias
 
 CALL = "qkv.distributed.attention()"
 _ONCE = "torch.autograd differentiates it once; call it outside of torch.func, torch.vmap and forward mode"
-_LOOKED_AT = 1 << 22  # numbers of a mask's tensor that ranks compare
 
 
 @overload
@@ -169,6 +167,8 @@ def _attend(
         ready = prepared(call, groups)
         told = _told(call)
     agree_once(groups, told)
+    for group in groups:
+        group.connect(q.device)
     out, lse, _ = ready()
     return OutputWithLse(out, lse)  # type: ignore[arg-type]
 
@@ -176,10 +176,6 @@ def _attend(
 def _check(q: Any, k: Any, v: Any, groups: tuple[Group, ...], backend: Any) -> None:
     """What can be said of a rank's tensors without the others."""
     check_backend(CALL, backend)
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if isinstance(x, Tensor) and hasattr(x, "to_local"):  # a DTensor: its class is not loaded for this question
-            rule, fix = f"{name} must be the rank's own rows, a plain tensor", f"Pass {name}.to_local()"
-            raise ArgumentTypeError.of(CALL, rule, f"a {type(x).__name__} {tuple(x.shape)}", fix)
     check_metadata(CALL, q, k, v)
     check_storage(CALL, q, k, v)
     if under_transform():
@@ -250,7 +246,7 @@ def _refuse(inputs: Inputs, bias: ScoreTerm | None) -> None:
 def _method(groups: tuple[Group, ...], method: Any, problem: Problem, rows: Shards, keys: Shards) -> str:
     """The method that was asked for, if it can be had, else the one that costs least."""
     if method is None:
-        return choose(problem, rows, keys, [group.size for group in groups], known(groups))
+        method = choose(problem, rows, keys, [group.size for group in groups], known(groups))
     if method not in METHODS:
         raise ArgumentError.of(CALL, f"method must be one of {METHODS}", f"method={shown(method)}", "Or leave it out")
     if (method == "hybrid") != (len(groups) == 2):
@@ -259,7 +255,7 @@ def _method(groups: tuple[Group, ...], method: Any, problem: Problem, rows: Shar
         raise ArgumentError.of(CALL, "hybrid takes a mesh of two dimensions, and no other method does", given, fix)
     if (why := stays(problem, method, rows)) is not None:
         given = f"method={method!r} and bias of {[term.shape for term in problem.bias]}"
-        fix = "Use method='ring' or 'allgather', or a bias of shape (B, Hq, 1, Lk)"
+        fix = "Use method='ring' or 'allgather' on a mesh of one dimension, or a bias of shape (B, Hq, 1, Lk)"
         raise UnsupportedError.of(CALL, why, given, fix)
     return str(method)
 
@@ -286,30 +282,17 @@ def _told(call: Call) -> Told:
         if not own:
             _TOLD.put(key, told, (p.mask,))
     where = call.inputs.positions
-    return told if where is None else Told.of(f"{told.text} {_contents(where)}")
+    return told if where is None else Told.of(f"{told.text} {contents(where)}")
 
 
 def _words(
     p: Problem, rows: Shards, keys: Shards, method: str, backend: str | None, gradients: tuple[bool, bool]
 ) -> str:
-    words: list[int] = []
-    tensors: list[Tensor] = []
-    if p.mask is not None:
-        try:
-            encode(CALL, p.mask, words, tensors)
-        except UnsupportedError:  # a Python function
-            words = []
-    # A mask shows long lists abbreviated, so their contents are compared.
-    mask = f"{p.mask!r} {words} {[_contents(t) for t in tensors]}"
     bias = [(term.kind, len(term.shape)) for term in p.bias]
     return (
         f"method={method} q (B={p.B}, Hq={p.Hq}, Lq={p.Lq}, D={p.D}) k (Hkv={p.Hkv}, Lk={p.Lk}, Dv={p.Dv}) {p.dtype} "
-        f"mask={mask} positions={p.positions} scale={p.scale} softcap={p.softcap} bias={bias} sinks={p.has_sinks} "
-        f"dropout_p={p.dropout_p} return_lse={p.needs_lse} gradients of (q, k, v) and (sinks, bias)={gradients} "
+        f"mask={words_of(p.mask)} positions={p.positions} scale={p.scale} softcap={p.softcap} "
+        f"bias={bias} sinks={p.has_sinks} dropout_p={p.dropout_p} return_lse={p.needs_lse} "
+        f"gradients of (q, k, v) and (sinks, bias)={gradients} "
         f"backend={backend} shards={rows.ranges} keys={keys.ranges}"
     )
-
-
-def _contents(t: Tensor) -> Any:
-    """What is compared of a tensor: of very large ones the sizes alone."""
-    return Operand(t).digest if t.numel() <= _LOOKED_AT else (tuple(t.shape), str(t.dtype))

@@ -12,7 +12,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from qkv import execute
-from qkv.autograd import attend
+from qkv.autograd import attend, savable
 from qkv.call.problem import Inputs, Options, Output, Problem
 from qkv.distributed.exchange import exchange
 from qkv.distributed.heads import Swap, ToHeads, ToRows, head_cuts
@@ -68,10 +68,11 @@ class ByKeys:
     def run(self, q: Tensor, k: Tensor, v: Tensor, bias: tuple[Tensor, ...], sinks: Tensor | None, seed: int) -> Output:
         """out and lse of the rank's rows."""
         problem, inputs, term, options, *_ = self.call
-        whole = Whole(problem, options, self.backend, term, inputs.positions, seed)
+        plain = options._replace(positions=None, bias=None, sinks=None)  # of data the rest is what counts
+        whole = Whole(problem, plain, self.backend, term, inputs.positions, seed)
         run = Run(whole, self.plan, self.group, self.method)
         if problem.needs_grad:
-            return Output(*Attend.apply(run, q, k, v, sinks, inputs.positions, *bias))
+            return Output(*Attend.apply(run, q, k, v, sinks, *map(savable, (inputs.positions, *bias))))
         return run.attend(q, k, v, sinks)
 
 

@@ -23,7 +23,7 @@ from qkv.distributed.costs import Cost, cost, sight_of
 from qkv.distributed.machine import Machine, known_of
 from qkv.distributed.remembered import remembered
 from qkv.distributed.shards import Shards
-from qkv.errors import ArgumentError, ArgumentTypeError
+from qkv.errors import ArgumentError, ArgumentTypeError, UnsupportedError
 from qkv.masks import as_mask
 
 CALL = "qkv.distributed.plan()"
@@ -123,7 +123,7 @@ def stays(problem: Problem, method: str, rows: Shards) -> str | None:
 def _rowwise(problem: Problem, method: str, few: bool) -> str | None:
     """`few`: a rank may have no more than one row, whose part of a bias says as little as one for all rows."""
     if method in ("ulysses", "hybrid") and any(
-        term.kind == "tensor" and len(term.shape) > 1 and (few or term.shape[-2] > 1) for term in problem.bias
+        term.kind == "tensor" and len(term.shape) > 1 and (few or term.shape[-2] != 1) for term in problem.bias
     ):
         return "a bias tensor with a row a query stays with its queries, and ulysses and hybrid move those"
     return None
@@ -257,6 +257,14 @@ def checked(found: DistributedPlan) -> DistributedPlan:
     """The plan, if its method can run."""
     asked = found.asked
     if asked is None:
+        why_not = {name: found.lacking(name) for name in METHODS}
+        if all(why_not.values()):
+            told = "; ".join(f"{name}: {why}" for name, why in why_not.items())
+            rule, fix = (
+                "some method must be able to run the call",
+                "Use a mesh of one dimension: a ring takes any call",
+            )
+            raise UnsupportedError.of(CALL, rule, told, fix)
         return found
     if asked not in METHODS:
         raise ArgumentError.of(CALL, f"method must be one of {METHODS}", f"method={shown(asked)}", "Or leave it out")

@@ -7,6 +7,7 @@ from functools import partial, update_wrapper
 from typing import Generic, ParamSpec, TypeVar
 
 from qkv.execute import Remembered, now, users_own
+from qkv.masks import Mask
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -23,7 +24,7 @@ class Recalled(Generic[P, T]):
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> T:
         assert not kwargs
-        if any(users_own(getattr(x, "mask", None)) for x in args):
+        if any(users_own(x if isinstance(x, Mask) else getattr(x, "mask", None)) for x in args):
             return self.function(*args, **kwargs)
         kept = self.table.get(args)
         if kept is not None:

@@ -62,6 +62,8 @@ class Run:
                     rows, mine, values = self.rows(piece), *keys.find(piece.keys)
                     problem, inputs = self.whole.inputs_of(piece, q, mine, values, rows)
                     joined.add(rows, self.whole.run(problem, inputs))
+                    del mine, values, inputs
+                del keys  # while the next are waited for, those after them find their memory
         joined.add_sinks(sinks)
         return joined.finish(q.dtype)
 
@@ -73,16 +75,14 @@ class Run:
         coming: tuple[Pending, Mailbox] | None = None
         try:
             for n, stage in enumerate(stages):
-                box = None
-                if coming is not None:
+                if coming is None:
+                    keys = [Keys.held(self.exchange.keys.ranges[self.group.rank], k, v)]
+                else:
                     coming[0].wait()
-                    box = coming[1]
+                    keys, coming = [coming[1].keys()], None  # where it copies, what it copied goes
                 if n + 1 < len(stages):
                     coming = self._ask(n + 1, stages[n + 1], k, v)
-                if box is None:
-                    yield stage, Keys.held(self.exchange.keys.ranges[self.group.rank], k, v)
-                else:
-                    yield stage, box.keys()
+                yield stage, keys.pop()  # it is the caller's, and goes when the caller is done
         finally:
             if coming is not None:
                 coming[0].leave()
@@ -220,16 +220,22 @@ class _Gradients:
         """Of all stages, into the sums."""
         try:
             with closing(self.run.arriving(self.k, self.v)) as stages:
-                for n, (stage, keys) in enumerate(stages):
+                n = -1
+                for stage, keys in stages:  # without enumerate, which would hold the last keys
+                    n += 1
                     if n == 0:
                         held = self.run.exchange.keys.ranges[self.run.group.rank]
                         self._stage(stage, keys, Keys.held(held, self.sums.k, self.sums.v))
+                        del keys
                         continue
                     mine = keys.zeros(self.sums.k.dtype)
                     self._stage(stage, keys, mine)
+                    del keys
                     self._send_back(n, stage, mine)
+                    del mine
             while self.returns:
-                self._take(*self.returns.pop(0))
+                self._take(*self.returns[0])
+                del self.returns[0]
         finally:
             for pending, _ in self.returns:
                 pending.leave()
@@ -258,9 +264,10 @@ class _Gradients:
         ]
         box = Mailbox(stage.leaves, self.k, self.v, kind)
         pending = self.run.group.exchange(f"stage {n}: gradients of keys and values", box.letters(), leaving, 1)
-        while len(self.returns) > 1:  # the oldest are there by now
-            self._take(*self.returns.pop(0))
         self.returns.append((pending, box))
+        while len(self.returns) > 2:  # the oldest are there by now
+            self._take(*self.returns[0])
+            del self.returns[0]
 
     def _take(self, pending: Pending, box: Mailbox) -> None:
         pending.wait()
@@ -278,7 +285,7 @@ class Attend(Function):
         ctx: Any, run: Run, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, positions: Any, *bias: Tensor
     ) -> Any:
         found = run.attend(q, k, v, sinks)
-        ctx.run = run
+        ctx.run = run.over([t.new_empty(0) for t in bias], None)  # what is saved is held once, where hooks may move it
         # All that the backward pass reads: autograd notices what is changed in place before that.
         ctx.save_for_backward(q, k, v, sinks, positions, *found, *bias)
         return found.out, found.lse

@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 
 from qkv.checks import shown
+from qkv.distributed.agreement import Told, agree_once, together
 from qkv.distributed.shards import Shards, check_shards
 from qkv.distributed.transport import Group, check_device, groups_of
 from qkv.errors import ArgumentError, ArgumentTypeError, ShapeError
@@ -95,9 +96,16 @@ def unshard(x: Tensor, shards: Shards, mesh: DeviceMesh, dim: int = 2) -> Tensor
     """
     call = "qkv.distributed.unshard()"
     groups = groups_of(call, mesh)
-    dim = _checked(call, x, shards, groups, dim, own=True)
+    with together(groups):
+        dim = _checked(call, x, shards, groups, dim, own=True)
+        for group in groups:
+            check_device(call, group, x)
+        others = (*x.shape[:dim], "rows", *x.shape[dim + 1 :])
+        learns = torch.is_grad_enabled() and x.requires_grad
+        told = Told.of(f"unshard x {others} {x.dtype} gradients={learns} shards={shards.ranges}")
+    agree_once(groups, told)
     for group in groups:
-        check_device(call, group, x)
+        group.connect(x.device)
     whole: Tensor = _Unshard.apply(groups, shards, dim, x)
     return whole
 

@@ -5,6 +5,7 @@ All waiting is torch.distributed's own, and so is its timeout: that of the proce
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ class Traffic:
 
 
 _COUNTERS: list[Traffic] = []
+_MET: weakref.WeakKeyDictionary[Any, set[torch.device]] = weakref.WeakKeyDictionary()
 
 
 @contextmanager
@@ -67,6 +69,15 @@ class Group:
     def waits(self) -> bool:
         """Whether looking at what was received waits for a GPU."""
         return self.device.type != "cpu"
+
+    def connect(self, device: torch.device) -> None:
+        """All ranks meet once on a device: NCCL leaves open what a first message does that not all take part in."""
+        if device.type == "cpu" or self.size == 1:
+            return
+        met = _MET.setdefault(self.process_group, set())
+        if device not in met:
+            self.gather("connecting", torch.zeros(1, dtype=torch.uint8, device=device), counted=False)
+            met.add(device)
 
     def exchange(
         self, what: str, arrivals: Sequence[tuple[int, Tensor]], departures: Sequence[tuple[int, Tensor]], tag: int = 0
@@ -186,8 +197,9 @@ def groups_of(call: str, mesh: Any) -> tuple[Group, ...]:
 
 def devices_of(group: Group) -> list[str]:
     """The types of devices whose tensors a group carries, such as of "cpu:gloo,cuda:nccl"."""
-    parts = dist.get_backend_config(group.process_group).split(",")
-    return [part.split(":")[0] for part in parts if ":" in part]
+    parts = [part.split(":") for part in dist.get_backend_config(group.process_group).split(",")]
+    # gloo is registered for GPUs, too, whose tensors it does not send to one rank.
+    return [device for device, *backend in parts if device == "cpu" or backend != ["gloo"]]
 
 
 def check_device(call: str, group: Group, x: Tensor) -> None:

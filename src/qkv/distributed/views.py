@@ -12,8 +12,12 @@ from torch import Tensor
 from qkv.call.keys import KVLayout, KVView
 from qkv.call.problem import Options, Output, empty_output
 from qkv.call.view import check_view
+from qkv.distributed.agreement import Told, agree_once, together, words_of
+from qkv.distributed.remembered import remembered
 from qkv.distributed.transport import Group
 from qkv.execute import on_view
+from qkv.masks import Mask, as_mask
+from qkv.scores import as_bias
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,13 +64,17 @@ class ShardedView:
 
         Notes
         -----
-        Cost: of a call over this rank's keys, and one message of n Hq T (Dv + 4) numbers in float32 to each rank.
+        Cost: of a call over this rank's keys, and one message of n Hq T (Dv + 4) numbers in float32 to each rank, after
+        one of 32 bytes.
         """
         own = options._replace(return_lse=True)
-        if options.sinks is not None:
-            check_view(call, q, self.own, v, options)  # all that may be wrong is wrong on all ranks
-            if self.group.rank:
+        with together((self.group,)):
+            check_view(call, q, self.own, v, options)
+            if options.sinks is not None and self.group.rank:
                 own = own._replace(sinks=torch.full_like(options.sinks.detach(), -torch.inf))
+            told = self._told(q, as_mask(mask, call), options, backend)
+        agree_once((self.group,), told)
+        self.group.connect(q.device)
         if self.group.size == 1:
             return on_view(call, q, self.own, v, mask, own, backend)
         out, _, rows = on_view(call, q, self.own, v, mask, own, backend, part=True)
@@ -82,6 +90,20 @@ class ShardedView:
         )
         joined, lse = join(outs, [state.unbind(-1) for state in states])
         return Output(empty_output(q, Dv).copy_(joined), lse.to(kind))
+
+    def _told(self, q: Tensor, mask: Mask | None, options: Options, backend: Any) -> Told:
+        """What has to be the same on all ranks."""
+        o, layout = options, self.layout
+        bias = as_bias(o.bias)
+        terms = None if bias is None else [(term.kind, term.shape) for term in bias.specs()]
+        key = tuple(q.shape), q.dtype, mask, o.scale, o.softcap, terms and tuple(terms), o.sinks is not None, backend
+        queries = None if layout.queries is None else layout.queries.tolist()
+        return Told.of(f"{_words(mask)} {key[:2]} {key[3:]} lengths={layout.lengths.tolist()} queries={queries}")
+
+
+@remembered(64)
+def _words(mask: Mask | None) -> str:
+    return words_of(mask)
 
 
 def join(outs: Sequence[Tensor], rows: Sequence[Sequence[Tensor]]) -> tuple[Tensor, Tensor]:
@@ -101,7 +123,7 @@ def join(outs: Sequence[Tensor], rows: Sequence[Sequence[Tensor]]) -> tuple[Tens
         total = total + share
     by = torch.where(total == 0, 1.0, total)
     joined = torch.zeros_like(outs[0])
-    for out, share in zip(outs, shares, strict=True):
+    for out, share, (_, l) in zip(outs, shares, rows, strict=True):
         weight = (share / by)[..., None]
-        joined += torch.where(weight == 0, 0.0, weight.to(out.dtype) * out)
+        joined += torch.where((l == 0)[..., None], 0.0, weight.to(out.dtype) * out)
     return joined, base + total.log()

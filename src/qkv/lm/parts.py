@@ -132,12 +132,18 @@ def notes_of(path: Path) -> dict[str, Any]:
     return _index(path)[1]
 
 
-def fill(path: Path, tensors: Mapping[str, Tensor], *, group: Any = None) -> None:
+def fill(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    *,
+    group: Any = None,
+    together: Callable[[Callable[[], Any]], Any] = lambda work: work(),
+) -> None:
     """Read a checkpoint into tensors, or into the parts of DTensors that this rank has.
 
     Parameters
     ----------
-    path, group
+    path, group, together
         As for `save`; the number of ranks may be another one.
     tensors : mapping of names to tensors
         All that the checkpoint must hold, and no more.
@@ -152,7 +158,7 @@ def fill(path: Path, tensors: Mapping[str, Tensor], *, group: Any = None) -> Non
     """
     from torch.distributed.checkpoint.state_dict_loader import load as load_parts
 
-    reader = check(path, tensors)
+    reader = together(lambda: check(path, tensors))
     with _refused(path, "read", _FIX):
         load_parts(dict(tensors), storage_reader=reader, process_group=group, no_dist=group is None)
 

@@ -293,10 +293,9 @@ class ParallelRun(Run):
         ArgumentError
             For a checkpoint of another text, or one whose tensors do not fit.
         """
-        step, record = self._noted(path, parts.notes_of(path))
+        step, record = self.ranks.together(lambda: self._noted(path, parts.notes_of(path)))
         self._begin_moments()
         state = self.state()
-        self.ranks.together(lambda: parts.check(path, state))
-        parts.fill(path, state, group=self.ranks.group)
+        parts.fill(path, state, group=self.ranks.group, together=self.ranks.together)
         self.rng.set_state(state["rng.batches"])
         self.step, self.record = step, record

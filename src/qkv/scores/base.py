@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from qkv.checks import DTYPES, short
+from qkv.checks import DTYPES, no_dtensor, short
 from qkv.errors import ArgumentTypeError, ShapeError
 from qkv.masks import Sizes, Tile
 
@@ -216,6 +216,7 @@ class TensorBias(OfTensor):
 
 
 def check_device(call: str, name: str, t: Tensor, sizes: Sizes) -> None:
+    no_dtensor(call, name, t)
     if t.device != sizes.device:
         given = f"{name} on {t.device} and q on {sizes.device}"
         raise ArgumentTypeError.of(call, f"{name} must be on q's device", given, "Move it with .to(q.device)")
