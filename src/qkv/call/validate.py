@@ -115,9 +115,9 @@ def refuse_dtype(call: str, name: str, x: Tensor) -> None:
 def check_storage(call: str, *given: Tensor) -> None:
     """Raise unless q, k and v hold data, or wrap what does."""
     for name, x in zip("qkv", given, strict=False):
-        no_dtensor(call, name, x)
         try:
-            x.data_ptr()
+            if not x.data_ptr():  # of nothing, or of a DTensor
+                no_dtensor(call, name, x)
         except RuntimeError:
             if _torch.transformed(x):  # what it wraps has memory
                 continue
