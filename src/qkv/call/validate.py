@@ -115,9 +115,10 @@ def refuse_dtype(call: str, name: str, x: Tensor) -> None:
 def check_storage(call: str, *given: Tensor) -> None:
     """Raise unless q, k and v hold data, or wrap what does."""
     for name, x in zip("qkv", given, strict=False):
+        if hasattr(x, "to_local"):  # asked here: a call of plain tensors is spared a stop
+            no_dtensor(call, name, x)
         try:
-            if not x.data_ptr():  # of nothing, or of a DTensor
-                no_dtensor(call, name, x)
+            x.data_ptr()
         except RuntimeError:
             if _torch.transformed(x):  # what it wraps has memory
                 continue
