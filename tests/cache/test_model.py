@@ -77,7 +77,7 @@ def test_random_operations(kind: str) -> None:
 
 def test_the_driver_reaches_what_it_is_for() -> None:
     """Hits, forks, exhaustion, swaps and unfinished steps happen, and often."""
-    total = cache_model.run(2000, 7, lambda line: None)
+    total = cache_model.run(2000, 7)
     for name in ("hits", "exhausted", "fork", "swap", "rollback", "go_on", "truncate", "evict", "keep", "misuse"):
         assert total[name] >= 5, f"{name}: {total[name]} times"
 

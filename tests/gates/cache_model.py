@@ -11,6 +11,7 @@ operation draws its arguments from a `Dice`, which is a seeded `random.Random` h
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import sys
 import time
 from collections import Counter
@@ -398,19 +399,42 @@ def run_episode(seed: int, operations: int = EPISODE, kind: str | None = None) -
     return machine
 
 
-def run(operations: int, seed: int, show: Callable[[str], None] = print) -> Counter[str]:
+def run(operations: int, seed: int) -> Counter[str]:
     """Episodes from `seed` on, until so many operations were done."""
     total: Counter[str] = Counter()
-    done = episodes = 0
-    start = shown = time.perf_counter()
-    while done < operations:
-        size = min(EPISODE, operations - done)
-        total += run_episode(seed + episodes, size).count
-        done, episodes = done + size, episodes + 1
-        now = time.perf_counter()
-        if now - shown > 1 or done >= operations:
-            shown = now
-            show(f"{done:,} of {operations:,} operations on {episodes} caches, {now - start:.0f} s")
+    for episode, at in enumerate(range(0, operations, EPISODE), seed):
+        total += run_episode(episode, min(EPISODE, operations - at)).count
+    return total
+
+
+CHUNK = 10 * EPISODE
+
+
+def _chunk(given: tuple[int, int]) -> tuple[int, Counter[str], str]:
+    """Some episodes of one process: how many operations, their counts, and what was broken."""
+    seed, operations = given
+    torch.set_num_threads(1)
+    try:
+        return operations, run(operations, seed), ""
+    except Failed as error:
+        return operations, Counter(), str(error)
+
+
+def run_in(processes: int, operations: int, seed: int) -> Counter[str]:
+    """The same episodes as those of `run`, in some processes, with a line now and then."""
+    work = [(seed + at // EPISODE, min(CHUNK, operations - at)) for at in range(0, operations, CHUNK)]
+    total: Counter[str] = Counter()
+    done, start, end = 0, time.perf_counter(), "" if sys.stdout.isatty() else "\n"
+    with multiprocessing.get_context("spawn").Pool(processes) as pool:
+        for size, counts, fault in pool.imap_unordered(_chunk, work):
+            if fault:
+                raise Failed(fault)
+            total += counts
+            done += size
+            print(
+                f"\r{done:,} of {operations:,} operations, {time.perf_counter() - start:.0f} s  ", end=end, flush=True
+            )
+    print("\n" + ", ".join(f"{name} {n:,}" for name, n in sorted(total.items())))
     return total
 
 
@@ -419,16 +443,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--operations", type=int, default=100_000)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--episodes", type=int, help="stop after so many caches")
+    parser.add_argument("--processes", type=int, default=2)
     given = parser.parse_args(arguments)
-    torch.set_num_threads(1)
     operations = given.operations if given.episodes is None else given.episodes * EPISODE
-    terminal = sys.stdout.isatty()
     try:
-        total = run(operations, given.seed, lambda line: print(f"\r{line}  ", end="" if terminal else "\n", flush=True))
+        run_in(given.processes, operations, given.seed)
     except Failed as error:
         print(f"\n{error}")
         return 1
-    print("\n" + ", ".join(f"{name} {n:,}" for name, n in sorted(total.items())))
     return 0
 
 

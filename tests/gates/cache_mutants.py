@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import inspect
+import multiprocessing
 import sys
 import textwrap
 import time
@@ -189,27 +190,45 @@ def kill(mutant: Mutant, operations: int = OPERATIONS) -> str:
     return ""
 
 
+def unharmed() -> list[Mutant]:
+    """Every method that is changed, compiled anew as it is: replacing the source alone must break nothing."""
+    return [
+        Mutant("no mistake", owner, method, " ", " ") for owner, method in {(m.owner, m.method): 0 for m in MUTANTS}
+    ]
+
+
+def tried(given: tuple[int, int]) -> str:
+    """What broke under one of them or of the mutants, by its number."""
+    at, operations = given
+    torch.set_num_threads(1)
+    mutant = [*unharmed(), *MUTANTS][at]
+    try:
+        return kill(mutant, operations)
+    except LookupError as error:
+        print(f"GONE    {error}", flush=True)
+        return ""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Every cache with a mistake must die.")
     parser.add_argument("--operations", type=int, default=OPERATIONS)
+    parser.add_argument("--processes", type=int, default=2)
     given = parser.parse_args(arguments)
-    torch.set_num_threads(1)
     survivors = []
     start = time.perf_counter()
-    for owner, method in {(m.owner, m.method): None for m in MUTANTS}:  # replacing the source alone must break nothing
-        how = kill(Mutant("no mistake", owner, method, " ", " "), cache_model.EPISODE)
-        if how:
-            print(f"{method} compiled anew without a mistake: {how}")
-            return 1
-    for mutant in MUTANTS:
-        try:
-            how = kill(mutant, given.operations)
-        except LookupError as error:
-            print(f"GONE    {error}")
-            how = ""
-        print(f"{'killed' if how else 'ALIVE '}  {mutant.name:<46} {how[:110]}", flush=True)
-        if not how:
-            survivors.append(mutant.name)
+    same = unharmed()
+    work = [(at, cache_model.EPISODE) for at in range(len(same))]
+    work += [(len(same) + at, given.operations) for at in range(len(MUTANTS))]
+    with multiprocessing.get_context("spawn").Pool(given.processes) as pool:
+        for mutant, how in zip([*same, *MUTANTS], pool.imap(tried, work), strict=True):
+            if mutant.name == "no mistake":
+                if how:
+                    print(f"{mutant.method} compiled anew without a mistake: {how}")
+                    return 1
+                continue
+            print(f"{'killed' if how else 'ALIVE '}  {mutant.name:<46} {how[:110]}", flush=True)
+            if not how:
+                survivors.append(mutant.name)
     print(f"{len(MUTANTS) - len(survivors)} of {len(MUTANTS)} killed, {time.perf_counter() - start:.0f} s")
     return 1 if survivors else 0
 

@@ -293,17 +293,16 @@ class Ledger:
             assert r.seq.length == len(r.ids), f"length {r.seq.length} where {len(r.ids)} tokens were stored"
             assert list(r.seq.tokens or ()) == r.prompt, f"tokens {r.seq.tokens}, not {r.prompt}"
         views = [self.cache.view(seqs, layer=i) for i in range(self.config.layers)] if seqs else []
-        held = None
-        for layer, view in enumerate(views):
+        wheres = [slots(view) for view in views]
+        for layer, (view, where) in enumerate(zip(views, wheres, strict=True)):
             expected = [r.at(layer) for r in live]
             assert list(view.layout.lengths) == [len(e) for e in expected], "lengths of a view"
-            held = slots(view)
-            self.compare(view, held, np.array([i for e in expected for i in e], dtype=np.int64), layer)
+            self.compare(view, where, np.array([i for e in expected for i in e], dtype=np.int64), layer)
             if self.config.summaries is not None:
-                self.summarised(seqs, view, held, layer)
+                self.summarised(seqs, view, where, layer)
         if views:
-            self.given_back(live, views[0], held)
-        self.figures(live, views)
+            self.given_back(live, views[0], wheres[0])
+        self.figures(live, views, wheres)
         if self.paged:
             audit(self.cache)
         if thorough:
@@ -337,22 +336,26 @@ class Ledger:
         each = view.k.shape[2] // block
         in_place = [x.double().numpy() for x in view.summaries[:3]]  # (Hkv, N, each, D)
         assert all(x.shape[:3] == (self.config.heads, len(keys), each) for x in in_place)
+        copied = [x.double().numpy() for x in copies[:3]]  # (sequences, Hkv, blocks, D)
         for i, length in enumerate(view.layout.lengths):
-            assert copies.full[i] == length // block
+            full = length // block
+            assert copies.full[i] == full
             mine = where.sequence == i
-            pages, places = where.page[mine], where.slot[mine]
-            for c in range(length // block):
-                own = slice(c * block, c * block + block)
-                copy = [x[i, :, c].double().numpy() for x in copies[:3]]
-                if (pages[own] < 0).any():
-                    assert not any(x.any() for x in copy), f"a summary of block {c}, which was given back"
-                    continue
-                rows = keys[pages[own], :, places[own]]  # (block, heads, D)
-                kept = [x[:, pages[own][0], places[own][0] // block] for x in in_place]
-                for n, name in enumerate(("mean", "min", "max")):
-                    want = getattr(rows, name)(0)
-                    assert all(np.allclose(x[n], want, rtol=1e-6, atol=1e-6) for x in (kept, copy)), (
-                        f"layer {layer}, {name} of block {c} of sequence {i} is {kept[n]} and {copy[n]}, not {want}"
+            pages, places = (x[mine][: full * block].reshape(full, block) for x in (where.page, where.slot))
+            whole = (pages >= 0).all(1)
+            assert not any(x[i, :, :full][:, ~whole].any() for x in copied), (
+                f"a summary of a block of {np.flatnonzero(~whole)}, which were given back"
+            )
+            pages, places = pages[whole], places[whole]
+            rows = keys[pages, :, places]  # (blocks, block, heads, D)
+            for n, name in enumerate(("mean", "min", "max")):
+                want = getattr(rows, name)(1).swapaxes(0, 1)
+                kept, copy = in_place[n][:, pages[:, 0], places[:, 0] // block], copied[n][i, :, :full][:, whole]
+                for got in (kept, copy):
+                    right = abs(got - want) <= 1e-6 + 1e-6 * abs(want)
+                    assert right.all(), (
+                        f"layer {layer}, {name} of blocks {np.flatnonzero(whole)[~right.all((0, 2))]} of sequence {i}: "
+                        f"{got[~right]}, not {want[~right]}"
                     )
 
     def given_back(self, live: list[Held], view: KVView, where: Any) -> None:
@@ -370,10 +373,10 @@ class Ledger:
                 most = -(-self.config.sinks // P) + wide // P + 3
                 assert len([p for p in table if p >= 0]) <= most or r.fresh, "pages that left the window are kept"
 
-    def figures(self, live: list[Held], views: list[KVView]) -> None:
+    def figures(self, live: list[Held], views: list[KVView], wheres: list[Any]) -> None:
         """stats() against the tables, waste, and NaN wherever nothing is held."""
         stats, P = self.stats(), self.config.page_size
-        held = [self.held_slots(view) for view in views]
+        held = [self.held_slots(*one) for one in zip(views, wheres, strict=True)]
         if self.paged:
             names = Counter(p for r in live for p in set(r.seq.pages) if p >= 0)
             assert stats.pages == self.config.pages
@@ -398,10 +401,9 @@ class Ledger:
                     f"slots that nobody holds are not NaN: {np.argwhere(~bare & ~mine).tolist()}"
                 )
 
-    def held_slots(self, view: KVView) -> np.ndarray:
+    def held_slots(self, view: KVView, where: Any) -> np.ndarray:
         """bool (N, P): slots that some sequence holds."""
         mask = np.zeros((view.k.shape[0], view.k.shape[2]), dtype=bool)
-        where = slots(view)
         here = where.page >= 0
         mask[where.page[here], where.slot[here]] = True
         return mask
