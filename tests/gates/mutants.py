@@ -15,11 +15,16 @@ from __future__ import annotations
 import argparse
 import importlib
 import multiprocessing
+import multiprocessing.connection
+import resource
 import sys
+import time
+import traceback
 import warnings
-from collections.abc import Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -38,6 +43,7 @@ from tests.kit.views import ViewConfig
 
 PAGED = 60  # configurations on pages
 LOOKED_AT = 60  # random calls whose statistics are asked for, after the named cases; and half as many views
+LIMIT = 120  # seconds of a processor after which a mutant hangs; of the clock five times as many, on a busy machine
 AnyQuestion = calls.Question | view_calls.Question
 
 
@@ -53,7 +59,8 @@ class Trial:
 
 
 def questions(configs: Sequence[Config]) -> list[calls.Question]:
-    return [CALLS.question(config) for config in configs]
+    """The cheapest first: most mutants die of one, and the expensive ones are asked of the few that are left."""
+    return [CALLS.question(config) for config in sorted(configs, key=lambda c: c.B * c.Hq * c.Lq * c.Lk)]
 
 
 @cache
@@ -135,32 +142,81 @@ def _gate_of(question: AnyQuestion) -> Gate[Any, Any]:
     return VIEWS if isinstance(question.config, ViewConfig) else CALLS
 
 
-def _child(pipe: Connection, number: int, name: str, asked: Sequence[calls.Question], isas: Sequence[str]) -> None:
-    torch.set_num_threads(1)
-    pipe.send(try_native(number, name, asked, isas))
+# ------------------------------------------------------------------------------------------------------ processes
+@dataclass(frozen=True)
+class Ask:
+    """A trial to be made, and what it is of."""
+
+    kind: str
+    name: str
+    run: Callable[[], Trial]
 
 
-def try_native_apart(number: int, name: str, asked: Sequence[calls.Question], isas: Sequence[str]) -> Trial:
-    """The same in a forked process, so that a mutant that crashes or hangs is a killed mutant and nothing worse."""
+class _Child:
+    """A trial in a forked process, so that a mutant that crashes or hangs is a killed mutant and nothing worse."""
+
+    def __init__(self, at: int, ask: Ask) -> None:
+        self.at, self.ask, self.since = at, ask, time.monotonic()
+        context = multiprocessing.get_context("fork")
+        self.pipe, theirs = context.Pipe(duplex=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # forking beside idle threads is what is meant here
+            self.process = context.Process(target=self._answer, args=(theirs,))
+            self.process.start()
+        theirs.close()
+
+    def _answer(self, pipe: Connection) -> None:
+        torch.set_num_threads(1)
+        resource.setrlimit(resource.RLIMIT_CPU, (LIMIT, LIMIT))
+        try:
+            pipe.send(self.ask.run())
+        except Exception:  # of the gate itself: no mutant's death
+            pipe.send(traceback.format_exc())
+
+    def ended(self) -> bool:
+        return self.pipe.poll() or time.monotonic() - self.since > 5 * LIMIT
+
+    def trial(self) -> Trial:
+        try:
+            if self.pipe.poll():
+                found: Trial | str = self.pipe.recv()
+                if isinstance(found, str):
+                    raise RuntimeError(f"{self.ask.kind} {self.ask.name}: {found}")
+                return found
+            fault = "hangs"
+        except EOFError:
+            self.process.join()
+            fault = f"crashes with exit code {self.process.exitcode}"
+        finally:
+            self.process.kill()
+            self.process.join()
+        return Trial(self.ask.kind, self.ask.name, -1, fault, 0)
+
+
+def tried_apart(asks: Sequence[Ask], processes: int) -> Iterator[Trial]:
+    """What they find, in their order, each in a process of its own and so many at a time."""
+    todo, running, done = deque(enumerate(asks)), list[_Child](), dict[int, Trial]()
+    for at in range(len(asks)):
+        while at not in done:
+            while todo and len(running) < processes:
+                running.append(_Child(*todo.popleft()))
+            multiprocessing.connection.wait([child.pipe for child in running], timeout=1)
+            for child in [child for child in running if child.ended()]:
+                done[child.at] = child.trial()
+                running.remove(child)
+        yield done.pop(at)
+
+
+def native_asks(asked: Sequence[calls.Question]) -> list[Ask]:
+    """The kernels without a mistake, each instruction set by itself, and every mutant of them."""
+    built = native_mutants().instruction_sets().split(",")
+    isas = [name for name in backends.available() if name.removeprefix("cpu:") in built]
     view_questions(), looked_at()  # prepared once, here
-    context = multiprocessing.get_context("fork")
-    mine, theirs = context.Pipe(duplex=False)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # forking beside idle threads is what is meant here
-        child = context.Process(target=_child, args=(theirs, number, name, asked, isas))
-        child.start()
-    theirs.close()
-    try:
-        if mine.poll(120):
-            return mine.recv()
-        fault = "hangs"
-    except EOFError:
-        child.join()
-        fault = f"crashes with exit code {child.exitcode}"
-    finally:
-        child.kill()
-        child.join()
-    return Trial("native", name, -1, fault, 0)
+    right = [Ask("native", "", partial(try_native, 0, "", asked, [isa])) for isa in isas]
+    return right + [
+        Ask("native", mutant.name, partial(try_native, number, mutant.name, asked, isas))
+        for number, mutant in enumerate(MUTANTS, 1)
+    ]
 
 
 def fixed_configs(count: int) -> list[Config]:
@@ -173,6 +229,7 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m tests.gates.mutants", description="Show that the gate kills every mutant."
     )
     parser.add_argument("--configs", type=int, default=300, help="random configurations after the named cases")
+    parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--only", choices=("python", "glue", "native"))
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)
@@ -180,25 +237,23 @@ def main(arguments: list[str] | None = None) -> int:
     asked = questions(fixed_configs(args.configs))
     trials: list[Trial] = []
 
-    def tell(trial: Trial, faced: Sequence[AnyQuestion]) -> None:
-        trials.append(trial)
-        name = trial.name.split(":")[0] or "(no mistake)"
-        result = "survived" if trial.seed is None else f"killed by {_named(faced, trial.asked)}"
-        print(f"{trial.kind:<7} {name:<20} {result:<36} {trial.fault[:90]}", flush=True)
+    def tell(asks: Sequence[Ask], faced: Sequence[AnyQuestion]) -> None:
+        for trial in tried_apart(asks, args.processes):
+            trials.append(trial)
+            name = trial.name.split(":")[0] or "(no mistake)"
+            result = "survived" if trial.seed is None else f"killed by {_named(faced, trial.asked)}"
+            print(f"{trial.kind:<7} {name:<20} {result:<36} {trial.fault[:90]}", flush=True)
 
     if args.only in (None, "python"):
         kept = [q for q in asked if not q.config.dropout_p]  # `Plain` drops nothing
-        for bug in ("", *PYTHON_MUTANTS):
-            tell(try_python(bug, kept), kept)
+        tell([Ask("python", bug, partial(try_python, bug, kept)) for bug in ("", *PYTHON_MUTANTS)], kept)
     if args.only in (None, "glue"):
-        for name in ("", *glue.GLUE_MUTANTS):
-            tell(try_glue(name), view_questions())
+        view_questions()  # prepared once, here
+        tell([Ask("glue", name, partial(try_glue, name)) for name in ("", *glue.GLUE_MUTANTS)], view_questions())
     module = native_mutants()
     if args.only in (None, "native") and module is not None:
-        isas = [name for name in backends.available() if name.startswith("cpu")]
         native = [q for q in asked if not backends.may_refuse("cpu", q.config)]
-        for number, name in enumerate(("", *(mutant.name for mutant in MUTANTS))):
-            tell(try_native_apart(number, name, native, isas), [*native, *view_questions()])
+        tell(native_asks(native), [*native, *view_questions()])
     elif args.only in (None, "native"):
         print("native  _native_mutants is not built here (make gate builds it): nothing says that they die")
         return 1

@@ -58,14 +58,11 @@ def test_native_mutants_are_killed() -> None:
     module = mutants.native_mutants()
     if module is None:
         pytest.skip(skips.NO_MUTANTS)
-    isas = [name for name in backends.available() if name.startswith("cpu")]
     questions = [q for q in asked() if not backends.may_refuse("cpu", q.config)]
-    trials = [
-        mutants.try_native_apart(number, name, questions, isas)
-        for number, name in enumerate(["", *(mutant.name for mutant in native_mutants.MUTANTS)])
-    ]
-    assert trials[0].seed is None, trials[0].fault
-    assert not [trial.name for trial in trials[1:] if trial.seed is None], "survivors"
+    trials = list(mutants.tried_apart(mutants.native_asks(questions), 2))
+    right, wrong = [t for t in trials if not t.name], [t for t in trials if t.name]
+    assert not [trial.fault for trial in right if trial.seed is not None]
+    assert not [trial.name for trial in wrong if trial.seed is None], "survivors"
 
 
 def test_the_shipped_build_cannot_be_told_to_be_wrong() -> None:
