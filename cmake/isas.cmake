@@ -15,6 +15,8 @@ if(NOT MSVC)
   endif()
 endif()
 
+set(QKV_ONLY "" CACHE STRING "the instruction sets to compile for, of those that can be; all where empty")
+
 # Of csrc/isas.def, what this compiler can make for this processor: QKV_ISAS, and of each its file and its flags. The same as a
 # table for dispatch.cpp, isas.inc: QKV_ISA(name, whether the processor runs it).
 set(QKV_ISAS)
@@ -26,7 +28,7 @@ set(table "")
 foreach(line IN LISTS lines)
   string(REGEX REPLACE " +" ";" features "${line}")
   list(POP_FRONT features isa header processors)
-  if(NOT processor MATCHES "^(${processors})$" OR (MSVC AND features))
+  if(NOT processor MATCHES "^(${processors})$" OR (MSVC AND features) OR (QKV_ONLY AND NOT isa IN_LIST QKV_ONLY))
     continue()
   endif()
   set(flags)

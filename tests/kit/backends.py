@@ -45,6 +45,12 @@ def available() -> tuple[str, ...]:
     return tuple(found)
 
 
+def for_mutants() -> tuple[str, ...]:
+    """The instruction sets that the mutants are built for: the best that this machine runs, and the portable one."""
+    native = [name.removeprefix("cpu:") for name in required() if name.startswith("cpu:")]
+    return (*native[:1], *native[1:][-1:])
+
+
 def promising() -> tuple[str, ...]:
     """All but PyTorch's own, which promises no bound, may read what is hidden, and has no lse."""
     return tuple(name for name in available() if name != "sdpa")
@@ -63,3 +69,7 @@ def may_refuse(backend: str | None, config: Any) -> bool:
         return False
     needs_python = mentions(config.mask, "mask_mod") or any(term[0] == "score_mod" for term in config.bias)
     return backend == "sdpa" or needs_python
+
+
+if __name__ == "__main__":
+    print(";".join(for_mutants()))  # for CMake
