@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -22,6 +23,11 @@ CSRC = Path(__file__).parents[2] / "csrc"
 @cache
 def asked() -> list[calls.Question]:
     return [q for q in mutants.questions(mutants.fixed_configs(CONFIGS)) if not q.config.dropout_p]
+
+
+def test_tests_of_a_group_share_a_process(request: pytest.FixtureRequest) -> None:
+    """xdist goes by the group in a test's name, and prepares the same twice where it is not there."""
+    assert "PYTEST_XDIST_WORKER" not in os.environ or request.node.nodeid.endswith("@mutants")
 
 
 def test_the_implementation_without_a_mistake_passes() -> None:
