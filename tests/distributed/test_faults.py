@@ -104,7 +104,7 @@ def test_a_slow_rank_is_waited_for() -> None:
 
 
 def test_a_rank_that_stops_for_longer_than_the_timeout_is_an_error() -> None:
-    found = on_own_ranks(2, stops, Shards.contiguous(L, 2), 3 * TIMEOUT, timeout=TIMEOUT)
+    found = on_own_ranks(2, stops, Shards.contiguous(L, 2), 2 * TIMEOUT, timeout=TIMEOUT)
     assert "rank 0 of 2 could not finish stage" in found[0][0]
     assert "imed out" in found[0][0] or "rank 1" in found[0][0], found[0][0]
 
