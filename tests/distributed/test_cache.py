@@ -197,10 +197,10 @@ def test_large_scores_are_joined_by_rows_states(dtype: torch.dtype, backend: str
 
 
 def tainted(mesh: DeviceMesh, value: float) -> Tensor:
-    """A visible value that is no number, on a rank whose keys have a weight of e^-200."""
+    """A visible value that is no number, on a rank whose keys have a weight of e^-2000: 0 in float64, too."""
     gen = torch.Generator().manual_seed(2)
     cache, (k, v) = cache_of(mesh), rows(gen, 1, 8)
-    k[..., 0], v[:, :, 6] = torch.where(torch.arange(8) < 4, 200.0, 0.0), value
+    k[..., 0], v[:, :, 6] = torch.where(torch.arange(8) < 4, 2000.0, 0.0), value
     q = torch.zeros(1, 4, 1, D)
     q[..., 0] = D**0.5
     seq = cache.add()
