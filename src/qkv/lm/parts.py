@@ -258,6 +258,7 @@ def _refused(path: Path, what: str, fix: str) -> Iterator[None]:
     try:
         with warnings.catch_warnings():  # one process is meant
             warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
+            warnings.filterwarnings("ignore", "TypedStorage is deprecated")  # torch 2.9's writer asks for one
             yield
     except CheckpointException as error:
         told = "; ".join(f"rank {rank}: {failure[0]}" for rank, failure in sorted(error.failures.items()))

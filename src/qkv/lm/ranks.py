@@ -17,7 +17,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.functional import cross_entropy
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from qkv.distributed import shards
 from qkv.distributed.context import Context
@@ -25,7 +27,7 @@ from qkv.errors import ArgumentError, QKVError, RankError, UnsupportedError
 from qkv.lm import checkpoint, parts
 from qkv.lm.data import Corpus
 from qkv.lm.decoder import KINDS, Config, Decoder
-from qkv.lm.training import Run, Settings, configured
+from qkv.lm.training import CLIP, Run, Settings, configured
 
 T = TypeVar("T")
 _ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -262,6 +264,12 @@ class ParallelRun(Run):
         loss = self._losses(*self._own(inputs, targets)) / targets.numel()
         (loss * self.ranks.count).backward()  # type: ignore[no-untyped-call]
         return self.ranks.total(loss)
+
+    def _clip(self) -> None:
+        # The norm is made whole first: torch 2.9 adds clip_grad_norm_'s epsilon to each rank's part of it.
+        parameters = list(self.model.parameters())
+        norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+        clip_grads_with_norm_(parameters, CLIP, norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
     def _held_out_bits(self, windows: Iterator[tuple[Tensor, Tensor]]) -> float:
         total, count = torch.zeros((), dtype=torch.float64, device="cpu"), 0

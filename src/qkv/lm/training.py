@@ -91,7 +91,7 @@ class Run:
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
         loss = self._gradients(inputs, targets)
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
+        self._clip()
         self.optimizer.step()
         bits = loss.item() / math.log(2)
         if not math.isfinite(bits):
@@ -107,6 +107,10 @@ class Run:
         loss = cross_entropy(self.model(inputs).flatten(0, 1), targets.flatten())
         loss.backward()  # type: ignore[no-untyped-call]
         return loss
+
+    def _clip(self) -> None:
+        """Scale the gradients down to a norm of `CLIP`, if theirs is larger."""
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
 
     def evaluate(self) -> float:
         """Return the bits per byte on the held-out text, and record them."""
