@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,7 @@ from qkv.distributed.functional import _whole
 from qkv.distributed.methods import _backend
 from qkv.distributed.parts import Whole
 from qkv.distributed.ring import Attend, Run
+from qkv.distributed.transport import Group
 from tests.gates.calls import Question
 from tests.gates.rank_calls import RANK_CALLS
 from tests.kit import backends
@@ -59,7 +59,7 @@ def by_parts(inputs: Inputs, backend: str | None) -> Tensors:
     plan = exchange(problem, rows, keys, checked.positions)
     name = _backend(problem, backend)
     whole = Whole(problem, options, name, bias, checked.positions, 0)
-    run = Run(whole, Cut(plan.queries, plan.keys, plan.tiles, c.seed), SimpleNamespace(rank=0, size=1), "ring")  # type: ignore[arg-type]
+    run = Run(whole, Cut(plan.queries, plan.keys, plan.tiles, c.seed), Group("", None, 0, 1), "ring")
     tensors = () if bias is None else bias.tensors()
     out, lse = Attend.apply(run, checked.q, checked.k, checked.v, checked.sinks, checked.positions, *tensors)
     given = (inputs.dout, inputs.dlse)

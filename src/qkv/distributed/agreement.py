@@ -25,6 +25,7 @@ from qkv.masks.portable import encode
 _LOOKED_AT = 1 << 22  # numbers of a tensor that ranks compare
 
 _AGREED: weakref.WeakKeyDictionary[Any, set[int]] = weakref.WeakKeyDictionary()
+_NUMBERS: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 
 
 class Told(NamedTuple):
@@ -73,7 +74,7 @@ def agree(groups: Sequence[Group], told: Told, rows: tuple[int, int] = (0, 0)) -
 
 
 def agree_once(groups: Sequence[Group], told: Told) -> None:
-    """`agree`; where asking would wait for a GPU, before the first call of a kind alone."""
+    """`agree`, and number the call; where asking would wait for a GPU, before the first call of a kind alone."""
     if any(group.waits for group in groups):
         known = _AGREED.setdefault(groups[0].process_group, set())
         if told.digest in known:
@@ -81,7 +82,40 @@ def agree_once(groups: Sequence[Group], told: Told) -> None:
         agree(groups, told)
         known.add(told.digest)
         return
-    agree(groups, told)
+    last = groups[-1].process_group
+    _NUMBERS[last] = number = 1 + max(before for before, _ in agree(groups, told, (_NUMBERS.get(last, 0), 0)))
+    for group in groups:
+        group.number, group.mesh = number, tuple(groups) if len(groups) > 1 else ()
+
+
+def agree_again(group: Group, direct: bool = False) -> None:
+    """Raise on all ranks of the mesh unless all run the backward pass of the same call.
+
+    Messages of another one may have the same sizes, and would be taken for this one's. `direct`: by messages from rank
+    to rank, so that an error names who is missing.
+
+    Cost: as `agree`."""
+    if not group.number:
+        return
+    mine = Told.of(f"the backward pass of call {group.number}")
+    if direct:
+        found = _each(group, mine.digest)
+    else:
+        found = [digest for _, digest, *_ in _everyone(group.mesh or (group,), (0, mine.digest, 0, 0))]
+    alike = [rank for rank, digest in enumerate(found) if digest == mine.digest]
+    if len(alike) < len(found):
+        rule = "all ranks must run the same backward passes, in the same order"
+        fix = "Call backward() alike on all ranks; one whose rows are in no loss adds 0 * out.sum() to its own"
+        raise ArgumentError.of(group.call, rule, f"{mine.text} on rank(s) {alike} alone", fix)
+
+
+def _each(group: Group, digest: int) -> list[int]:
+    """What each rank of a group says, asked of one after the other."""
+    found = torch.full((group.size, 1), digest, dtype=torch.int64, device=group.device)
+    mine, others = found[group.rank].clone(), [rank for rank in range(group.size) if rank != group.rank]
+    what, arrivals = "stage 0: which backward pass it is", [(rank, found[rank]) for rank in others]
+    group.exchange(what, arrivals, [(rank, mine) for rank in others], 2, counted=False).wait()
+    return [int(x) for x in found.flatten().tolist()]
 
 
 def words_of(mask: Mask | None) -> str:

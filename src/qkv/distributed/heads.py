@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from qkv.distributed.agreement import agree_again
 from qkv.distributed.shards import Ranges, cut, in_order, merged, place
 from qkv.distributed.transport import Group
 
@@ -109,4 +110,5 @@ class ToRows(Function):
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *given: Tensor) -> Any:
+        agree_again(ctx.swap.group)
         return None, None, *map(ctx.swap.to_heads, given)

@@ -26,6 +26,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from qkv.call.problem import Output
+from qkv.distributed.agreement import agree_again
 from qkv.distributed.exchange import Exchange, Piece, Stage
 from qkv.distributed.parts import Joined, Whole
 from qkv.distributed.shards import Ranges, merged, place
@@ -295,6 +296,8 @@ class Attend(Function):
     def backward(ctx: Any, d_out: Tensor, d_lse: Tensor) -> Any:
         q, k, v, sinks, positions, out, lse, state, *bias = ctx.saved_tensors
         run: Run = ctx.run.over(bias, positions)
+        if not run.group.mesh:  # in a grid they have agreed before rows became heads
+            agree_again(run.group, direct=True)
         sums = Sums(run, q, k, v, ctx.needs_input_grad[6:])
         _Gradients(run, q, k, v, Output(out, lse, state), d_out, d_lse.to(lse.dtype), sums).all()
         d_sinks = None

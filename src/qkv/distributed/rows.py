@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 
 from qkv.checks import shown
-from qkv.distributed.agreement import Told, agree_once, together
+from qkv.distributed.agreement import Told, agree_again, agree_once, together
 from qkv.distributed.shards import Shards, check_shards
 from qkv.distributed.transport import Group, check_device, groups_of
 from qkv.errors import ArgumentError, ArgumentTypeError, ShapeError
@@ -120,6 +120,7 @@ class _Unshard(Function):
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, d: Tensor) -> Any:
         groups, shards, dim = ctx.groups, ctx.shards, ctx.dim
+        agree_again(groups[0])
         wide = torch.float64 if d.dtype == torch.float64 else torch.float32
         ranks = range(shards.ranks)
         found = [shards.take(d, rank, dim) for rank in ranks]  # what this rank has for each

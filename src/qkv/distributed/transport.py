@@ -58,6 +58,10 @@ class Group:
     process_group: Any
     rank: int
     size: int
+    number: int = 0
+    """Of the call among those that its ranks have agreed on, by which they know its backward pass; 0: of none."""
+    mesh: tuple[Group, ...] = ()
+    """Those of both dimensions, of a call that has a number over a grid."""
 
     @property
     def device(self) -> torch.device:
@@ -80,7 +84,12 @@ class Group:
             met.add(device)
 
     def exchange(
-        self, what: str, arrivals: Sequence[tuple[int, Tensor]], departures: Sequence[tuple[int, Tensor]], tag: int = 0
+        self,
+        what: str,
+        arrivals: Sequence[tuple[int, Tensor]],
+        departures: Sequence[tuple[int, Tensor]],
+        tag: int = 0,
+        counted: bool = True,
     ) -> Pending:
         """Begin to receive into tensors, and to send others, each with its rank; what is empty is no message.
 
@@ -101,7 +110,8 @@ class Group:
                 )
                 names.append(f"receive from rank {other}")
                 received += x.nbytes
-        _count(sent, received, len(operations))
+        if counted:
+            _count(sent, received, len(operations))
         keep = [x for _, x in (*arrivals, *departures)]
         if not operations:
             return Pending(self, what, [], [], keep)
