@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import qkv
-from qkv.distributed import Shards, attention
+from qkv.distributed import Shards, attention, plan
 from qkv.errors import ArgumentError
 from tests.distributed.test_calls import METHODS, made
 from tests.distributed.test_methods import grid
@@ -69,3 +69,15 @@ def test_rows_may_be_dealt_one_by_one(method: str) -> None:
     """The order of Striped Attention (Brandon et al. 2023), as in zhuzilin/ring-flash-attention's tests."""
     for errors in on_ranks(3, _striped, method):
         assert max(errors) < 1e-12
+
+
+def test_rows_that_are_dealt_one_by_one_are_swapped_for_heads() -> None:
+    """By ring each row would be computed with each key apart: an hour where it is planned as milliseconds."""
+    q = torch.empty(1, 4, 512, 8, device="meta")
+    striped = Shards([[(i, i + 1) for i in range(rank, 512, 2)] for rank in range(2)])
+    found = plan(q, q, q, qkv.causal(), mesh=2, shards=striped)
+    assert found.method == "ulysses"
+    assert dict(found.refused)["ring"] == "256 ranges of rows by 512 of keys are as many pieces"
+    assert plan(q, q, q, qkv.causal(), mesh=2).method == "ring"
+    one = torch.empty(1, 1, 512, 8, device="meta")  # no heads to swap for
+    assert plan(one, one, one, qkv.causal(), mesh=2, shards=striped).method == "ring"

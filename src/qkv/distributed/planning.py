@@ -29,6 +29,7 @@ from qkv.masks import as_mask
 CALL = "qkv.distributed.plan()"
 METHODS = ("ring", "allgather", "ulysses", "hybrid")
 _ALIKE = 0.02
+_PIECES = 1 << 14  # of a rank; of more the calls of kernels cost more than what they compute
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,20 @@ class DistributedPlan:
     @cached_property
     def method(self) -> str:
         """What runs: what was asked for, else the cheapest."""
-        return self.asked or _first(self.costs, self.problem.needs_grad)
+        if self.asked is not None:
+            return self.asked
+        quick = {name: found for name, found in self.costs.items() if name not in self._scattered}
+        return _first(quick or self.costs, self.problem.needs_grad)
+
+    @cached_property
+    def _scattered(self) -> dict[str, str]:
+        """Why methods are slow that compute each range of a rank's rows with each range of keys, where there are many.
+
+        Seconds do not say it: they count pairs and rows, and what a piece costs besides depends on the backend."""
+        rows, keys = max(map(len, self.shards.ranges)), sum(map(len, self.key_shards.ranges))
+        if rows * keys <= _PIECES:
+            return {}
+        return dict.fromkeys(("ring", "allgather"), f"{rows} ranges of rows by {keys} of keys are as many pieces")
 
     @property
     def cost(self) -> Cost:
@@ -98,6 +112,8 @@ class DistributedPlan:
             return why
         if self.asked is not None:
             return f"{self.asked!r} was asked for"
+        if name in self._scattered:
+            return self._scattered[name]
         return telling.compared(self.costs[name], self.cost, self.problem)
 
     def __str__(self) -> str:
