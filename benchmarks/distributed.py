@@ -79,8 +79,13 @@ class Gathered(torch.autograd.Function):
         return None, got.sum(0)
 
 
-def silent(group: Group, what: str, arrivals: Any, *_: Any) -> Pending:
-    """`Group.exchange` without messages."""
+_exchange = Group.exchange
+
+
+def silent(group: Group, what: str, arrivals: Any, departures: Any, tag: int = 0, counted: bool = True) -> Pending:
+    """`Group.exchange` without messages, but for the few by which ranks agree."""
+    if not counted:
+        return _exchange(group, what, arrivals, departures, tag, counted)
     for _, x in arrivals:
         x.zero_()
     return Pending(group, what, [], [], [])
@@ -103,7 +108,6 @@ class Rank:
             return self.context_parallel()
         if way == "gather+sdpa":
             return timed(self.gather, self.leaves, self.d_out)
-        exchange = Group.exchange
         if way == "ring-silent":
             Group.exchange = silent  # type: ignore[method-assign, assignment]
         try:
@@ -113,7 +117,7 @@ class Rank:
                 self.leaves, self.d_out,
             )  # fmt: skip
         finally:
-            Group.exchange = exchange  # type: ignore[method-assign]
+            Group.exchange = _exchange  # type: ignore[method-assign]
 
     def gather(self) -> Tensor:
         q, k, v = self.leaves
@@ -171,8 +175,9 @@ def held(pipe: Connection, rank: int, ranks: int, length: int, store: str) -> No
 
 def started(target: Callable[..., None], *arguments: Any) -> tuple[Any, Connection]:
     mine, theirs = get_context("spawn").Pipe()
-    process = get_context("spawn").Process(target=target, args=(theirs, *arguments))
+    process = get_context("spawn").Process(target=target, args=(theirs, *arguments), daemon=True)
     process.start()
+    theirs.close()  # so that one that ends is noticed
     return process, mine
 
 
