@@ -21,11 +21,11 @@ from qkv.distributed.agreement import Told, agree, agree_once, contents, togethe
 from qkv.distributed.machine import known
 from qkv.distributed.methods import Call, prepared
 from qkv.distributed.planning import METHODS, choose, stays
+from qkv.distributed.remembered import remembered
 from qkv.distributed.rows import rank_of
 from qkv.distributed.shards import Shards, check_shards
 from qkv.distributed.transport import Group, check_device, groups_of
 from qkv.errors import ArgumentError, ShapeError, UnsupportedError
-from qkv.execute import Remembered, now, users_own
 from qkv.masks import Mask, Sizes
 from qkv.merging import OutputWithLse
 from qkv.plans import check_backend
@@ -260,9 +260,6 @@ def _method(groups: tuple[Group, ...], method: Any, problem: Problem, rows: Shar
     return str(method)
 
 
-_TOLD = Remembered(256)
-
-
 def _told(call: Call) -> Told:
     """All that has to be the same on all ranks."""
     p, bias = call.problem, call.bias
@@ -270,26 +267,17 @@ def _told(call: Call) -> Told:
     given = [t for t in (call.inputs.q, call.inputs.k, call.inputs.v) if t.requires_grad]
     common = [t for t in (call.inputs.sinks, *(() if bias is None else bias.tensors())) if t is not None]
     flags = learns and bool(given), learns and any(t.requires_grad for t in common)
-    key = p, call.rows, call.keys, call.method, call.backend, flags
-    # What the user holds by reference may hold other numbers by now.
-    own = p.mask is not None and bool(users_own(p.mask))
-    kept = None if own else _TOLD.get(key)
-    if kept is not None:
-        kept.used = now()
-        told: Told = kept.value
-    else:
-        told = Told.of(_words(*key))
-        if not own:
-            _TOLD.put(key, told, (p.mask,))
+    told = _words(p, call.rows, call.keys, call.method, call.backend, flags)
     where = call.inputs.positions
     return told if where is None else Told.of(f"{told.text} {contents(where)}")
 
 
+@remembered(256)
 def _words(
     p: Problem, rows: Shards, keys: Shards, method: str, backend: str | None, gradients: tuple[bool, bool]
-) -> str:
+) -> Told:
     bias = [(term.kind, len(term.shape)) for term in p.bias]
-    return (
+    return Told.of(
         f"method={method} q (B={p.B}, Hq={p.Hq}, Lq={p.Lq}, D={p.D}) k (Hkv={p.Hkv}, Lk={p.Lk}, Dv={p.Dv}) {p.dtype} "
         f"mask={words_of(p.mask)} positions={p.positions} scale={p.scale} softcap={p.softcap} "
         f"bias={bias} sinks={p.has_sinks} dropout_p={p.dropout_p} return_lse={p.needs_lse} "
